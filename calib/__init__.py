@@ -1,0 +1,1 @@
+"""What is learned from data: for now, self-distillation of the compensator."""

@@ -1,0 +1,1 @@
+"""The shipped example and the script that reproduces it."""

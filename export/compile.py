@@ -1,0 +1,245 @@
+"""The pipeline: a checkpoint and a compensator -> a family of proven engines, one per degree, in one folder.
+
+A degree is listed in family.json only once its engine has passed validation, and every file it needs is complete before
+that; files are named after what they were made from and never rewritten. So whatever interrupts a compile, the listed
+degrees run, and the same command finishes the rest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from export.build import build
+from export.labelled import LabelledImages
+from export.lower import lower, reference_model
+from export.source import CompileOptions, Source, load_source, validation_batches
+from export.validate import validate
+from export.weights import WeightStore
+from runtime.artifacts import Engine, OnnxGraph, Report
+from runtime.engines import open_engine
+from runtime.errors import InputError
+from runtime.latency import measure
+from runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.vit import MergingViT
+
+_OURS = re.compile(r"r\d+-[0-9a-f]{12}\.onnx|weights-[0-9a-f]{16}\.bin|\..*\.tmp|\..*\.debug\.onnx")
+
+Notify = Callable[[int | None, str], None]
+"""(degree, stage) as work goes on; degree is None for work on the whole family."""
+
+
+def _silent(_degree: int | None, _stage: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile left behind.
+
+    Attributes:
+        family: As listed in family.json now.
+        reused: Degrees that were there already, unchanged.
+        failed: Reports of the degrees that did not pass and are not listed.
+    """
+
+    family: Family
+    reused: tuple[int, ...]
+    failed: Mapping[int, Report]
+
+
+def compile_family(options: CompileOptions, notify: Notify = _silent) -> CompileResult:
+    """Compiles every degree that is not there yet, measures the family, and lists it in family.json.
+
+    Raises:
+        InputError: If something given cannot be used; nothing is written then.
+        tocom.errors.InputError: Likewise.
+        OSError: If the folder cannot be written or is full; what is listed stays usable.
+    """
+    notify(None, "loading")
+    source = load_source(options)
+    with _locked(options.out):
+        family, reused = _resume(source)
+        _sweep(options.out, family)
+        store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
+        failed: dict[int, Report] = {}
+        for degree in source.schedules:
+            if degree in reused:
+                notify(degree, "reused")
+                continue
+            report = _compile_degree(source, degree, store, notify)
+            if not report:
+                failed[degree] = report
+                notify(degree, "FAILED")
+                continue
+            family = family.with_entry(_entry(source, degree, report))
+            family.write(options.out)
+            notify(degree, "done")
+        family = _measure(source, family, notify)
+        family.write(options.out)
+        _sweep(options.out, family)
+    return CompileResult(family=family, reused=tuple(reused), failed=failed)
+
+
+def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[int, Report]:
+    """Proves the engines that a folder lists once more, against the reference made from the original files.
+
+    Args:
+        options: As they were compiled; `degrees` selects some, none takes all.
+        notify: Told of every degree.
+
+    Returns:
+        A report per degree.
+
+    Raises:
+        InputError: If the folder holds no such family, or an engine file was altered.
+    """
+    listed = Family.read(options.out)
+    degrees = options.degrees or tuple(entry.degree for entry in listed.engines)
+    source = load_source(replace(options, degrees=degrees, source_degree=_known_source(options, listed)))
+    if replace(listed, engines=()) != source.family:
+        raise InputError(f"{options.out} was compiled from another checkpoint, compensator or source degree than those "
+                         "given: validate with the files it was made from.")  # fmt: skip
+    reports = {}
+    for degree in degrees:
+        entry = listed.entry(degree)
+        listed.check_files(options.out, entry)
+        notify(degree, "validating")
+        fused = source.fused(degree, entry.scale)
+        graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused)
+        engine = Engine(options.out / entry.engine, entry.backend, entry.precision, entry.sha256, graph)
+        reference = reference_model(source.loaded.model, source.schedules[degree], fused)
+        reports[degree] = validate(engine, reference, validation_batches(source))
+    return reports
+
+
+def _known_source(options: CompileOptions, listed: Family) -> int | None:
+    return listed.source_degree if options.source_degree is None else options.source_degree
+
+
+def _resume(source: Source) -> tuple[Family, list[int]]:
+    # the family to go on with, and which wanted degrees are finished in it
+    out = source.options.out
+    if not (out / FILE_NAME).exists():
+        return source.family, []
+    try:
+        listed = Family.read(out)
+    except InputError:
+        if not source.options.replace:
+            raise
+        return source.family, []
+    if replace(listed, engines=()) != source.family:
+        if not source.options.replace:
+            raise InputError(f"{out} holds the family of another checkpoint, compensator or source degree "
+                             f"({listed.model}). Choose another --out, or --replace it.")  # fmt: skip
+        return source.family, []
+    kept, reused = [], []
+    for entry in listed.engines:
+        try:
+            listed.check_files(out, entry)
+        except InputError:
+            continue  # altered or lost: made again
+        if entry.degree not in source.schedules:
+            kept.append(entry)
+        elif entry.recipe == source.recipe(entry.degree):
+            kept.append(entry)
+            reused.append(entry.degree)
+    return replace(listed, engines=tuple(kept)), reused
+
+
+def _compile_degree(source: Source, degree: int, store: WeightStore, notify: Notify) -> Report:
+    options, model = source.options, source.loaded.model
+    schedule = source.schedules[degree]
+    notify(degree, "fusing")
+    fused = source.fused(degree)
+    notify(degree, "lowering to ONNX")
+    graph = lower(model, schedule, fused, store, f"r{degree:02d}-{source.recipe(degree)[:12]}.onnx")
+    gc.collect()  # the exporter leaves cycles that hold copies of the weights
+    notify(degree, "building")
+    engine: Engine = build(graph, backend=options.backend, precision=options.precision)
+    notify(degree, "validating")
+    return validate(engine, reference_model(model, schedule, fused), validation_batches(source))
+
+
+def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
+    engine, graph = report.engine, report.engine.source
+    return EngineEntry(
+        degree=degree,
+        scale=graph.source.delta_scale,
+        schedule=source.schedules[degree].removed,
+        tokens=graph.tokens,
+        gmacs=round(graph.gmacs, 6),
+        backend=engine.backend,
+        precision=engine.precision,
+        onnx=graph.file.name,
+        engine=engine.file.name,
+        sha256=engine.files,
+        recipe=source.recipe(degree),
+        validation=report.findings,
+        latency_ms={},
+        accuracy={},
+    )
+
+
+def _measure(source: Source, family: Family, notify: Notify) -> Family:
+    """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
+    wanted = [entry for entry in family.engines if entry.degree in source.schedules]
+    if any("1" not in entry.latency_ms for entry in wanted):
+        notify(None, "measuring latency")
+        with ExitStack() as stack:
+            runners = {
+                str(entry.degree): stack.enter_context(open_engine(source.options.out / entry.engine, entry.backend))
+                for entry in wanted
+            }
+            times = measure(runners, batch=1, seconds=4.0)
+        for entry in wanted:
+            time = times[str(entry.degree)]
+            latency = {**entry.latency_ms, "1": {"p50": round(time.p50, 4), "p99": round(time.p99, 4)}}
+            family = family.with_entry(replace(entry, latency_ms=latency))
+    images = source.images
+    if images is not None and images.labels is not None:
+        for entry in [entry for entry in family.engines if entry.degree in source.schedules]:
+            if entry.validation.get("labelled_images") != images.fingerprint:
+                notify(entry.degree, f"top-1 on {len(images)} images")
+                validation = {**entry.validation, "labelled_images": images.fingerprint}
+                accuracy = _accuracy(source, entry, images)
+                family = family.with_entry(replace(entry, accuracy=accuracy, validation=validation))
+    return family
+
+
+def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
+    with open_engine(source.options.out / entry.engine, entry.backend) as runner:
+        top1 = images.top1(runner.infer)
+    plain = None
+    if source.compensator is not None:
+        reference = MergingViT(source.loaded.model, source.schedules[entry.degree])
+        with torch.inference_mode():
+            plain = images.top1(lambda pixels: reference(torch.from_numpy(pixels)).numpy())
+    return {"top1": top1, "top1_without_compensator": plain, "images": len(images)}
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    # one compile at a time writes into a folder; the lock goes when the process does, however it ends
+    out.mkdir(parents=True, exist_ok=True)
+    with Path(out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another compile is writing into {out}: wait for it, or choose another --out.") from error
+        yield
+
+
+def _sweep(out: Path, family: Family) -> None:
+    """Removes what earlier, interrupted compiles left and no listed engine needs."""
+    needed = {name for entry in family.engines for name in entry.sha256}
+    for file in out.iterdir():
+        if file.name not in needed and _OURS.fullmatch(file.name):
+            file.unlink()

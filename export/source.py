@@ -1,0 +1,181 @@
+"""What a compile is given: the options, and everything they name, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.build import require_precision, resolve_backend
+from export.fuse import fuse
+from export.labelled import LabelledImages
+from export.validate import default_images
+from runtime.artifacts import FusedCheckpoint
+from runtime.errors import InputError
+from runtime.manifest import Family, InputSpec
+from tocom.checkpoint import LoadedModel, hash_tensors, load_model
+from tocom.compensator import Compensator
+from tocom.schedule import MergeSchedule
+from tocom.vit import schedule_for
+
+PIPELINE = 1  # part of every recipe; raised when the same inputs begin to make other engines
+BASELINE = 0  # always compiled: what every other degree is compared with
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What to compile.
+
+    Attributes:
+        model: timm model name, or a folder in timm's hub layout.
+        out: The family's folder.
+        degrees: Target degrees; 0 is added as the baseline.
+        checkpoint: Weights; None takes the model folder's or timm's pretrained ones.
+        compensator: Compensator file; None exports plain token merging.
+        source_degree: Degree the checkpoint was fine-tuned at; must be given with a compensator.
+        delta_scale: Weight of the compensator's change.
+        precision: Number format of the engines.
+        backend: Engine library; "auto" takes the default.
+        images: Folder of images to validate on; with one folder per class, top-1 is measured too.
+        limit: At most this many labelled images, evenly spread.
+        num_classes: Classes; None takes the checkpoint's.
+        model_args: Further timm model arguments.
+        replace: Whether a family of another checkpoint in the folder may be overwritten.
+    """
+
+    model: str
+    out: Path
+    degrees: tuple[int, ...]
+    checkpoint: Path | None = None
+    compensator: Path | None = None
+    source_degree: int | None = None
+    delta_scale: float = 0.1
+    precision: str = "fp32"
+    backend: str = "auto"
+    images: Path | None = None
+    limit: int = 5000
+    num_classes: int | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that was given, loaded and checked."""
+
+    options: CompileOptions
+    loaded: LoadedModel
+    compensator: Compensator | None
+    compensator_sha256: str | None
+    schedules: Mapping[int, MergeSchedule]
+    images: LabelledImages | None
+    family: Family
+
+    def fused(self, degree: int, delta_scale: float | None = None) -> FusedCheckpoint:
+        """The weights of one degree, at the options' scale or another; the plain ones without a compensator."""
+        weights = self.loaded.model.state_dict()
+        scale = None
+        if self.compensator is not None:
+            scale = self.options.delta_scale if delta_scale is None else delta_scale
+            weights = fuse(weights, self.compensator.between(self.options.source_degree, degree, scale))
+        return FusedCheckpoint(
+            weights=weights,
+            model=self.loaded.architecture,
+            degree=degree,
+            source_degree=self.options.source_degree or 0,
+            delta_scale=scale,
+            checkpoint_sha256=self.loaded.checkpoint_sha256,
+            compensator_sha256=self.compensator_sha256,
+        )
+
+    def recipe(self, degree: int) -> str:
+        """Hash of everything that decides what the engine of a degree is."""
+        parts = {
+            "pipeline": PIPELINE,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+            "model": self.loaded.architecture,
+            "model_args": {name: repr(value) for name, value in self.options.model_args.items()},
+            "image": self.family.input.size,
+            "checkpoint": self.loaded.checkpoint_sha256,
+            "compensator": self.compensator_sha256,
+            "source_degree": self.options.source_degree if self.compensator else None,
+            "scale": self.options.delta_scale if self.compensator else None,
+            "removed": self.schedules[degree].removed,
+            "degree": degree,
+            "precision": self.options.precision,
+            "backend": resolve_backend(self.options.backend),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def load_source(options: CompileOptions) -> Source:
+    """Loads and checks everything that was given, before anything is written.
+
+    Raises:
+        InputError: If something given cannot be used.
+        tocom.errors.InputError: Likewise.
+    """
+    resolve_backend(options.backend)
+    require_precision(options.precision)
+    if not np.isfinite(options.delta_scale):
+        raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
+    if options.compensator is not None and options.source_degree is None:
+        raise InputError("a compensator needs the degree that the checkpoint was fine-tuned at: give --source-degree "
+                         "(0 if it was fine-tuned without merging).")  # fmt: skip
+    compensator = None if options.compensator is None else Compensator.load(options.compensator)
+    loaded = load_model(
+        options.model, checkpoint=options.checkpoint, num_classes=options.num_classes, **options.model_args
+    )
+    degrees = tuple(sorted({BASELINE, *options.degrees}))
+    schedules = {degree: schedule_for(loaded.model, degree) for degree in degrees}
+    for schedule in schedules.values():
+        schedule.require_room()
+    if compensator is not None:
+        model = loaded.model
+        compensator.require_fits(backbone=loaded.architecture, width=model.embed_dim, depth=len(model.blocks))
+        for degree in degrees:
+            compensator.between(options.source_degree, degree, options.delta_scale)
+    sha256 = None if compensator is None else hash_tensors(compensator.state_dict())
+    spec = input_spec(loaded)
+    family = Family(
+        model=loaded.architecture,
+        classes=loaded.model.num_classes,
+        input=spec,
+        source_degree=options.source_degree,
+        checkpoint_sha256=loaded.checkpoint_sha256,
+        compensator_sha256=sha256,
+        class_names=loaded.label_names,
+        engines=(),
+    )
+    images = None
+    if options.images is not None:
+        images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
+    return Source(options, loaded, compensator, sha256, schedules, images, family)
+
+
+def validation_batches(source: Source) -> Iterator[np.ndarray]:
+    """What engines are validated on: noise and patterns, and the first of the images where some were given."""
+    yield from default_images(source.family.input.size)
+    if source.images is not None:
+        for count in (1, 5):
+            yield source.images.pixels(range(min(count, len(source.images))))
+
+
+def input_spec(loaded: LoadedModel) -> InputSpec:
+    """How images are prepared for a model: timm's evaluation settings."""
+    config = loaded.data_config
+    return InputSpec(
+        size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )

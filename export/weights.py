@@ -1,0 +1,96 @@
+"""Where a family's weights lie: every tensor's bytes are stored once, however many graphs use them.
+
+A graph refers to large initializers as ONNX external data. Weight files are named after their contents and never
+changed, so a graph that was listed once stays valid whatever is compiled into the folder later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from runtime.artifacts import write_atomically
+
+INLINE_BYTES = 1024  # smaller tensors stay in the graph file
+_ALIGNMENT = 4096  # page size: lets an engine map the file instead of reading it
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    offset: int
+
+
+class WeightStore:
+    """The weight files of one family folder.
+
+    Args:
+        folder: The family's folder.
+        graphs: Graphs already listed there, whose tensors are to be shared.
+    """
+
+    def __init__(self, folder: Path, graphs: Iterable[Path] = ()) -> None:
+        self.folder = folder
+        self._places: dict[str, _Place] = {}
+        for graph in graphs:
+            for value in ir.load(graph).graph.initializers.values():
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor):
+                    self._places[_digest(tensor.tobytes())] = _Place(str(tensor.location), tensor.offset or 0)
+                    tensor.release()
+
+    def place(self, model: ir.Model) -> tuple[str, ...]:
+        """Moves the model's large initializers into weight files, writing the bytes that are not there yet.
+
+        Args:
+            model: Changed in place: its large initializers become external.
+
+        Returns:
+            Names of the weight files the model needs.
+        """
+        new: dict[str, bytes] = {}
+        digests: dict[str, str] = {}
+        for value in model.graph.initializers.values():
+            if value.const_value is None or value.const_value.nbytes < INLINE_BYTES:
+                continue
+            raw = value.const_value.tobytes()
+            digests[value.name] = _digest(raw)
+            if digests[value.name] not in self._places:
+                new.setdefault(digests[value.name], raw)
+        self._write(new)
+        for name, digest in digests.items():
+            self._refer(model.graph.initializers[name], self._places[digest])
+        return tuple(sorted({self._places[digest].file for digest in digests.values()}))
+
+    def _write(self, new: dict[str, bytes]) -> None:
+        if not new:
+            return
+        name = f"weights-{_digest(''.join(new).encode())[:16]}.bin"
+        offset, chunks, places = 0, [], {}
+        for digest, raw in new.items():
+            padding = -offset % _ALIGNMENT
+            chunks += [b"\0" * padding, raw]
+            places[digest] = _Place(name, offset + padding)
+            offset += padding + len(raw)
+        write_atomically(self.folder / name, lambda file: file.writelines(chunks))
+        self._places |= places
+
+    def _refer(self, value: ir.Value, place: _Place) -> None:
+        tensor = value.const_value
+        value.const_value = ir.ExternalTensor(
+            place.file,
+            place.offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=value.name,
+            base_dir=self.folder,
+        )
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,1 @@
+"""The torch-free room: what a deployed family needs; numpy, Pillow and one engine library suffice."""

@@ -1,0 +1,133 @@
+"""Typed access to parsed JSON that names the place of whatever is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from runtime.errors import InputError, one_line
+
+T = TypeVar("T")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InputError(f"{name} is not a JSON number")
+
+
+def parse(text: str) -> Any:
+    """Parses strict JSON: unlike `json.loads`, NaN and Infinity are refused.
+
+    Raises:
+        InputError: The text is not JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError("it is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, and int()'s refusal of thousands of digits
+        raise InputError(f"it is not JSON: {one_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class Json:
+    """A JSON value and the key path that leads to it.
+
+    Every reader returns the value in its Python type, or raises InputError with the rule, the place and the value.
+
+    Attributes:
+        value: What `parse` returned for this place.
+        where: For instance "engines[1].tokens".
+    """
+
+    value: Any
+    where: str
+
+    def refuse(self, rule: str) -> NoReturn:
+        """Says that this value must be `rule`.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(f"{self.where} must be {rule}, got {one_line(reprlib.repr(self.value))}")
+
+    def key(self, name: str) -> Json:
+        """The value under a key of this object.
+
+        Raises:
+            InputError: This is not an object, or has no such key.
+        """
+        path = f"{self.where}.{name}" if self.where else name
+        if not isinstance(self.value, dict):
+            Json(self.value, self.where or "the file").refuse("an object")
+        if name not in self.value:
+            raise InputError(f"the key {path} is missing")
+        return Json(self.value[name], path)
+
+    def items(self) -> list[Json]:
+        """The values of this list."""
+        if not isinstance(self.value, list):
+            self.refuse("a list")
+        return [Json(value, f"{self.where}[{index}]") for index, value in enumerate(self.value)]
+
+    def mapping(self, read: Callable[[Json], T]) -> dict[str, T]:
+        """This object's keys, each with what `read` makes of its value."""
+        if not isinstance(self.value, dict):
+            self.refuse("an object")
+        return {
+            Json(name, f"a key of {self.where}").text(): read(Json(value, f"{self.where}.{one_line(name)}"))
+            for name, value in self.value.items()
+        }
+
+    def optional(self, read: Callable[[Json], T]) -> T | None:
+        """None for null, else what `read` makes of this value."""
+        return None if self.value is None else read(self)
+
+    def integer(self, minimum: int = 0) -> int:
+        """This whole number, `minimum` or more."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
+            self.refuse(f"a whole number, {minimum} or more")
+        return self.value
+
+    def integers(self, minimum: int = 0) -> tuple[int, ...]:
+        """This list of whole numbers, each `minimum` or more."""
+        return tuple(item.integer(minimum) for item in self.items())
+
+    def number(self) -> float:
+        """This finite number; a whole one stays an int, so that what is read and written again keeps its bytes."""
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            self.refuse("a number")
+        try:
+            is_finite = math.isfinite(self.value)
+        except OverflowError:  # a JSON integer has no upper limit
+            is_finite = False
+        if not is_finite:
+            self.refuse("a finite number")
+        return self.value
+
+    def text(self) -> str:
+        """This string."""
+        if not isinstance(self.value, str):
+            self.refuse("a string")
+        try:
+            self.value.encode("utf-8")
+        except UnicodeEncodeError:  # "\ud800" is legal JSON, but neither printable nor a file name
+            self.refuse("a string without lone surrogates")
+        return self.value
+
+    def plain(self) -> Any:
+        """This value as it is, whatever its type, once every number in it is known to be finite."""
+        if isinstance(self.value, dict):
+            return self.mapping(Json.plain)
+        if isinstance(self.value, list):
+            return [item.plain() for item in self.items()]
+        if isinstance(self.value, str):
+            return self.text()
+        if self.value is not None and not isinstance(self.value, bool):
+            self.number()
+        return self.value

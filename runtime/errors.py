@@ -1,0 +1,22 @@
+"""How this project tells a user that something given to it cannot be used."""
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used.
+
+    The message is one line: the rule, the value received, where, and the way out. A command prints it on stderr and
+    exits with status 2; it is never a traceback.
+    """
+
+
+def one_line(text: object) -> str:
+    r"""Writes control characters as escapes, so that a hostile file name can neither break a line nor steer a terminal.
+
+    >>> one_line("a\nb")
+    'a\\nb'
+    """
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), str(text))

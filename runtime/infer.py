@@ -1,0 +1,305 @@
+"""The command that classifies images with an engine of a family: `python runtime/infer.py --engines DIR IMAGE...`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+if not __package__:
+    # Run as a script: Python put this folder on the path, where our modules could shadow a library's.
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry).resolve() != _here)]
+
+import numpy as np
+
+from runtime.engines import EngineRunner, open_engine
+from runtime.errors import InputError, one_line
+from runtime.manifest import Family, InputSpec
+from runtime.preprocess import find_images, load_image, preprocess
+
+_Fail = Callable[[object], None]
+
+_EXAMPLES = """\
+examples:
+  python runtime/infer.py --engines engines/digits photo.png          the least compressed engine, one line per image
+  python runtime/infer.py --engines engines/digits --degree 8 folder  every image below a folder
+  find photos -name '*.jpg' | python runtime/infer.py --engines engines/digits --json -
+
+Images that lie in folders named like their class (or its index) are also scored: the last line on stderr
+then tells the share that is correct. Exit status: 0 done, 2 bad usage or an image that could not be used.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help explains the options)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0 done; 2 bad usage, or some image could not be used (the others were still classified);
+        130 interrupted; 141 whoever read the output stopped reading.
+    """
+    _keep_odd_names_printable()
+    try:
+        return _run(_parser().parse_args(argv))
+    except BrokenPipeError:
+        _abandon_stdout()
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (InputError, OSError) as error:
+        _complain(error)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="infer",
+        description="Classify images with an engine of a compiled family. Needs neither torch nor timm.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for paths on stdin")
+    parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help="folder of the family (family.json)")
+    parser.add_argument("--degree", type=int, metavar="R", help="which engine (default: the lowest degree there is)")
+    parser.add_argument("--top-k", type=_at_least_one, default=1, metavar="K", help="classes per image (default: 1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per image and line")
+    parser.add_argument("--batch", type=_at_least_one, default=32, metavar="B", help="images per call (default: 32)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, instead of the family's")
+    parser.add_argument("--threads", type=_at_least_one, metavar="T", help="CPU threads (default: the engine's choice)")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {one_line(text)}")
+    return number
+
+
+def _run(options: argparse.Namespace) -> int:
+    family = Family.read(options.engines)
+    if not family.engines:
+        raise InputError(f"{one_line(options.engines)} has no finished engine: compile one with `make engines R=8`")
+    entry = family.engines[0] if options.degree is None else family.entry(options.degree)
+    family.check_files(options.engines, entry)
+    names = family.class_names if options.classes is None else _read_names(options.classes, family.classes)
+    failures: list[str] = []
+
+    def fail(error: object) -> None:
+        failures.append(str(error))
+        _complain(error)
+
+    with open_engine(options.engines / entry.engine, entry.backend, threads=options.threads) as runner:
+        _ensure_matches(runner, family)
+        score, start = _Score(names, family.classes), time.perf_counter()
+        prepared = _prepare(_paths(options.images, fail), family.input, fail)
+        for batch in _batches(prepared, options.batch):
+            logits = runner.infer(np.stack([pixels for _, pixels in batch]))
+            results: list[_Result] = []
+            for (path, _), row in zip(batch, logits, strict=True):
+                if np.isfinite(row).all():
+                    results.append(_Result.of(path, row, names, options.top_k))
+                    score.add(path, results[-1])
+                else:
+                    fail(f"{one_line(path)}: logits must be finite, got others: compile degree {entry.degree} again")
+            _print(_json_lines(results, entry.degree) if options.json else _aligned_lines(results))
+        elapsed = time.perf_counter() - start
+    _tell_summary(score, len(failures), entry.degree, elapsed)
+    return 2 if failures else 0
+
+
+def _read_names(file: Path, classes: int) -> tuple[str, ...]:
+    try:
+        names = tuple(file.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise InputError(f"--classes {one_line(file)} cannot be read: {one_line(error)}") from error
+    if len(names) != classes:
+        raise InputError(f"--classes must name the family's {classes} classes, one a line, got {len(names)} lines")
+    return names
+
+
+def _ensure_matches(runner: EngineRunner, family: Family) -> None:
+    promised, found = (family.input.size, family.classes), (runner.input_size, runner.classes)
+    if promised != found:
+        raise InputError(
+            f"the engine must take {promised[0]} and give {promised[1]} classes as family.json says, "
+            f"got {found[0]} and {found[1]}: compile the family again"
+        )
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The best classes of one image, most probable first."""
+
+    path: Path
+    classes: tuple[int, ...]
+    names: tuple[str | None, ...]
+    probabilities: tuple[float, ...]
+
+    @classmethod
+    def of(cls, path: Path, logits: np.ndarray, names: tuple[str, ...] | None, top_k: int) -> _Result:
+        shifted = logits.astype(np.float64) - float(logits.max())
+        probabilities = np.exp(shifted) / np.exp(shifted).sum()
+        best = np.argsort(-shifted, kind="stable")[:top_k].tolist()
+        return cls(
+            path=path,
+            classes=tuple(best),
+            names=tuple(None if names is None else names[index] for index in best),
+            probabilities=tuple(probabilities[best].tolist()),
+        )
+
+
+class _Score:
+    """Counts how many images lie in a folder named like the predicted class.
+
+    A folder name is read as a class name or as a class index, but one way for all images: with classes called "0", "1",
+    "10", the folder "10" must not mean one class for one image and another for the next.
+    """
+
+    def __init__(self, names: tuple[str, ...] | None, classes: int) -> None:
+        self._names = frozenset(names or ())
+        self._indices = {str(index): index for index in range(classes)}
+        self.images = self._named = self._named_right = self._indexed = self._indexed_right = 0
+
+    def add(self, path: Path, result: _Result) -> None:
+        # absolute: an image given as "cat.png" from within its folder has the same label
+        label = path.absolute().parent.name
+        self.images += 1
+        self._named += label in self._names
+        self._named_right += label == result.names[0]
+        self._indexed += label in self._indices
+        self._indexed_right += self._indices.get(label) == result.classes[0]
+
+    @property
+    def correct(self) -> int | None:
+        """Images classified correctly; None unless the label of every image is known."""
+        if self.images and self._named == self.images:
+            return self._named_right
+        if self.images and self._indexed == self.images:
+            return self._indexed_right
+        return None
+
+
+def _paths(arguments: Iterable[str], fail: _Fail) -> Iterator[Path]:
+    for argument in arguments:
+        for path in _lines_of_stdin() if argument == "-" else (argument,):
+            try:
+                yield from find_images([path])
+            except InputError as error:
+                fail(error)
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    if sys.stdin is None:
+        raise InputError("- stands for paths on stdin, which is closed")
+    for line in sys.stdin:
+        if path := line.rstrip("\r\n"):
+            yield path
+
+
+def _prepare(paths: Iterable[Path], spec: InputSpec, fail: _Fail) -> Iterator[tuple[Path, np.ndarray]]:
+    for path in paths:
+        try:
+            pixels = preprocess(load_image(path), spec)
+        except InputError as error:
+            message = str(error)
+            fail(message if one_line(path) in message else f"{one_line(path)}: {message}")
+        else:
+            yield path, pixels
+
+
+def _batches(prepared: Iterable[tuple[Path, np.ndarray]], batch_size: int) -> Iterator[list[tuple[Path, np.ndarray]]]:
+    batch: list[tuple[Path, np.ndarray]] = []
+    for item in prepared:
+        batch.append(item)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _json_lines(results: Iterable[_Result], degree: int) -> Iterator[str]:
+    for result in results:
+        predictions = [
+            {"class": index, "name": name, "probability": probability}
+            for index, name, probability in zip(result.classes, result.names, result.probabilities, strict=True)
+        ]
+        yield json.dumps({"file": str(result.path), "degree": degree, "predictions": predictions})
+
+
+def _aligned_lines(results: Iterable[_Result]) -> Iterator[str]:
+    rows = [
+        (one_line(result.path), str(index) if name is None else one_line(name), probability)
+        for result in results
+        for index, name, probability in zip(result.classes, result.names, result.probabilities, strict=True)
+    ]
+    path_width = max((len(path) for path, _, _ in rows), default=0)
+    name_width = max((len(name) for _, name, _ in rows), default=0)
+    for path, name, probability in rows:
+        yield f"{path:<{path_width}}  {name:<{name_width}}  {probability:.4f}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Prints and flushes, so that a reader gets each batch as soon as it is done."""
+    for line in lines:
+        print(line)
+    print(end="", flush=True)
+
+
+def _tell_summary(score: _Score, failed: int, degree: int, elapsed: float) -> None:
+    parts = [f"{score.images} image{'' if score.images == 1 else 's'}", f"degree {degree}"]
+    if score.images:
+        parts.append(f"{score.images / max(elapsed, 1e-9):.1f} images/s")
+    if score.correct is not None:
+        share = score.correct / score.images
+        parts.append(f"{share:.2%} correct ({score.correct} of {score.images}, labels from folder names)")
+    if failed:
+        parts.append(f"{failed} failed")
+    _complain(", ".join(parts))
+
+
+def _complain(message: object) -> None:
+    print(f"infer: {one_line(message)}", file=sys.stderr)
+
+
+def _keep_odd_names_printable() -> None:
+    """File names need not be valid text: read them losslessly, print what cannot be printed as escapes."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        # A stream that is closed, replaced by another kind, or already read from stays as it is.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors=errors)
+
+
+def _abandon_stdout() -> None:
+    """Sends the rest nowhere, or Python would flush into the broken stream at exit and complain about it."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor needs no care
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

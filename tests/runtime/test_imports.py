@@ -1,0 +1,71 @@
+"""Tests that the runtime runs without torch, timm and onnx, and that its imports point the right way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import onnxruntime
+import PIL
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted((ROOT / "runtime").rglob("*.py"))
+
+# Library -> the only module that may import it.
+ENGINE_LIBRARIES = {"onnxruntime": "runtime/engines/ort.py"}
+ALLOWED = {"numpy", "PIL", "runtime", *sys.stdlib_module_names}
+
+# What onnxruntime needs besides numpy.
+NEEDED = ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime", "flatbuffers", "google", "packaging")
+
+SCRIPT = """
+import importlib, importlib.util, sys
+sys.path[:] = [entry for entry in sys.path if "site-packages" not in entry]
+sys.path += {paths!r}
+for module in {modules!r}:
+    importlib.import_module(module)
+from runtime.infer import main
+status = main({arguments!r})
+for banned in ("torch", "timm", "onnx", "rich", "typer"):
+    assert banned not in sys.modules, banned
+    assert importlib.util.find_spec(banned) is None, banned
+sys.exit(status)
+"""
+
+
+def imported(module: Path) -> set[str]:
+    """Top-level names of everything a module imports, also inside its functions."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively, which fails when it runs as a script"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(ROOT)))
+def test_imports_only_what_a_deployed_box_has(module):
+    own = {name for name, owner in ENGINE_LIBRARIES.items() if ROOT / owner == module}
+    assert imported(module) <= ALLOWED | own
+
+
+def test_runs_in_a_bare_environment(tmp_path, family_folder, photos):
+    site = tmp_path / "site"
+    site.mkdir()
+    for package in (numpy, PIL, onnxruntime):
+        packages = Path(package.__file__).parents[1]
+        for name in NEEDED:
+            if (packages / name).exists() and not (site / name).exists():
+                (site / name).symlink_to(packages / name)
+    modules = [".".join(m.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for m in MODULES]
+    arguments = ["--engines", str(family_folder), str(photos)]
+    script = SCRIPT.format(paths=[str(site), str(ROOT)], modules=modules, arguments=arguments)
+    command = [sys.executable, "-I", "-S", "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6 and "100.00% correct" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

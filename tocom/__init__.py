@@ -1,0 +1,1 @@
+"""The method in PyTorch: token merging, merge schedules, the compensator and the reference ViT."""

@@ -1,0 +1,159 @@
+"""Building a timm model and loading a fine-tuned checkpoint into it, strictly."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models._hub import load_model_config_from_path
+from torch import Tensor, nn
+
+from tocom.errors import InputError
+from tocom.tensorfile import read_tensors
+from tocom.vit import require_supported
+
+_CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and where it came from.
+
+    Attributes:
+        model: The timm model, float32.
+        architecture: Its timm architecture name, without the weights' tag.
+        checkpoint_sha256: Hash of the weights' names, shapes and bytes.
+        data_config: timm's evaluation settings: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        label_names: Class names, where the model folder tells them.
+    """
+
+    model: nn.Module
+    architecture: str
+    checkpoint_sha256: str
+    data_config: dict[str, Any]
+    label_names: tuple[str, ...] | None = None
+
+
+def load_model(
+    name: str, *, checkpoint: Path | None = None, num_classes: int | None = None, **model_args: Any
+) -> LoadedModel:
+    """Builds a timm model and loads its weights.
+
+    Args:
+        name: A timm model name, or a folder in timm's hub layout (config.json beside model.safetensors).
+        checkpoint: Weights file; None takes the folder's, or timm's pretrained weights for a model name.
+        num_classes: Classes; None takes the number from the folder or from the checkpoint's classifier.
+        **model_args: Further arguments of the timm model, such as img_size=384.
+
+    Returns:
+        The model and its origin.
+
+    Raises:
+        InputError: If the name is unknown, an argument does not fit, the weights do not fit the model, or the model
+            has a part that is not modelled.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        checkpoint = checkpoint or _checkpoint_in(folder)
+        model_name, label_names = f"local-dir:{folder}", _label_names(folder)
+    else:
+        _require_known(name)
+        model_name, label_names = name, None
+    tensors = None if checkpoint is None else read_tensors(checkpoint)[0]
+    if num_classes is None and tensors is not None and not label_names:
+        num_classes = _classes_in(tensors)
+    if num_classes is not None:
+        model_args["num_classes"] = num_classes
+    model = _create(model_name, name, pretrained=tensors is None, model_args=model_args)
+    require_supported(model)
+    if tensors is not None:
+        _load_strictly(model, tensors, checkpoint)
+    if label_names and len(label_names) != model.num_classes:
+        raise InputError(f"a model needs one name per class, got {len(label_names)} for {model.num_classes} classes "
+                         f"in {folder / 'config.json'}.")  # fmt: skip
+    data_config = resolve_model_data_config(model)
+    data_config["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return LoadedModel(
+        model=model.eval().requires_grad_(False),
+        architecture=model.pretrained_cfg.get("architecture") or name.split(".", maxsplit=1)[0],
+        checkpoint_sha256=hash_tensors(model.state_dict()),
+        data_config=data_config,
+        label_names=label_names,
+    )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in name order: the same weights hash alike in any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _require_known(name: str) -> None:
+    bare = name.split(".", maxsplit=1)[0]
+    if timm.is_model(bare):
+        return
+    near = difflib.get_close_matches(bare, timm.list_models(), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else " `timm.list_models()` lists the names."
+    raise InputError(f"a model must be a timm model name or a folder with a config.json, got {name!r}.{hint}")
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    for file_name in _CHECKPOINT_NAMES:
+        if (folder / file_name).is_file():
+            return folder / file_name
+    raise InputError(f"a model folder must hold {' or '.join(_CHECKPOINT_NAMES)}, found none in {folder}.")
+
+
+def _label_names(folder: Path) -> tuple[str, ...] | None:
+    try:
+        names = load_model_config_from_path(folder)[0].get("label_names")
+    except Exception as error:
+        raise InputError(f"a model folder's config.json must be one that timm reads, got {folder}: {error}.") from error
+    return tuple(str(label) for label in names) if names else None
+
+
+def _classes_in(tensors: Mapping[str, Tensor]) -> int | None:
+    head = tensors.get("head.weight")
+    return head.shape[0] if head is not None and head.ndim == 2 else None
+
+
+def _create(model_name: str, name: str, *, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, **model_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"timm cannot build {name} with {dict(model_args)}: {_line(error)}.") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise InputError(f"timm cannot build {name} with {dict(model_args)}: {_line(error)}.") from error
+        raise InputError(f"pretrained weights of {name} cannot be had here ({_line(error)}). Give the weights with "
+                         "--checkpoint FILE.") from error  # fmt: skip
+
+
+def _load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    expected = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise InputError(f"checkpoint tensor {name} must have shape {list(expected[name].shape)} for this model, "
+                             f"got {list(tensor.shape)} in {file}.")  # fmt: skip
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
+        raise InputError(f"a checkpoint must hold exactly the model's weights, {file} {what} ({len(missing)} missing, "
+                         f"{len(unknown)} unknown).")  # fmt: skip
+    model.load_state_dict(dict(tensors))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())[:200].rstrip(".")

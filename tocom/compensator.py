@@ -1,0 +1,219 @@
+"""The Token Compensator: low-rank pairs on q and v that describe the gap between two compression degrees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tocom.errors import InputError
+from tocom.tensorfile import read_tensors
+
+GROUPS = 16  # one group of ranks per degree step, so the largest degree a compensator knows (ToCom, section 3.3)
+_KEY = "blocks.{block}.attn.{which}_tocom.adapter_{side}.weight"
+
+
+@dataclass(frozen=True)
+class CompensatorInfo:
+    """What a compensator was made for; travels with its weights as safetensors metadata.
+
+    Attributes:
+        width: Channels C of the backbone.
+        depth: Blocks L.
+        rank: Rank k of one group.
+        groups: Groups G; also the largest degree.
+        backbone: Architecture name of the backbone, None where the file does not say (the original .pth layout).
+        training_scale: The delta scale it was trained with.
+        schedule: Kind of merge schedule it was trained for.
+        backbone_sha256: Hash of the pre-trained weights it was distilled from.
+    """
+
+    width: int
+    depth: int
+    rank: int = 2
+    groups: int = GROUPS
+    backbone: str | None = None
+    training_scale: float = 0.1
+    schedule: str = "constant"
+    backbone_sha256: str | None = None
+
+
+class _LowRank(nn.Module):
+    """One low-rank pair without bias: `adapter_down` [G*k, C] and `adapter_up` [C, G*k]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.adapter_down = nn.Linear(width, hidden, bias=False)
+        self.adapter_up = nn.Linear(hidden, width, bias=False)
+        nn.init.zeros_(self.adapter_up.weight)  # training starts from the untouched network
+
+
+class Compensator(nn.Module):
+    """Low-rank pairs on the query and value of every block (ToCom, section 3.3).
+
+    Its state dict has the keys of the original release, `blocks.N.attn.{q,v}_tocom.adapter_{down,up}.weight`.
+
+    Args:
+        info: Sizes and origin.
+        dropout: Dropout on the low-rank activation while training.
+    """
+
+    def __init__(self, info: CompensatorInfo, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.info = info
+        self.dropout = nn.Dropout(dropout)
+        hidden = info.groups * info.rank
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.ModuleDict({f"{name}_tocom": _LowRank(info.width, hidden) for name in "qv"})})
+            for _ in range(info.depth)
+        )
+
+    def between(self, source_degree: int, target_degree: int, delta_scale: float | None = None) -> Compensation:
+        """The change from one degree to another.
+
+        Args:
+            source_degree: Degree the checkpoint was fine-tuned at.
+            target_degree: Degree it shall run at.
+            delta_scale: Weight of the change; None takes the training scale.
+
+        Raises:
+            InputError: If a degree lies outside 0..G.
+        """
+        scale = self.info.training_scale if delta_scale is None else delta_scale
+        return Compensation(self, source_degree, target_degree, scale)
+
+    def to_safetensors(self) -> bytes:
+        """The file contents: weights, and `info` as metadata."""
+        metadata = {"format": "tocom-compensator-1", "info": json.dumps(asdict(self.info), sort_keys=True)}
+        return save({name: weight.contiguous() for name, weight in self.state_dict().items()}, metadata)
+
+    def to_original(self) -> dict[str, dict[str, Tensor]]:
+        """The layout of the original release's .pth, to be written with `torch.save`."""
+        return {"model": {name: weight.clone() for name, weight in self.state_dict().items()}}
+
+    @classmethod
+    def load(cls, file: Path) -> Compensator:
+        """Reads this project's .safetensors or the original .pth layout.
+
+        Raises:
+            InputError: If the file cannot be read, is no compensator, or holds NaN.
+        """
+        tensors, metadata = read_tensors(file)
+        weights = {name: tensor for name, tensor in tensors.items() if "_tocom." in name}
+        if not weights:
+            raise InputError(f"a compensator holds tensors named {_KEY.format(block=0, which='q', side='down')}, "
+                             f"found none of {len(tensors)} in {file}.")  # fmt: skip
+        info = _info_from_metadata(metadata["info"], file) if "info" in metadata else _info_from_shapes(weights, file)
+        compensator = cls(info)
+        expected = compensator.state_dict()
+        if weights.keys() != expected.keys():
+            wrong = sorted(weights.keys() ^ expected.keys())[0]
+            raise InputError(f"a compensator of {info.depth} blocks must hold exactly q and v pairs, {wrong!r} is "
+                             f"{'missing' if wrong in expected else 'not one of them'} in {file}.")  # fmt: skip
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise InputError(f"compensator tensor {name} must have shape {tuple(expected[name].shape)}, got "
+                                 f"{tuple(tensor.shape)} in {file}.")  # fmt: skip
+        compensator.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return compensator.eval()
+
+    def require_fits(self, *, backbone: str, width: int, depth: int) -> None:
+        """Checks that this compensator was made for that backbone.
+
+        Raises:
+            InputError: If the name, width or depth differs.
+        """
+        info = self.info
+        if (info.width, info.depth) != (width, depth):
+            raise InputError(f"the compensator was trained for width {info.width} and {info.depth} blocks, but "
+                             f"{backbone} has width {width} and {depth} blocks.")  # fmt: skip
+        if info.backbone is not None and info.backbone != backbone:
+            raise InputError(f"the compensator was trained for backbone {info.backbone}, but the model is {backbone}. "
+                             "Train one with `tocom distill` on this backbone.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """The change of one compensator from `source_degree` to `target_degree`, weighted by `delta_scale`."""
+
+    compensator: Compensator
+    source_degree: int
+    target_degree: int
+    delta_scale: float
+    gate: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        groups = self.compensator.info.groups
+        for name in ("source_degree", "target_degree"):
+            degree = getattr(self, name)
+            if not 0 <= degree <= groups:
+                raise InputError(f"with a compensator the {name.replace('_', ' ')} must lie in 0..{groups}, the "
+                                 f"degrees it was trained for, got {degree}.")  # fmt: skip
+        gate = self._gate(self.target_degree) - self._gate(self.source_degree)
+        object.__setattr__(self, "gate", gate)
+
+    def _gate(self, degree: int) -> Tensor:
+        """1 on the ranks of the last `degree` groups, 0 elsewhere; [G*k] (ToCom, section 3.3)."""
+        info = self.compensator.info
+        group = torch.arange(info.groups).repeat_interleave(info.rank)
+        return (group >= info.groups - degree).double()
+
+    def _pair(self, block: int, which: str) -> tuple[Tensor, Tensor]:
+        pair = self.compensator.blocks[block]["attn"][f"{which}_tocom"]
+        return pair.adapter_down.weight, pair.adapter_up.weight
+
+    def __call__(self, block: int, x: Tensor) -> Tensor:
+        """What is added to the qkv output of a block, unfused (used in training).
+
+        Args:
+            block: Block index.
+            x: Input of the block's qkv layer, [B, N, C].
+
+        Returns:
+            [B, N, 3C], zero on the keys.
+        """
+        gate = (self.delta_scale * self.gate).to(x)
+
+        def path(which: str) -> Tensor:
+            down, up = self._pair(block, which)
+            return (self.compensator.dropout(x @ down.to(x).T) * gate) @ up.to(x).T
+
+        return torch.cat([path("q"), torch.zeros_like(x), path("v")], dim=-1)
+
+    def delta(self, block: int, which: str) -> Tensor:
+        """The change to a weight: scale * up . diag(gate(target) - gate(source)) . down, float64 [C, C].
+
+        Args:
+            block: Block index.
+            which: "q" or "v".
+        """
+        down, up = self._pair(block, which)
+        return self.delta_scale * (up.detach().double() * self.gate) @ down.detach().double()
+
+
+def _info_from_metadata(text: str, file: Path) -> CompensatorInfo:
+    try:
+        values = json.loads(text)
+        info = CompensatorInfo(**values)
+        sound = all(isinstance(n, int) and 0 < n < 1 << 16 for n in (info.width, info.depth, info.rank, info.groups))
+        sound = sound and isinstance(info.training_scale, float | int)
+    except (ValueError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise InputError(f"the compensator's metadata does not describe one, got {text[:80]!r} in {file}.")
+    return info
+
+
+def _info_from_shapes(weights: Mapping[str, Tensor], file: Path) -> CompensatorInfo:
+    # the original layout carries no metadata: depth, width and rank follow from names and shapes, G is 16
+    first = weights.get(_KEY.format(block=0, which="q", side="down"))
+    if first is None or first.ndim != 2 or first.shape[0] % GROUPS or not first.numel():
+        shape = "none" if first is None else tuple(first.shape)
+        raise InputError(f"the first compensator tensor must be [{GROUPS}*k, C], got {shape} in {file}.")
+    depth = len({name.split(".")[1] for name in weights})
+    return CompensatorInfo(width=first.shape[1], depth=depth, rank=first.shape[0] // GROUPS)

@@ -1,0 +1,173 @@
+"""The reference: a timm VisionTransformer that merges tokens between attention and MLP of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tocom.compensator import Compensation
+from tocom.errors import InputError
+from tocom.merging import match, merge
+from tocom.schedule import MergeSchedule
+
+MergeStep = Callable[[int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(block, x [B, N, C], token_size [B, N, 1], metric [B, N, D], r) -> merged x and token_size."""
+
+_POOLS = ("token", "avg", "avgmax", "max", "map")
+_MODEL_PARTS = {"patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "attn_pool", "fc_norm",
+                "head_drop", "head", "head_dist"}  # fmt: skip
+_MLPS = (Mlp, GluMlp, SwiGLU)  # each token on its own
+_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+
+
+def require_supported(model: nn.Module) -> None:
+    """Checks that a model is built of the parts that the reference models, and of no others.
+
+    Raises:
+        InputError: Naming the first part that is not modelled (rotary or relative positions, windowed attention,
+            parallel or post-norm blocks, ...).
+    """
+
+    def refuse(what: str, name: str) -> None:
+        raise InputError(f"{what} {name} is not modelled: token merging is exported for timm VisionTransformers with "
+                         "pre-norm blocks, plain attention and learned positions.")  # fmt: skip
+
+    def require_parts(module: nn.Module, known: set[str]) -> None:
+        unknown = sorted({name for name, _ in module.named_children()} - known)
+        if unknown:
+            refuse(f"part {unknown[0]!r} of", type(module).__name__)
+
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        refuse("model", type(model).__name__)
+    require_parts(model, _MODEL_PARTS)
+    if model.global_pool not in _POOLS:
+        refuse("pooling", repr(model.global_pool))
+    if model.num_classes < 1:
+        refuse("a model without a classifier,", type(model).__name__)
+    for index, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            refuse(f"block {index},", type(block).__name__)
+        if type(block.attn) is not Attention:
+            refuse(f"attention of block {index},", type(block.attn).__name__)
+        if type(block.mlp) not in _MLPS:
+            refuse(f"MLP of block {index},", type(block.mlp).__name__)
+        require_parts(block, _BLOCK_PARTS)
+        require_parts(block.attn, _ATTENTION_PARTS)
+
+
+def merge_tokens(model: nn.Module) -> MergeStep:
+    """The plain merge step of a model: match, then merge."""
+    order = {"protected": model.num_prefix_tokens, "keep_order": model.has_class_token}
+
+    def step(_block: int, x: Tensor, token_size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        return merge(x, token_size, match(metric, r, **order))
+
+    return step
+
+
+class MergingViT(nn.Module):
+    """Runs a timm VisionTransformer with token merging and proportional attention (ToMe, sections 3 and 3.1).
+
+    The wrapped model is untouched and its parameters are shared. Every module of its blocks is called; a model with a
+    part that is not modelled is refused. Without merging it computes what the wrapped model computes. Pools that
+    average over tokens weigh them by token_size, and attention pooling adds log(token_size), so that a merged token
+    counts for all its patches.
+
+    Args:
+        model: A timm VisionTransformer or VisionTransformerDistilled.
+        schedule: Tokens to remove per block, or a constant degree r.
+        compensation: The unfused compensator, for training; None for a plain or fused model.
+
+    Raises:
+        InputError: If the model has a part that is not modelled, or the degree is not valid.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: MergeSchedule | int = 0, compensation: Compensation | None = None
+    ) -> None:
+        super().__init__()
+        require_supported(model)
+        self.model = model
+        self.schedule = schedule_for(model, schedule) if isinstance(schedule, int) else schedule
+        self.compensation = compensation
+
+    def forward(self, pixel_values: Tensor, merge_step: MergeStep | None = None) -> Tensor:
+        """Classifies images.
+
+        Args:
+            pixel_values: Normalized images, [B, 3, H, W].
+            merge_step: Carries a merge out; None takes the plain one. Others record decisions, force them, or emit
+                an operator into a graph.
+
+        Returns:
+            Logits, [B, classes].
+        """
+        model = self.model
+        merge_step = merge_step or merge_tokens(model)
+        x = model.patch_drop(model._pos_embed(model.patch_embed(pixel_values)))
+        x = model.norm_pre(x)
+        token_size = None  # all ones until the first merge, which needs no bias
+        for index, (block, r) in enumerate(zip(model.blocks, self.schedule.removed, strict=True)):
+            attended, metric = self._attend(index, block.attn, block.norm1(x), token_size)
+            x = x + block.drop_path1(block.ls1(attended))
+            if r:
+                if token_size is None:
+                    token_size = x.new_ones(x.shape[0], x.shape[1], 1)
+                x, token_size = merge_step(index, x, token_size, metric, r)
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return self._classify(model.norm(x), token_size)
+
+    def _attend(self, index: int, attn: Attention, x: Tensor, token_size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Proportional attention: [B, N, C] -> its output [B, N, C], and the mean over heads of its keys [B, N, D]."""
+        batch, tokens, _ = x.shape
+        qkv = attn.qkv(x)
+        if self.compensation is not None:
+            qkv = qkv + self.compensation(index, x)
+        qkv = qkv.reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        # q is scaled before the product: TensorRT fuses attention only then
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        if token_size is not None:
+            logits = logits + token_size.log().transpose(-2, -1).unsqueeze(1)
+        out = attn.attn_drop(logits.softmax(dim=-1)) @ v
+        out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
+        if attn.gate is not None:
+            out = out * attn.gate(x).sigmoid()
+        return attn.proj_drop(attn.proj(out)), k.mean(dim=1)
+
+    def _classify(self, x: Tensor, token_size: Tensor | None) -> Tensor:
+        model = self.model
+        if token_size is None or model.global_pool in ("token", "max"):
+            return model.forward_head(x)
+        if model.global_pool == "map":
+            first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+            bias = token_size[:, first:].log().transpose(-2, -1).unsqueeze(1)
+            pooled = model.attn_pool(x[:, first:], attn_mask=bias)
+        else:
+            pooled = self._average(x, token_size)
+            if model.global_pool == "avgmax":
+                pooled = 0.5 * (pooled + model.pool(x, "max"))
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    def _average(self, x: Tensor, token_size: Tensor) -> Tensor:
+        first = 0 if self.model.pool_include_prefix else self.model.num_prefix_tokens
+        weight = token_size[:, first:]
+        return (x[:, first:] * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def schedule_for(model: nn.Module, r: int) -> MergeSchedule:
+    """The constant schedule of degree r for a model."""
+    return MergeSchedule.constant(
+        r, depth=len(model.blocks), tokens=tokens_in(model), protected=model.num_prefix_tokens
+    )
+
+
+def tokens_in(model: nn.Module) -> int:
+    """Tokens entering block 0 of a timm VisionTransformer, prefix included."""
+    return model.num_prefix_tokens + model.patch_embed.num_patches
