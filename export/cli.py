@@ -21,7 +21,7 @@ import tocom.errors
 # Heavy imports (torch, timm) lie in the commands that need them: `tocom --help` and `tocom infer` answer at once.
 
 app = typer.Typer(
-    help="Compile a token-compressed Vision Transformer: one proven engine per degree r (tokens merged in every block).",
+    help="Compile a token-compressed Vision Transformer: one proven engine per degree r (tokens merged per block).",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 InputErrors = (runtime.errors.InputError, tocom.errors.InputError)
 
-Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json + weights).")]
+Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json, weights).")]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(

@@ -198,7 +198,7 @@ def _measure(source: Source, family: Family, notify: Notify) -> Family:
                 str(entry.degree): stack.enter_context(open_engine(source.options.out / entry.engine, entry.backend))
                 for entry in wanted
             }
-            times = measure(runners, batch=1, seconds=4.0)
+            times = measure(runners, batch=1, min_rounds=30)
         for entry in wanted:
             time = times[str(entry.degree)]
             latency = {**entry.latency_ms, "1": {"p50": round(time.p50, 4), "p99": round(time.p99, 4)}}

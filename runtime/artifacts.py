@@ -127,7 +127,9 @@ def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], obj
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say which file
         raise
     return path

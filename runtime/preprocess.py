@@ -58,8 +58,8 @@ def _images_below(folder: Path) -> list[Path]:
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         # Links are followed, as timm does, but each folder is entered once: links can form circles.
         entered.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in entered]
-        images += [Path(root, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+        folders[:] = [name for name in folders if os.path.realpath(Path(root, name)) not in entered]
+        images += [Path(root, name) for name in files if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
     if not images:
         raise InputError(
             f"a folder must hold images ({', '.join(IMAGE_EXTENSIONS)}), got none in {one_line(folder)}: "

@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine, and set up what they need first:
+#   make engines R=8,16      compile one engine per degree
+#   make test                run the tests
+# Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
+#                  [COMPENSATOR=FILE SOURCE=0 SCALE=0.1] [IMAGES=DIR] [PRECISION=fp32] [BACKEND=auto] [OUT=DIR] [ARGS=...]
+
+PYTHON ?= python3
+BIN := .venv/bin
+# two test processes on two cores: threads that spin while they wait would only fight each other
+QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+R ?= 8,16
+MODEL ?= examples/digits
+ifeq ($(MODEL),examples/digits)
+COMPENSATOR ?= examples/digits/compensator.safetensors
+IMAGES ?= examples/digits/sheets
+endif
+SOURCE ?= 0
+SCALE ?= 0.1
+PRECISION ?= fp32
+BACKEND ?= auto
+OUT ?= engines/$(notdir $(MODEL))
+
+.PHONY: engines test test-full lint setup clean
+.DELETE_ON_ERROR:
+
+engines: .venv/ready
+	$(BIN)/tocom compile --model $(MODEL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
+	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR) --scale $(SCALE)) --source-degree $(SOURCE) --degrees $(R) \
+	  $(if $(IMAGES),--images $(IMAGES)) --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
+
+test: .venv/ready-dev
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
+
+test-full: .venv/ready-dev
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m ""
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: .venv/ready-dev
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,tensorrt-rtx]'
+	touch $@
+
+clean:
+	rm -rf .venv build engines *.egg-info
