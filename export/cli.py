@@ -295,7 +295,8 @@ def _console(*, stderr: bool = False) -> Console:
 def _stages(total: int | None) -> Iterator:
     """Shows stages as they come: a bar on a terminal, a line each elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=total)
 
         def notify(degree: int | None, stage: str) -> None:
@@ -303,8 +304,8 @@ def _stages(total: int | None) -> Iterator:
             progress.update(task, description=text)
             if stage in ("done", "reused", "FAILED"):
                 progress.advance(task)
-            if not progress.console.is_terminal:
-                progress.console.print(text)
+            if not console.is_terminal:
+                console.print(text)
 
         yield notify
 

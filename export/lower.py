@@ -69,7 +69,7 @@ def reference_model(model: nn.Module, schedule: MergeSchedule, fused: FusedCheck
     """The PyTorch reference of one degree: a copy of the model with the fused weights, merging as scheduled."""
     own = copy.deepcopy(model)
     own.load_state_dict(dict(fused.weights))
-    return MergingViT(own.eval(), schedule)
+    return MergingViT(own.eval().requires_grad_(False), schedule)
 
 
 def count_gmacs(reference: MergingViT) -> float:

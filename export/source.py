@@ -170,12 +170,6 @@ def validation_batches(source: Source) -> Iterator[np.ndarray]:
 
 def input_spec(loaded: LoadedModel) -> InputSpec:
     """How images are prepared for a model: timm's evaluation settings."""
-    config = loaded.data_config
-    return InputSpec(
-        size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
+    config = {**loaded.data_config, "size": loaded.data_config["input_size"]}
+    # through JSON, because a model folder's config may hold anything, and the manifest's reader checks it
+    return InputSpec.from_json(json.loads(json.dumps(config)))

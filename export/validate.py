@@ -9,7 +9,8 @@ decided. A decision that differs is explained if the engine's choice is within `
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,11 @@ def validate(engine: Engine, reference: MergingViT, batches: Iterator[np.ndarray
         The report; false if a gate failed.
     """
     findings = Findings()
-    exact = MergingViT(copy.deepcopy(reference.model).double(), reference.schedule)
+
+    @functools.cache  # twice the weights' memory, needed only where a decision differs
+    def exact() -> MergingViT:
+        return MergingViT(copy.deepcopy(reference.model).double(), reference.schedule)
+
     with open_engine(engine.file, engine.backend) as shipped, debug_copy(engine) as debugged:
         for pixel_values in batches:
             _compare(shipped, debugged, reference, exact, pixel_values, findings)
@@ -188,7 +193,7 @@ def _compare(
     shipped: EngineRunner,
     debugged: EngineRunner,
     reference: MergingViT,
-    exact: MergingViT,
+    exact: Callable[[], MergingViT],
     pixel_values: np.ndarray,
     findings: Findings,
 ) -> None:
@@ -207,7 +212,7 @@ def _compare(
             if same == chosen.src.shape[1] and in_order:
                 continue
             if exact_scores is None:
-                _, _, exact_scores = replay(exact, images.double(), decisions)
+                _, _, exact_scores = replay(exact(), images.double(), decisions)
             margin = decision_margin(exact_scores[block], chosen, image, not reference.model.has_class_token)
             findings.largest_margin = max(findings.largest_margin, margin)
             if margin < MARGIN:

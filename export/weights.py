@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -52,31 +53,35 @@ class WeightStore:
         Returns:
             Names of the weight files the model needs.
         """
-        new: dict[str, bytes] = {}
+        new: dict[str, ir.TensorProtocol] = {}
         digests: dict[str, str] = {}
-        for value in model.graph.initializers.values():
-            if value.const_value is None or value.const_value.nbytes < INLINE_BYTES:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < INLINE_BYTES:
                 continue
-            raw = value.const_value.tobytes()
-            digests[value.name] = _digest(raw)
-            if digests[value.name] not in self._places:
-                new.setdefault(digests[value.name], raw)
+            digests[name] = _digest(tensor.tobytes())
+            if digests[name] not in self._places:
+                new.setdefault(digests[name], tensor)
         self._write(new)
         for name, digest in digests.items():
             self._refer(model.graph.initializers[name], self._places[digest])
         return tuple(sorted({self._places[digest].file for digest in digests.values()}))
 
-    def _write(self, new: dict[str, bytes]) -> None:
+    def _write(self, new: dict[str, ir.TensorProtocol]) -> None:
         if not new:
             return
         name = f"weights-{_digest(''.join(new).encode())[:16]}.bin"
-        offset, chunks, places = 0, [], {}
-        for digest, raw in new.items():
-            padding = -offset % _ALIGNMENT
-            chunks += [b"\0" * padding, raw]
-            places[digest] = _Place(name, offset + padding)
-            offset += padding + len(raw)
-        write_atomically(self.folder / name, lambda file: file.writelines(chunks))
+        places, end = {}, 0
+        for digest, tensor in new.items():
+            places[digest] = _Place(name, end + -end % _ALIGNMENT)
+            end = places[digest].offset + tensor.nbytes
+
+        def write(file: BinaryIO) -> None:
+            for digest, tensor in new.items():
+                file.write(b"\0" * (places[digest].offset - file.tell()))
+                file.write(tensor.tobytes())
+
+        write_atomically(self.folder / name, write)
         self._places |= places
 
     def _refer(self, value: ir.Value, place: _Place) -> None:

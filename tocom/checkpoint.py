@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session
 from timm.data import resolve_model_data_config
-from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from tocom.errors import InputError
@@ -62,12 +64,12 @@ def load_model(
     folder = Path(name)
     if (folder / "config.json").is_file():
         checkpoint = checkpoint or _checkpoint_in(folder)
-        model_name, label_names = f"local-dir:{folder}", _label_names(folder)
+        model_name, described = f"local-dir:{folder}", True
     else:
         _require_known(name)
-        model_name, label_names = name, None
+        model_name, described = name, False
     tensors = None if checkpoint is None else read_tensors(checkpoint)[0]
-    if num_classes is None and tensors is not None and not label_names:
+    if num_classes is None and tensors is not None and not described:
         num_classes = _classes_in(tensors)
     if num_classes is not None:
         model_args["num_classes"] = num_classes
@@ -75,11 +77,13 @@ def load_model(
     require_supported(model)
     if tensors is not None:
         _load_strictly(model, tensors, checkpoint)
+    label_names = model.pretrained_cfg.get("label_names")
+    label_names = tuple(map(str, label_names)) if isinstance(label_names, list | tuple) and label_names else None
     if label_names and len(label_names) != model.num_classes:
         raise InputError(f"a model needs one name per class, got {len(label_names)} for {model.num_classes} classes "
                          f"in {folder / 'config.json'}.")  # fmt: skip
     data_config = resolve_model_data_config(model)
-    data_config["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    data_config["input_size"] = (model.in_chans, *model.patch_embed.img_size)
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         architecture=model.pretrained_cfg.get("architecture") or name.split(".", maxsplit=1)[0],
@@ -115,14 +119,6 @@ def _checkpoint_in(folder: Path) -> Path:
     raise InputError(f"a model folder must hold {' or '.join(_CHECKPOINT_NAMES)}, found none in {folder}.")
 
 
-def _label_names(folder: Path) -> tuple[str, ...] | None:
-    try:
-        names = load_model_config_from_path(folder)[0].get("label_names")
-    except Exception as error:
-        raise InputError(f"a model folder's config.json must be one that timm reads, got {folder}: {error}.") from error
-    return tuple(str(label) for label in names) if names else None
-
-
 def _classes_in(tensors: Mapping[str, Tensor]) -> int | None:
     head = tensors.get("head.weight")
     return head.shape[0] if head is not None and head.ndim == 2 else None
@@ -130,14 +126,31 @@ def _classes_in(tensors: Mapping[str, Tensor]) -> int | None:
 
 def _create(model_name: str, name: str, *, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(model_name, pretrained=pretrained, **model_args)
-    except (TypeError, ValueError, AssertionError) as error:
+        with _hub_at_hand() if pretrained else nullcontext():
+            return timm.create_model(model_name, pretrained=pretrained, **model_args)
+    except Exception as error:
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            why = "no network, and not in the cache" if isinstance(error, OSError) else _line(error)
+            raise InputError(
+                f"pretrained weights of {name} cannot be had here ({why}). Give the weights with --checkpoint FILE."
+            ) from error
         raise InputError(f"timm cannot build {name} with {dict(model_args)}: {_line(error)}.") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise InputError(f"timm cannot build {name} with {dict(model_args)}: {_line(error)}.") from error
-        raise InputError(f"pretrained weights of {name} cannot be had here ({_line(error)}). Give the weights with "
-                         "--checkpoint FILE.") from error  # fmt: skip
+
+
+@contextmanager
+def _hub_at_hand() -> Iterator[None]:
+    """Without network, looks into the hub's local cache only, instead of retrying for a minute."""
+    offline = constants.HF_HUB_OFFLINE
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not offline:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # noqa: BLE001 - whichever way the network fails, the cache is what is left
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:

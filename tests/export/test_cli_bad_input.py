@@ -308,3 +308,26 @@ def test_pretrained_weights_without_network(run: Run, tmp_path: Path, monkeypatc
         run("compile", "--model", "deit_tiny_patch16_224", "--degrees", "8", "--out", tmp_path / "out"), "--checkpoint"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        '{"architecture": 3}',
+        '{"architecture": "no_such_net"}',
+        '{"architecture": "NAME", "model_args": ARGS, "num_classes": 10, "pretrained_cfg": {"mean": 5}}',
+        '{"architecture": "NAME", "model_args": ARGS, "num_classes": 10, "pretrained_cfg": {"label_names": ["a"]}}',
+        '{"architecture": "NAME", "model_args": ARGS, "num_classes": 10, "pretrained_cfg": {"interpolation": "magic"}}',
+        '{"architecture": "NAME", "model_args": {"depth": "many"}, "num_classes": 10}',
+    ],
+)
+def test_broken_model_folders(run: Run, inputs: Path, tmp_path: Path, config: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(config.replace("NAME", NAME).replace("ARGS", json.dumps(ARGS)))
+    refused(run("compile", "--model", folder, "--degrees", "4", "--out", tmp_path / "out"), "model")  # no weights
+    shutil.copy(inputs / "good.safetensors", folder / "model.safetensors")
+    refused(run("compile", "--model", folder, "--degrees", "4", "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
