@@ -79,8 +79,8 @@ def main(
         f"# Cost of compiling {model}",
         "",
         f"`python bench/compile_cost.py --model {model} --degrees {degrees}`, {date.today()}, {os.cpu_count()} cores "
-        f"({platform.machine()}), torch {version('torch')}, onnxruntime {version('onnxruntime-gpu')}; with a compensator; fuse, "
-        "lower, build and validate of each degree, one run.",
+        f"({platform.machine()}), torch {version('torch')}, onnxruntime {version('onnxruntime-gpu')}. With a "
+        "compensator, fuse, lower, build and validate of each degree, one run.",
         "",
         "| degree | seconds |",
         "|---|---|",
