@@ -32,6 +32,9 @@ class DistillOptions:
         temperature: tau of both softmaxes.
         rank: Rank k of each of the 16 groups.
         seed: Of the weights' and the degrees' draw.
+
+    Raises:
+        InputError: If a number cannot be trained with.
     """
 
     steps: int = 2000
@@ -44,9 +47,12 @@ class DistillOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rank < 1 or self.lr <= 0 or self.temperature <= 0:
-            raise InputError("steps, rank, learning rate and temperature must be positive, got "
-                             f"{self.steps}, {self.rank}, {self.lr}, {self.temperature}.")  # fmt: skip
+        positive = (self.steps, self.rank, self.lr, self.temperature)
+        if not all(math.isfinite(number) and number > 0 for number in positive):
+            raise InputError(f"steps, rank, learning rate and temperature must be positive, got {positive}.")
+        if not (math.isfinite(self.delta_scale) and self.delta_scale) or not self.weight_decay >= 0:
+            raise InputError("the delta scale must be finite and not 0, the weight decay 0 or more, got "
+                             f"{self.delta_scale} and {self.weight_decay}.")  # fmt: skip
 
 
 def distill(

@@ -19,7 +19,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 GRID, DIGIT = 4, 8
 CELLS = GRID * GRID
 Split = Literal["train", "val", "test"]
-Rendering = Literal["ink", "paper"]
+Rendering = Literal["ink", "board"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Sheets:
 
     Args:
         split: Whose handwriting.
-        rendering: "ink" is white on black, as the scans are; "paper" is dark on a coloured, uneven ground, turned by
-            a quarter.
+        rendering: "ink" is white on black, as the scans are; "board" is coloured chalk on a coloured, unevenly lit
+            ground.
         seed: Of everything that is drawn.
     """
 
@@ -76,7 +76,7 @@ class Sheets:
         while sum(len(part) for part in kept) < size:
             labels = torch.randint(10, (2 * size, CELLS), generator=self.draw)
             often = torch.randint(10, (2 * size, 1), generator=self.draw)
-            count = torch.randint(4, 7, (2 * size, 1), generator=self.draw)
+            count = torch.randint(4, 6, (2 * size, 1), generator=self.draw)
             labels = torch.where(torch.arange(CELLS) < count, often, labels)
             tally = torch.nn.functional.one_hot(labels, 10).sum(1).sort(dim=1, descending=True).values
             labels = labels[tally[:, 0] > tally[:, 1]]
@@ -103,16 +103,14 @@ class Sheets:
 
     def _render(self, sheets: Tensor) -> Tensor:
         size = len(sheets)
-        noise = torch.randn(size, 3, 32, 32, generator=self.draw) * 0.04
+        noise = torch.randn(size, 1, 32, 32, generator=self.draw) * 0.04
         if self.rendering == "ink":
             pixels = sheets * (0.75 + 0.25 * self._uniform(size, 3, 1, 1)) + noise
         else:
-            sheets = sheets.rot90(1, (2, 3))
-            colour = 0.65 + 0.35 * self._uniform(size, 3, 1, 1)
-            shade = torch.nn.functional.interpolate(self._uniform(size, 1, 3, 3), 32, mode="bilinear")
-            ink = 0.3 * self._uniform(size, 3, 1, 1)
-            paper = colour * (0.75 + 0.25 * shade)
-            pixels = paper * (1 - sheets) + ink * sheets + noise
+            light = torch.nn.functional.interpolate(self._uniform(size, 1, 3, 3), 32, mode="bilinear")
+            board = 0.35 * self._uniform(size, 3, 1, 1) * (0.3 + 0.7 * light)
+            chalk = 0.6 + 0.4 * self._uniform(size, 3, 1, 1)
+            pixels = board * (1 - sheets) + chalk * sheets + noise
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 

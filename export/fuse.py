@@ -26,7 +26,7 @@ def fuse(weights: Mapping[str, Tensor], compensation: Compensation) -> dict[str,
         A new state dict. Tensors that do not change are the same objects, not copies.
 
     Raises:
-        InputError: If a qkv weight is missing or its shape does not fit the compensator.
+        InputError: If a qkv weight is missing, its shape does not fit the compensator, or the scale overflows it.
     """
     width = compensation.compensator.info.width
     fused = dict(weights)
@@ -40,6 +40,8 @@ def fuse(weights: Mapping[str, Tensor], compensation: Compensation) -> dict[str,
         for which, part in rows.items():
             qkv[part] = qkv[part] + compensation.delta(block, which)
         fused[name] = qkv.to(weights[name].dtype)
+        if not fused[name].isfinite().all():
+            raise InputError(f"the compensated {name} must be finite, got infinity at scale {compensation.delta_scale}.")
     _ensure_only_qkv_changed(weights, fused)
     return fused
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class LabelledImages:
 
 
 def _labels(paths: Sequence[Path], class_names: Sequence[str] | None, classes: int) -> tuple[int, ...] | None:
-    by_name = {name: index for index, name in enumerate(class_names or ())}
+    times = Counter(class_names)
+    by_name = {name: index for index, name in enumerate(class_names or ()) if times[name] == 1}  # else it is not told
     by_index = {str(index): index for index in range(classes)}
     for known in (by_name, by_index):
         labels = [known.get(path.absolute().parent.name) for path in paths]

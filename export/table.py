@@ -61,7 +61,7 @@ def _row(entry: EngineEntry, baseline: EngineEntry | None, folder: Path) -> list
         f"{time['p99']:.2f}" if "p99" in time else "-",
         f"{base['p50'] / time['p50']:.2f}x" if "p50" in time and "p50" in base else "-",
         f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
-        f"{found['agreement']:.2%}" if "agreement" in found else "-",
+        f"{found['agreement']:.2%}" if found.get("decisions") else "-",
     ]
 
 

@@ -75,6 +75,7 @@ class Findings:
             "largest_margin": self.largest_margin,
             "max_logit_error": self.max_logit_error,
             "max_logit": self.max_logit,
+            "debug_copy_error": self.debug_copy_error,
             "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
             "blocks_with_unexplained": sorted(self.blocks_with_unexplained),
         }
@@ -168,15 +169,11 @@ def decision_margin(scores: Tensor, chosen: Matching, image: int, ordered_by_sco
         Infinity if they are no valid decisions at all.
     """
     scores = scores[image]
+    if not _are_decisions(chosen, image, chosen.protected + sum(scores.shape)):
+        return float("inf")
     first_a, first_b = first_positions(chosen.protected)
     src, unm = (chosen.src[image] - first_a) // 2, (chosen.unm[image] - first_a) // 2
     dst = (chosen.dst[image] - first_b) // 2
-    everyone = torch.cat([src, unm]).sort().values
-    positions = torch.cat([chosen.src[image], chosen.unm[image]]) - first_a
-    if not torch.equal(everyone, torch.arange(scores.shape[0])) or (positions % 2).any():
-        return float("inf")
-    if dst.min() < 0 or dst.max() >= scores.shape[1] or ((chosen.dst[image] - first_b) % 2).any():
-        return float("inf")
     best = scores.max(dim=1).values
     margins = [(best[src] - scores[src, dst]).max()]
     if len(unm):
@@ -186,7 +183,16 @@ def decision_margin(scores: Tensor, chosen: Matching, image: int, ordered_by_sco
             margins.append((highest_behind - best[unm]).max())
         elif not torch.equal(unm, unm.sort().values):
             return float("inf")
-    return max(0.0, *(float(margin) for margin in margins))
+    return float(torch.stack(margins).max().clamp_min(0))  # NaN stays NaN, which explains nothing
+
+
+def _are_decisions(chosen: Matching, image: int, tokens: int) -> bool:
+    """Whether every a-token is named once, merged or unmerged, and every destination is a b-token."""
+    first_a, first_b = first_positions(chosen.protected)
+    named = torch.cat([chosen.src[image], chosen.unm[image]]).sort().values
+    return torch.equal(named, torch.arange(first_a, tokens, 2)) and bool(
+        torch.isin(chosen.dst[image], torch.arange(first_b, tokens, 2)).all()
+    )
 
 
 def _compare(
@@ -201,6 +207,13 @@ def _compare(
     outputs = debugged.infer_all(pixel_values)
     decisions = decisions_of(outputs, reference)
     images = torch.from_numpy(pixel_values)
+    findings.images += len(images)
+    for block, chosen in decisions.items():
+        if not all(_are_decisions(chosen, image, reference.schedule.tokens[block]) for image in range(len(images))):
+            findings.unexplained += 1
+            findings.blocks_with_unexplained.add(block)
+            findings.largest_margin = findings.max_logit_error = float("inf")
+            return  # there is nothing to replay
     expected, natural, _ = replay(reference, images, decisions)
     exact_scores: dict[int, Tensor] | None = None
     for block, chosen in decisions.items():
@@ -220,13 +233,16 @@ def _compare(
             else:
                 findings.unexplained += 1
                 findings.blocks_with_unexplained.add(block)
-    error = (logits - expected).abs().max()
-    findings.images += len(images)
-    findings.max_logit_error = max(findings.max_logit_error, float(error) if error.isfinite() else float("inf"))
+    findings.max_logit_error = max(findings.max_logit_error, _largest_difference(logits, expected))
     findings.max_logit = max(findings.max_logit, float(expected.abs().max()))
     findings.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
-    debug_error = float((logits - torch.from_numpy(outputs[OUTPUT])).abs().max())
+    debug_error = _largest_difference(logits, torch.from_numpy(outputs[OUTPUT]))
     findings.debug_copy_error = max(findings.debug_copy_error, debug_error)
+
+
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    error = (one - other).abs().max()
+    return float(error) if error.isfinite() else float("inf")
 
 
 def _equal_decisions(one: Matching, other: Matching, image: int) -> int:

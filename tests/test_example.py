@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,4 +56,4 @@ def test_binaries_stay_small() -> None:
     files = [ROOT / name for name in listed.split("\0") if name] or list(EXAMPLE.rglob("*.*"))
     binary = [file for file in files if file.suffix in (".png", ".safetensors", ".onnx", ".bin") and file.exists()]
     assert binary
-    assert sum(os.path.getsize(file) for file in binary) < 10e6
+    assert sum(Path(file).stat().st_size for file in binary) < 10e6

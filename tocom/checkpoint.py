@@ -159,6 +159,9 @@ def _load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) 
         if name in expected and tensor.shape != expected[name].shape:
             raise InputError(f"checkpoint tensor {name} must have shape {list(expected[name].shape)} for this model, "
                              f"got {list(tensor.shape)} in {file}.")  # fmt: skip
+        if name in expected and not tensor.is_floating_point():
+            raise InputError(f"checkpoint tensor {name} must hold floating-point numbers, got {tensor.dtype} in "
+                             f"{file}: quantized checkpoints are not modelled.")  # fmt: skip
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from tocom.errors import InputError
 from tocom.tensorfile import read_tensors
 
 GROUPS = 16  # one group of ranks per degree step, so the largest degree a compensator knows (ToCom, section 3.3)
+_FORMAT = "tocom-compensator-1"
 _KEY = "blocks.{block}.attn.{which}_tocom.adapter_{side}.weight"
 
 
@@ -89,7 +91,7 @@ class Compensator(nn.Module):
 
     def to_safetensors(self) -> bytes:
         """The file contents: weights, and `info` as metadata."""
-        metadata = {"format": "tocom-compensator-1", "info": json.dumps(asdict(self.info), sort_keys=True)}
+        metadata = {"format": _FORMAT, "info": json.dumps(asdict(self.info), sort_keys=True)}
         return save({name: weight.contiguous() for name, weight in self.state_dict().items()}, metadata)
 
     def to_original(self) -> dict[str, dict[str, Tensor]]:
@@ -108,27 +110,30 @@ class Compensator(nn.Module):
         if not weights:
             raise InputError(f"a compensator holds tensors named {_KEY.format(block=0, which='q', side='down')}, "
                              f"found none of {len(tensors)} in {file}.")  # fmt: skip
-        info = _info_from_metadata(metadata["info"], file) if "info" in metadata else _info_from_shapes(weights, file)
-        compensator = cls(info)
-        expected = compensator.state_dict()
-        if weights.keys() != expected.keys():
-            wrong = sorted(weights.keys() ^ expected.keys())[0]
+        info = _info_from_metadata(metadata, file) if "info" in metadata else _info_from_shapes(weights, file)
+        shapes = _shapes(info)
+        if weights.keys() != shapes.keys():
+            wrong = sorted(weights.keys() ^ shapes.keys())[0]
             raise InputError(f"a compensator of {info.depth} blocks must hold exactly q and v pairs, {wrong!r} is "
-                             f"{'missing' if wrong in expected else 'not one of them'} in {file}.")  # fmt: skip
+                             f"{'missing' if wrong in shapes else 'not one of them'} in {file}.")  # fmt: skip
         for name, tensor in weights.items():
-            if tensor.shape != expected[name].shape:
-                raise InputError(f"compensator tensor {name} must have shape {tuple(expected[name].shape)}, got "
-                                 f"{tuple(tensor.shape)} in {file}.")  # fmt: skip
+            if tensor.shape != shapes[name] or not tensor.is_floating_point():
+                raise InputError(f"compensator tensor {name} must have shape {shapes[name]} and hold floating-point "
+                                 f"numbers, got {tuple(tensor.shape)} of {tensor.dtype} in {file}.")  # fmt: skip
+        compensator = cls(info)
         compensator.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return compensator.eval()
 
     def require_fits(self, *, backbone: str, width: int, depth: int) -> None:
-        """Checks that this compensator was made for that backbone.
+        """Checks that this compensator was made for that backbone and for constant degrees.
 
         Raises:
-            InputError: If the name, width or depth differs.
+            InputError: If the name, width, depth or kind of schedule differs.
         """
         info = self.info
+        if info.schedule != "constant":
+            raise InputError(f"the compensator was trained for {info.schedule} schedules, but degrees are compiled as "
+                             "constant ones.")  # fmt: skip
         if (info.width, info.depth) != (width, depth):
             raise InputError(f"the compensator was trained for width {info.width} and {info.depth} blocks, but "
                              f"{backbone} has width {width} and {depth} blocks.")  # fmt: skip
@@ -196,16 +201,29 @@ class Compensation:
         return self.delta_scale * (up.detach().double() * self.gate) @ down.detach().double()
 
 
-def _info_from_metadata(text: str, file: Path) -> CompensatorInfo:
+def _shapes(info: CompensatorInfo) -> dict[str, tuple[int, int]]:
+    """Names and shapes of a compensator's weights, known before memory is taken for them."""
+    hidden = info.groups * info.rank
+    sides = {"down": (hidden, info.width), "up": (info.width, hidden)}
+    return {
+        _KEY.format(block=block, which=which, side=side): shape
+        for block in range(info.depth)
+        for which in "qv"
+        for side, shape in sides.items()
+    }
+
+
+def _info_from_metadata(metadata: Mapping[str, str], file: Path) -> CompensatorInfo:
     try:
-        values = json.loads(text)
-        info = CompensatorInfo(**values)
-        sound = all(isinstance(n, int) and 0 < n < 1 << 16 for n in (info.width, info.depth, info.rank, info.groups))
-        sound = sound and isinstance(info.training_scale, float | int)
-    except (ValueError, TypeError, RecursionError):
+        info = CompensatorInfo(**json.loads(metadata["info"]))
+        sound = all(type(n) is int and 0 < n < 1 << 16 for n in (info.width, info.depth, info.rank, info.groups))
+        sound = sound and isinstance(info.training_scale, float | int) and math.isfinite(info.training_scale)
+        sound = sound and isinstance(info.schedule, str) and isinstance(info.backbone, str | None)
+    except (ValueError, TypeError, RecursionError, OverflowError):
         sound = False
-    if not sound:
-        raise InputError(f"the compensator's metadata does not describe one, got {text[:80]!r} in {file}.")
+    if not sound or metadata.get("format") != _FORMAT:
+        described = f"{metadata.get('format')}: {metadata['info']}"
+        raise InputError(f"the compensator's metadata does not describe one, got {described[:80]!r} in {file}.")
     return info
 
 

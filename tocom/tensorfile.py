@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from tocom.errors import InputError
 
 _WRAPPERS = ("model", "state_dict")
 _DATA_PARALLEL = "module."
-_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+           OSError, MemoryError, struct.error)  # fmt: skip
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,8 +33,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         Tensors by name, on the CPU; and the safetensors metadata (empty for a torch file).
 
     Raises:
-        InputError: If the file is missing, empty, truncated, of another format, would run code, or holds NaN or
-            infinite numbers.
+        InputError: If the file is missing, empty, truncated, of another format, would run code, or holds anything but
+            plain tensors of finite numbers.
     """
     if not file.is_file():
         raise InputError(f"a weights file must exist, got {file}" + (" (a folder)." if file.is_dir() else "."))
@@ -43,6 +45,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         tensors, metadata = _read_torch(file), {}
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            raise InputError(f"weights must be plain real numbers, tensor {name!r} is sparse, quantized, complex or "
+                             f"without values in {file}.")  # fmt: skip
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"weights must be finite, tensor {name} holds NaN or infinity in {file}.")
     return tensors, metadata
@@ -52,7 +57,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"a .safetensors file must be whole and valid, got {file}: {_line(error)}.") from error
 
 

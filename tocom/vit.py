@@ -84,7 +84,7 @@ class MergingViT(nn.Module):
         compensation: The unfused compensator, for training; None for a plain or fused model.
 
     Raises:
-        InputError: If the model has a part that is not modelled, or the degree is not valid.
+        InputError: If the model has a part that is not modelled, or the degree or schedule is not valid for it.
     """
 
     def __init__(
@@ -93,7 +93,11 @@ class MergingViT(nn.Module):
         super().__init__()
         require_supported(model)
         self.model = model
-        self.schedule = schedule_for(model, schedule) if isinstance(schedule, int) else schedule
+        self.schedule = schedule if isinstance(schedule, MergeSchedule) else schedule_for(model, schedule)
+        made_for = (len(self.schedule.requested), self.schedule.tokens_in, self.schedule.protected)
+        if made_for != (len(model.blocks), tokens_in(model), model.num_prefix_tokens):
+            raise InputError("a schedule must be made for the model's blocks, tokens and protected tokens, got one for "
+                             f"{made_for}.")  # fmt: skip
         self.compensation = compensation
 
     def forward(self, pixel_values: Tensor, merge_step: MergeStep | None = None) -> Tensor:

@@ -1,0 +1,284 @@
+"""Tiny random ViTs of every family, photographs, exports made once, and an oracle for token merging."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from export.lower import lower
+from export.weights import WeightStore
+from runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph
+from tocom.compensator import Compensator, CompensatorInfo
+from tocom.vit import schedule_for
+
+torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
+
+CLASSES = 10
+TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES}
+
+
+def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter a random value: an untrained LayerScale, norm or bias would hide that it is left out."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw)
+        kind = name.rsplit(".", maxsplit=1)[-1]
+        if kind == "weight" and parameter.ndim > 1:
+            noise = noise / math.sqrt(parameter[0].numel())
+        elif kind == "weight":
+            noise = 1 + 0.3 * noise
+        elif kind == "gamma":
+            noise = 0.6 + 0.2 * noise
+        else:  # biases, tokens, positions
+            noise = 0.4 * noise
+        parameter.data.copy_(noise)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_vit(name: str, **overrides: object) -> nn.Module:
+    """A real timm architecture in miniature: 64 patches, width 48, random weights."""
+    return randomize_(timm.create_model(name, **{**TINY, **overrides}))
+
+
+def gated_vit() -> nn.Module:
+    """A ViT whose attention output is gated, which no timm name offers for a plain VisionTransformer."""
+    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    for block in model.blocks:
+        block.attn = Attention(TINY["embed_dim"], num_heads=TINY["num_heads"], qkv_bias=True, gated=True)
+    return randomize_(model)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "deit_tiny": partial(tiny_vit, "deit_tiny_patch16_224", depth=4),  # at r = 16 its last merge is clamped
+    "deit_small": partial(tiny_vit, "deit_small_patch16_224", img_size=(56, 72)),  # an odd number of patches
+    "deit_base": partial(tiny_vit, "deit_base_patch16_224", img_size=(48, 80)),
+    "deit_distilled": partial(tiny_vit, "deit_tiny_distilled_patch16_224", depth=3),
+    "deit3": partial(tiny_vit, "deit3_small_patch16_224"),
+    "augreg": partial(tiny_vit, "vit_base_patch16_224"),
+    "augreg_384": partial(tiny_vit, "vit_small_patch16_384", img_size=96, patch_size=16, dynamic_img_size=True),
+    "gap": partial(tiny_vit, "vit_base_patch16_siglip_gap_224", img_size=72, depth=3),
+    "map": partial(tiny_vit, "vit_base_patch16_siglip_224", depth=3),
+    "reg4_dinov2": partial(tiny_vit, "vit_small_patch14_reg4_dinov2", depth=3),
+    "reg4_dinov2_swiglu": partial(tiny_vit, "vit_giant_patch14_reg4_dinov2"),
+    "reg1_gap": partial(tiny_vit, "vit_little_patch16_reg1_gap_256"),
+    "reg4_gap": partial(tiny_vit, "vit_so150m_patch16_reg4_gap_256", img_size=(72, 56)),
+    "clip": partial(tiny_vit, "vit_base_patch16_clip_224"),  # a norm before the blocks
+    "normed": partial(
+        tiny_vit, "vit_tiny_patch16_224", qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, init_values=0.1
+    ),
+    "gated": gated_vit,
+    "avgmax_with_class": partial(tiny_vit, "vit_tiny_patch16_224", global_pool="avgmax"),
+    "avg_with_prefix": partial(tiny_vit, "vit_tiny_patch16_224", global_pool="avg", pool_include_prefix=True),
+    "max": partial(tiny_vit, "vit_tiny_patch16_224", global_pool="max", class_token=False),
+    "hybrid": partial(tiny_vit, "vit_tiny_r_s16_p8_224", img_size=128, patch_size=2),
+}
+DEGREES = (0, 1, 4, 8, 13, 16)
+DEFAULT_DEGREES = {"deit_tiny": DEGREES, "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
+
+
+def _degree_grid() -> list[object]:
+    """Every family at every degree. By default the structurally different ones at several, the others at one each."""
+    grid = []
+    for index, family in enumerate(FAMILIES):
+        by_default = DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],))
+        for degree in DEGREES:
+            marks = () if degree in by_default else pytest.mark.full
+            grid.append(pytest.param((family, degree), id=f"{family}-r{degree}", marks=marks))
+    return grid
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family's name in turn."""
+    return request.param
+
+
+@pytest.fixture(params=_degree_grid())
+def family_and_degree(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """Each family at each of its degrees in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_vit() -> Callable[[str], nn.Module]:
+    """Builds the tiny model of a family, frozen, in evaluation mode."""
+    return lambda name: FAMILIES[name]()
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., nn.Module]:
+    """`tiny_vit`, for tests that need a model of their own."""
+    return tiny_vit
+
+
+@pytest.fixture(scope="session")
+def make_compensator() -> Callable[..., Compensator]:
+    """Builds a compensator with random weights, both sides of every pair."""
+
+    def make(width: int, depth: int, *, seed: int = 0, size: float = 0.3, **info: object) -> Compensator:
+        compensator = Compensator(CompensatorInfo(width=width, depth=depth, **info))
+        draw = torch.Generator().manual_seed(seed)
+        for weight in compensator.parameters():
+            weight.data.copy_(size * torch.randn(weight.shape, generator=draw))
+        return compensator.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Callable[[int, int], np.ndarray]:
+    """Five normalized views of scikit-learn's two photographs, float32 [5, 3, H, W]."""
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    boxes = [(0, 0, 640, 427), (0, 0, 213, 142), (200, 100, 500, 400)]
+    views = [photo.crop(box) for box in boxes for photo in photos][:5]
+
+    def sized(height: int, width: int) -> np.ndarray:
+        pixels = [np.asarray(view.resize((width, height), Image.Resampling.BICUBIC), np.float32) for view in views]
+        return np.ascontiguousarray(((np.stack(pixels) / 255 - 0.5) / 0.25).transpose(0, 3, 1, 2))
+
+    return sized
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., np.ndarray]:
+    """Random images, float32 [B, 3, H, W]."""
+
+    def images(batch: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal((batch, 3, height, width), dtype=np.float32)
+
+    return images
+
+
+@pytest.fixture(scope="session")
+def fused_of() -> Callable[[nn.Module, int], FusedCheckpoint]:
+    """A model's own weights as the weights of a degree: nothing compensated."""
+
+    def fused(model: nn.Module, degree: int) -> FusedCheckpoint:
+        return FusedCheckpoint(model.state_dict(), "tiny", degree, 0, None, "a" * 64, None)
+
+    return fused
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, fused_of: Callable[[nn.Module, int], FusedCheckpoint]
+) -> Callable[[str, int], Engine]:
+    """Exports a family at a degree, once per session: worker processes find each other's exports on disk."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports"
+
+    @cache
+    def export(family: str, degree: int) -> Engine:
+        model = FAMILIES[family]()
+        folder = root / f"{family}-r{degree}"
+        fused = fused_of(model, degree)
+        if not folder.exists():
+            making = root / f".{folder.name}-{os.getpid()}"
+            making.mkdir(parents=True)
+            graph = lower(model, schedule_for(model, degree), fused, WeightStore(making), "model.onnx")
+            (making / "graph.json").write_text(json.dumps([dict(graph.files), graph.tokens, graph.gmacs]))
+            # where another process was faster, its export stands
+            if not folder.exists():
+                making.rename(folder)
+        files, tokens, gmacs = json.loads((folder / "graph.json").read_text())
+        graph = OnnxGraph(folder / "model.onnx", files, tuple(tokens), gmacs, fused)
+        return Engine(graph.file, "onnxruntime", "fp32", files, graph)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def engine_at() -> Callable[[Engine, Path], Engine]:
+    """An engine whose graph is another file: for graphs that were tampered with."""
+    return lambda engine, file: replace(engine, file=file, source=replace(engine.source, file=file))
+
+
+def naive_match(
+    metric: Sequence[Sequence[float]], r: int, protected: int, keep_order: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """The merge decisions for one image, token by token, as design.md words them: src, dst, unm."""
+    tokens = len(metric)
+    free = range(protected, tokens)
+    sources, destinations = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
+
+    def cosine(i: int, j: int) -> float:
+        lengths = math.hypot(*metric[i]) * math.hypot(*metric[j])
+        return math.fsum(p * q for p, q in zip(metric[i], metric[j], strict=True)) / lengths if lengths else 0.0
+
+    best: dict[int, tuple[float, int]] = {}
+    for i in sources:
+        for j in destinations:
+            if i not in best or cosine(i, j) > best[i][0]:
+                best[i] = cosine(i, j), j
+    ranked = sorted(sources, key=lambda i: (-best[i][0], i))
+    r = min(r, (tokens - protected) // 2)
+    src, unm = ranked[:r], ranked[r:]
+    return src, [best[i][1] for i in src], sorted(unm) if keep_order else unm
+
+
+def naive_merge(
+    x: np.ndarray, token_size: np.ndarray, decisions: tuple[list[int], list[int], list[int]], protected: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One image's tokens [N, C] and sizes [N] after merging, summed token by token."""
+    src, dst, unm = decisions
+    tokens, sizes = [], []
+    odd = [i for i in range(protected, len(x)) if i % 2 == 1]
+    for position in [*range(protected), *unm, *odd]:
+        members = [position] + [i for i, j in zip(src, dst, strict=True) if j == position]
+        size = sum(float(token_size[i]) for i in members)
+        tokens.append(sum(x[i].astype(np.float64) * float(token_size[i]) for i in members) / size)
+        sizes.append(size)
+    return np.stack(tokens), np.array(sizes)
+
+
+@pytest.fixture(scope="session")
+def naive() -> SimpleNamespace:
+    """Token merging with Python loops: `match` for one image's metric, `merge` for one image's tokens."""
+    return SimpleNamespace(match=naive_match, merge=naive_merge)
+
+
+@pytest.fixture(scope="session")
+def tied_metric() -> Callable[..., np.ndarray]:
+    """Metrics full of exact ties and zero vectors, whose cosines every number format computes without rounding.
+
+    Every vector has 0, 1, 4 or 16 entries of one power of two, so its length is a power of two as well.
+    """
+
+    def draw(batch: int, tokens: int, seed: int, dtype: type = np.float32) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        metric = np.zeros((batch, tokens, 16), dtype)
+        for vector in metric.reshape(-1, 16):
+            count = random.choice([0, 1, 4, 16], p=[0.1, 0.4, 0.4, 0.1])
+            where = random.choice(6 if count < 6 else 16, count, replace=False)
+            vector[where] = random.choice([-1, 1], count, p=[0.3, 0.7]) * 2.0 ** random.integers(-20, 11)
+        return metric
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def copy_of() -> Callable[[nn.Module], nn.Module]:
+    """A deep copy, for tests that alter a model."""
+    return copy.deepcopy
+
+
+@pytest.fixture(scope="session")
+def as_tensor() -> Callable[[np.ndarray], Tensor]:
+    """numpy -> torch, sharing memory."""
+    return torch.from_numpy

@@ -1,0 +1,164 @@
+"""Exported graphs in ONNX Runtime against the PyTorch reference: every merge decision, then the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import operator
+from export.build import build
+from export.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
+from export.validate import debug_copy, decisions_of, default_images, validate
+from export.weights import WeightStore
+from runtime.artifacts import sha256_file
+from runtime.engines import open_engine
+from tocom.merging import match, merge
+from tocom.schedule import MergeSchedule
+from tocom.vit import MergingViT, schedule_for, tokens_in
+
+
+def batches(model, noise, photographs) -> Iterator[np.ndarray]:
+    height, width = model.patch_embed.img_size
+    photos = photographs(height, width)
+    yield noise(1, height, width)
+    yield noise(5, height, width, seed=1)
+    yield photos[:1]
+    yield photos
+
+
+@torch.no_grad()
+def recorded(reference: MergingViT, images: np.ndarray) -> tuple[np.ndarray, list]:
+    """The reference's own logits and decisions; nothing is forced on it."""
+    seen = []
+
+    def step(block, x, token_size, metric, r):
+        seen.append(match(metric, r, protected=tokens_in_front, keep_order=reference.model.has_class_token))
+        return merge(x, token_size, seen[-1])
+
+    tokens_in_front = reference.model.num_prefix_tokens
+    return reference(torch.from_numpy(images), step).numpy(), seen
+
+
+def test_onnx_runtime_decides_and_computes_as_the_reference(
+    family_and_degree, exported, make_vit, fused_of, noise, photographs
+):
+    family, degree = family_and_degree
+    model, engine = make_vit(family), exported(family, degree)
+    reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree))
+    alike = {"noise": 0, "photographs": 0}
+    with open_engine(engine.file, "onnxruntime") as shipped, debug_copy(engine) as debugged:
+        for number, images in enumerate(batches(model, noise, photographs)):
+            expected, decisions = recorded(reference, images)
+            logits = shipped.infer(images)
+            found = decisions_of(debugged.infer_all(images), reference)
+            assert len(found) == len(decisions) == sum(removed > 0 for removed in reference.schedule.removed)
+            for image in range(len(images)):
+                same = all(
+                    torch.equal(getattr(one, name)[image], getattr(other, name)[image])
+                    for one, other in zip(found.values(), decisions, strict=True)
+                    for name in ("src", "dst", "unm")
+                )
+                if same:
+                    alike["noise" if number < 2 else "photographs"] += 1
+                    assert np.abs(logits[image] - expected[image]).max() <= 1e-4
+    assert min(alike.values()) >= 5  # of six each: what differs below is the exception
+    # the decisions that do differ lie within 1e-6 of the best ones, and the logits follow from them
+    report = validate(engine, reference, batches(model, noise, photographs))
+    assert report, report.findings
+    assert report.findings["max_logit_error"] <= 1e-4
+    assert report.findings["largest_margin"] < 1e-6
+    assert report.findings["images"] == 12
+
+
+@pytest.mark.parametrize("degree", [pytest.param(0, marks=pytest.mark.full), 8])
+def test_a_graph_keeps_the_contract_of_the_runtime(exported, degree):
+    engine = exported("deit_distilled", degree)
+    graph = onnx.load(engine.file)
+    onnx.checker.check_model(graph, full_check=True)
+    imports = {opset.domain: opset.version for opset in graph.opset_import}
+    assert imports[""] == OPSET >= 20
+    (source,), (sink,) = graph.graph.input, graph.graph.output
+    assert (source.name, sink.name) == (INPUT, OUTPUT) == ("pixel_values", "logits")
+    shapes = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (source, sink)]
+    assert shapes == [["batch", 3, 64, 64], ["batch", 10]]
+    merges = [node for node in graph.graph.node if node.domain == "ai.tocom"]
+    assert len(merges) == (3 if degree else 0)
+    assert [function.name for function in graph.functions if function.domain == "ai.tocom"] == (
+        ["TokenMerge"] if degree else []
+    )
+    for node in merges:
+        assert {attribute.name: attribute.i for attribute in node.attribute} == {
+            "r": 8, "protected": 2, "keep_order": 1,
+        }  # fmt: skip
+    assert engine.source.tokens == ((66, 58, 50, 42) if degree else (66, 66, 66, 66))
+    assert {value.name for value in graph.graph.initializer} >= {"pos_embed", "blocks.2.attn.qkv.bias", "head.bias"}
+    assert {name: sha256_file(engine.file.parent / name) for name in engine.source.files} == engine.source.files
+
+
+def test_a_graph_says_nothing_about_the_machine_that_made_it(exported):
+    engine = exported("deit_distilled", 8)
+    text = engine.file.read_bytes()
+    for trace in (b".py", b"site-packages", b"stack_trace", str(engine.file.parent.parent).encode()):
+        assert trace not in text
+
+
+def test_the_same_degree_exports_to_the_same_bytes(tmp_path, exported, make_vit, fused_of):
+    model = make_vit("deit3")
+    again = lower(model, schedule_for(model, 1), fused_of(model, 1), WeightStore(tmp_path), "model.onnx")
+    assert dict(again.files) == dict(exported("deit3", 1).files)
+
+
+def test_inlining_leaves_standard_operators_only(exported):
+    graph = inline(onnx.load(exported("deit_distilled", 8).file, load_external_data=False))
+    assert not graph.functions
+    assert {node.domain for node in graph.graph.node} == {""}
+    forbidden = {"ScatterElements", "ScatterND", "NonZero", "Unique", "Loop", "If", "Scan"}
+    assert not forbidden & {node.op_type for node in graph.graph.node}
+
+
+def test_a_schedule_that_merges_in_some_blocks_only(tmp_path, make_vit, fused_of):
+    model = make_vit("map")
+    schedule = MergeSchedule.per_block([0, 20, 3], depth=3, tokens=tokens_in(model), protected=0)
+    fused = fused_of(model, 0)
+    engine = build(lower(model, schedule, fused, WeightStore(tmp_path), "model.onnx"))
+    assert engine.source.tokens == (64, 64, 44, 41)
+    report = validate(engine, reference_model(model, schedule, fused), default_images((3, 64, 64)))
+    assert report, report.findings
+    assert report.findings["decisions"] == 12 * 23
+
+
+def test_multiplications_are_those_of_the_formula(make_vit):
+    model = make_vit("deit_tiny")
+    width, head_width = 48, 16
+    expected = 64 * 3 * 8 * 8 * width + width * 10  # patches and classifier
+    for attending, left in ((65, 49), (49, 33), (33, 17), (17, 9)):
+        expected += attending * 4 * width**2 + 2 * attending**2 * width  # qkv and proj; logits and weighted values
+        expected += ((attending - 1) // 2) ** 2 * head_width  # cosines
+        expected += left * 8 * width**2  # MLP
+    assert count_gmacs(MergingViT(model, 16)) * 1e9 == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_reference_of_a_degree_has_its_own_weights(make_vit, fused_of):
+    model = make_vit("deit_tiny")
+    fused = fused_of(make_vit("deit_tiny"), 8)
+    fused.weights["head.bias"] += 1
+    reference = reference_model(model, schedule_for(model, 8), fused)
+    assert torch.equal(reference.model.head.bias, model.head.bias + 1)
+    assert reference.model is not model
+    assert not reference.model.training
+
+
+def test_lowering_needs_no_frozen_model(make_vit, fused_of):
+    """A model as timm.create_model gives it is trainable, and counting multiplications in its pooling needs it not."""
+    model = make_vit("map").requires_grad_(True)
+    assert count_gmacs(reference_model(model, schedule_for(model, 4), fused_of(model, 4))) > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_operator_names_are_the_documented_ones():
+    assert (operator.DOMAIN, operator.NAME, operator.VERSION) == ("ai.tocom", "TokenMerge", 1)
+    assert operator.DECISIONS == ("src", "dst", "unm")
