@@ -41,7 +41,9 @@ def fuse(weights: Mapping[str, Tensor], compensation: Compensation) -> dict[str,
             qkv[part] = qkv[part] + compensation.delta(block, which)
         fused[name] = qkv.to(weights[name].dtype)
         if not fused[name].isfinite().all():
-            raise InputError(f"the compensated {name} must be finite, got infinity at scale {compensation.delta_scale}.")
+            raise InputError(
+                f"the compensated {name} must be finite, got infinity at scale {compensation.delta_scale}."
+            )
     _ensure_only_qkv_changed(weights, fused)
     return fused
 

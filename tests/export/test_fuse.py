@@ -139,3 +139,8 @@ def test_an_original_compensator_of_full_deit_b_size_fuses(tmp_path, make_compen
         expected = delta_by_the_formula(written, block, "v", 8, 0, 0.1)
         found = fused[f"blocks.{block}.attn.qkv.weight"][2 * 768 :].numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_scale_that_overflows_the_weights_is_refused(make_vit, make_compensator):
+    with pytest.raises(InputError, match="finite"):
+        fuse(make_vit("deit_base").state_dict(), make_compensator(48, 2).between(0, 8, 1e39))
