@@ -35,7 +35,7 @@ from tocom.vit import MergingViT
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
-BATCH = 128
+BATCH = 64
 
 
 def build() -> nn.Module:
@@ -141,9 +141,9 @@ def write_sheets(out: Path, count: int, seed: int = 2) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the example.")] = Path("examples/digits"),
     work: Annotated[Path, typer.Option(help="Folder for finished stages.")] = Path("build/digits"),
-    backbone_steps: Annotated[int, typer.Option(help="Pre-training steps of 128 sheets.")] = 1400,
-    distill_steps: Annotated[int, typer.Option(help="Distillation steps of 128 sheets.")] = 1500,
-    finetune_steps: Annotated[int, typer.Option(help="Fine-tuning steps of 128 sheets.")] = 300,
+    backbone_steps: Annotated[int, typer.Option(help="Pre-training steps of 64 sheets.")] = 3000,
+    distill_steps: Annotated[int, typer.Option(help="Distillation steps of 64 sheets.")] = 3000,
+    finetune_steps: Annotated[int, typer.Option(help="Fine-tuning steps of 64 sheets.")] = 700,
     sheets: Annotated[int, typer.Option(help="Held-out sheets to write.")] = 1000,
 ) -> None:
     """Trains the example from nothing and writes it to a folder."""
