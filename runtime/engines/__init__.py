@@ -1,0 +1,162 @@
+"""What every engine offers, whatever library runs it, and the list of libraries there are."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from runtime.errors import InputError, one_line
+
+# Backend -> the module that alone imports its library. Each module has `describe() -> str` (one line: version and
+# devices) and `open_engine(path, threads) -> EngineRunner`.
+BACKENDS: dict[str, str] = {"onnxruntime": "runtime.engines.ort"}
+
+INPUT_NAME = "pixel_values"
+OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine.
+
+    Attributes:
+        name: One of `BACKENDS`.
+        usable: Whether `open_engine` can work with it.
+        detail: One line: version and devices, or why it cannot run and what to do.
+    """
+
+    name: str
+    usable: bool
+    detail: str
+
+
+class EngineRunner(ABC):
+    """A loaded engine: a context manager that turns images into logits.
+
+    The checks live here, so that every backend refuses the same things in the same words.
+
+    Attributes:
+        backend: One of `BACKENDS`.
+        input_size: (3, H, W) that it takes.
+        classes: Logits per image.
+    """
+
+    backend: str
+    input_size: tuple[int, int, int]
+    classes: int
+    _closed: bool = False
+
+    def infer(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Runs a batch.
+
+        Args:
+            pixel_values: float32 [B, 3, H, W], prepared by `runtime.preprocess`; not changed.
+
+        Returns:
+            Logits, float32 [B, classes].
+
+        Raises:
+            InputError: Wrong type or shape, the runner is closed, or the engine fails on the batch.
+        """
+        logits = self._infer(self._checked(pixel_values))
+        expected = (len(pixel_values), self.classes)
+        if logits.shape != expected:
+            raise InputError(f"{self.backend} must return logits of shape {expected}, got {logits.shape}: rebuild it")
+        return logits
+
+    def infer_all(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs a batch and returns every output by name, `logits` and whatever a debug graph adds.
+
+        Args:
+            pixel_values: As for `infer`.
+
+        Raises:
+            InputError: As for `infer`.
+        """
+        return self._infer_all(self._checked(pixel_values))
+
+    def close(self) -> None:
+        """Frees the engine; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _infer(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Logits of a checked, contiguous batch."""
+
+    def _infer_all(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+        """All outputs of a checked batch; a backend without debug outputs has only the logits."""
+        return {OUTPUT_NAME: self._infer(pixel_values)}
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Frees what the backend holds; called once."""
+
+    def _checked(self, pixel_values: np.ndarray) -> np.ndarray:
+        if self._closed:
+            raise InputError(f"the {self.backend} engine must be open, got a closed one: open it again")
+        if not isinstance(pixel_values, np.ndarray) or pixel_values.dtype != np.float32:
+            got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise InputError(f"{INPUT_NAME} must be a numpy array of float32, got {got}")
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != self.input_size or len(pixel_values) == 0:
+            shape = f"[batch, {', '.join(map(str, self.input_size))}]"
+            raise InputError(f"{INPUT_NAME} must have shape {shape} with batch 1 or more, got {pixel_values.shape}")
+        return np.ascontiguousarray(pixel_values)
+
+
+def open_engine(path: Path | str, backend: str, *, threads: int | None = None) -> EngineRunner:
+    """Loads an engine.
+
+    Args:
+        path: The engine's file.
+        backend: One of `BACKENDS`.
+        threads: CPU threads for one call; the library's choice by default.
+
+    Raises:
+        InputError: The backend is unknown or not installed, `threads` is below 1, or the file is not a usable engine.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {one_line(backend)}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be 1 or more, got {threads}")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"an engine must be a file, got {one_line(path)}, which is not one: compile it again")
+    try:
+        module = importlib.import_module(BACKENDS[backend])
+    except ImportError as error:
+        raise InputError(f"backend {backend} cannot run here, {_why_not(backend, error)}") from error
+    return module.open_engine(path, threads)
+
+
+def available() -> list[BackendStatus]:
+    """Says of every backend whether it can run here, without loading an engine."""
+    return [_status(name) for name in BACKENDS]
+
+
+def _status(name: str) -> BackendStatus:
+    try:
+        return BackendStatus(name, True, importlib.import_module(BACKENDS[name]).describe())
+    except ImportError as error:
+        return BackendStatus(name, False, _why_not(name, error))
+
+
+def _why_not(name: str, error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == name:
+        return f"not installed: pip install {name}"
+    return f"its library does not load: {one_line(error)}"
