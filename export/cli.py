@@ -22,7 +22,6 @@ import tocom.errors
 
 app = typer.Typer(
     help="Compile a token-compressed Vision Transformer: one proven engine per degree r (tokens merged per block).",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -232,7 +231,7 @@ def doctor_command() -> None:
 def main() -> None:
     """Runs the command and leaves with its status: bad input is one line on stderr and status 2."""
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
     except typer.Exit as leave:
         raise SystemExit(leave.exit_code) from None

@@ -128,7 +128,7 @@ def _create(model_name: str, name: str, *, pretrained: bool, model_args: Mapping
     try:
         with _hub_at_hand() if pretrained else nullcontext():
             return timm.create_model(model_name, pretrained=pretrained, **model_args)
-    except Exception as error:
+    except Exception as error:  # timm meets names, arguments and config files as they were given
         if pretrained and isinstance(error, OSError | RuntimeError):
             why = "no network, and not in the cache" if isinstance(error, OSError) else _line(error)
             raise InputError(

@@ -116,6 +116,11 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "onnxruntime" in printed and "TensorRT-RTX" in printed and "CUDA" in printed
 
 
+def test_no_command_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
+
+
 @pytest.mark.parametrize("command", ["compile", "validate", "distill", "infer", "inspect", "doctor"])
 def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
