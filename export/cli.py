@@ -94,7 +94,7 @@ def compile_command(
     console.print(family_table(result.family, out, {0, *wanted}))
     if result.failed:
         for degree, report in result.failed.items():
-            _complain(f"degree {degree} failed validation and is not listed: {_verdict(report.findings)}")
+            _complain(f"degree {degree} failed validation, its new engine is not listed: {_verdict(report.findings)}")
         raise typer.Exit(1)
     console.print(f"[green]wrote[/] {out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE...")
 

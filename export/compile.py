@@ -30,7 +30,10 @@ from runtime.latency import measure
 from runtime.manifest import FILE_NAME, EngineEntry, Family
 from tocom.vit import MergingViT
 
-_OURS = re.compile(r"r\d+-[0-9a-f]{12}\.onnx|weights-[0-9a-f]{16}\.bin|\..*\.tmp|\..*\.debug\.onnx")
+_GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}\.onnx", r"weights-[0-9a-f]{16}\.bin"
+_OURS = re.compile(
+    rf"{_GRAPH}|{_WEIGHTS}|\.({_GRAPH}|{_WEIGHTS}|family\.json)\.\d+\.tmp|\.r\d+-[0-9a-f]{{12}}\.debug\.onnx"
+)
 
 Notify = Callable[[int | None, str], None]
 """(degree, stage) as work goes on; degree is None for work on the whole family."""
@@ -47,7 +50,7 @@ class CompileResult:
     Attributes:
         family: As listed in family.json now.
         reused: Degrees that were there already, unchanged.
-        failed: Reports of the degrees that did not pass and are not listed.
+        failed: Reports of the degrees that did not pass; an engine listed for one of them is an earlier one.
     """
 
     family: Family
@@ -67,7 +70,6 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
     source = load_source(options)
     with _locked(options.out):
         family, reused = _resume(source)
-        _sweep(options.out, family)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
         failed: dict[int, Report] = {}
         for degree in source.schedules:
@@ -84,7 +86,7 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
             notify(degree, "done")
         family = _measure(source, family, notify)
         family.write(options.out)
-        _sweep(options.out, family)
+        _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
 
 
@@ -146,10 +148,8 @@ def _resume(source: Source) -> tuple[Family, list[int]]:
             listed.check_files(out, entry)
         except InputError:
             continue  # altered or lost: made again
-        if entry.degree not in source.schedules:
-            kept.append(entry)
-        elif entry.recipe == source.recipe(entry.degree):
-            kept.append(entry)
+        kept.append(entry)  # also one of another recipe: it stays listed until the new engine has passed
+        if entry.degree in source.schedules and entry.recipe == source.recipe(entry.degree):
             reused.append(entry.degree)
     return replace(listed, engines=tuple(kept)), reused
 
@@ -237,9 +237,10 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(out: Path, family: Family) -> None:
-    """Removes what earlier, interrupted compiles left and no listed engine needs."""
-    needed = {name for entry in family.engines for name in entry.sha256}
+def _sweep(out: Path) -> None:
+    """Removes what earlier compiles left and no engine listed on disk needs; nobody else's files."""
+    listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
+    needed = {name for entry in listed for name in entry.sha256}
     for file in out.iterdir():
         if file.name not in needed and _OURS.fullmatch(file.name):
             file.unlink()

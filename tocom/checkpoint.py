@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_session
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tocom.errors import InputError
+from tocom.errors import InputError, brief
 from tocom.tensorfile import read_tensors
 from tocom.vit import require_supported
 
@@ -130,11 +130,11 @@ def _create(model_name: str, name: str, *, pretrained: bool, model_args: Mapping
             return timm.create_model(model_name, pretrained=pretrained, **model_args)
     except Exception as error:  # timm meets names, arguments and config files as they were given
         if pretrained and isinstance(error, OSError | RuntimeError):
-            why = "no network, and not in the cache" if isinstance(error, OSError) else _line(error)
+            why = "no network, and not in the cache" if isinstance(error, OSError) else brief(error)
             raise InputError(
                 f"pretrained weights of {name} cannot be had here ({why}). Give the weights with --checkpoint FILE."
             ) from error
-        raise InputError(f"timm cannot build {name} with {dict(model_args)}: {_line(error)}.") from error
+        raise InputError(f"timm cannot build {name} with {dict(model_args)}: {brief(error)}.") from error
 
 
 @contextmanager
@@ -168,8 +168,3 @@ def _load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) 
         raise InputError(f"a checkpoint must hold exactly the model's weights, {file} {what} ({len(missing)} missing, "
                          f"{len(unknown)} unknown).")  # fmt: skip
     model.load_state_dict(dict(tensors))
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:200].rstrip(".")

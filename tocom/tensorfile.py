@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tocom.errors import InputError
+from tocom.errors import InputError, brief
 
 _WRAPPERS = ("model", "state_dict")
 _DATA_PARALLEL = "module."
@@ -58,7 +58,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"a .safetensors file must be whole and valid, got {file}: {_line(error)}.") from error
+        raise InputError(f"a .safetensors file must be whole and valid, got {file}: {brief(error)}.") from error
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
@@ -70,10 +70,10 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         if "Unsupported" in str(error) or "GLOBAL" in str(error) or "not an allowed" in str(error):
             raise InputError(f"a checkpoint must hold tensors only, {file} wants to run code when it is loaded. Save "
                              "its state_dict(), best as .safetensors.") from error  # fmt: skip
-        raise InputError(f"a .pth file must be one that torch.save wrote, got {file}: {_line(error)}.") from error
+        raise InputError(f"a .pth file must be one that torch.save wrote, got {file}: {brief(error)}.") from error
     except _DAMAGE as error:
         # what torch.load raises on a damaged file depends on the byte that is damaged
-        raise InputError(f"a .pth file must be whole, got {file}: {_line(error)}.") from error
+        raise InputError(f"a .pth file must be whole, got {file}: {brief(error)}.") from error
     for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -87,9 +87,3 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     if all(name.startswith(_DATA_PARALLEL) for name in loaded):
         loaded = {name.removeprefix(_DATA_PARALLEL): value for name, value in loaded.items()}
     return dict(loaded)
-
-
-def _line(error: Exception) -> str:
-    """The first line of a library's message, without its advice on how to switch the check off."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:160]

@@ -197,3 +197,34 @@ def test_killed_in_a_stage(options: CompileOptions, stage: str, degree: int | No
     assert require_sound(options.out) == (0, 2)
     manifest = json.loads((options.out / "family.json").read_text())
     assert all("1" in engine["latency_ms"] for engine in manifest["engines"])
+
+
+def test_killed_while_a_listed_degree_is_made_anew(options: CompileOptions) -> None:
+    """At another scale, and from another checkpoint: what family.json lists loads until it lists the new."""
+    options = replace(options, degrees=(2,), images=None)
+    old = compile_family(options).family
+    foreign = [options.out / name for name in (".notes.tmp", ".mine.debug.onnx", "r08.onnx")]
+    for file in foreign:
+        file.write_text("somebody else's")
+    changed = replace(options, delta_scale=0.05)
+    assert _run(_killed_at_stage, changed, "lowering to ONNX", 0) == KILLED
+    assert require_sound(options.out) == (0, 2) and Family.read(options.out) == old
+    assert _run(_killed_at_stage, changed, "lowering to ONNX", 2) == KILLED
+    assert require_sound(options.out) == (0, 2)
+    assert [entry.scale for entry in Family.read(options.out).engines] == [0.05, 0.1]
+    plain = replace(options, compensator=None, replace=True)
+    assert _run(_killed_at_stage, plain, "lowering to ONNX", 0) == KILLED
+    assert require_sound(options.out) == (0, 2)
+    compile_family(plain)
+    assert require_sound(options.out) == (0, 2)
+    assert [entry.scale for entry in Family.read(options.out).engines] == [None, None]
+    assert all(file.read_text() == "somebody else's" for file in foreign)
+
+
+def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(options, degrees=(), images=None)
+    old = compile_family(options).family
+    monkeypatch.setattr("export.validate.LOGIT_TOLERANCE", -1.0)  # no engine is that good
+    result = compile_family(replace(options, delta_scale=0.05))
+    assert set(result.failed) == {0}
+    assert require_sound(options.out) == (0,) and Family.read(options.out) == old
