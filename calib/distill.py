@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.errors import InputError
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def distill(
             raise InputError(f"distillation needs {options.steps} batches of images, the data ended after {step}.")
         source, target = _draw_degrees(info.groups, draw)
         with torch.no_grad():
-            teacher = MergingViT(frozen, source)(images)
-        student = MergingViT(frozen, target, compensator.between(source, target))(images)
+            teacher = ReducedViT(frozen, source)(images)
+        student = ReducedViT(frozen, target, compensator.between(source, target))(images)
         loss = _divergence(teacher, student, options.temperature)
         optimizer.zero_grad()
         loss.backward()

@@ -31,7 +31,7 @@ from calib.distill import DistillOptions, distill
 from examples.sheets import MEAN, STD, Rendering, Sheets, Split, normalize
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -91,7 +91,7 @@ def accuracy(model: nn.Module, split: Split, rendering: Rendering, sheets: int =
 
 def compensated(model: nn.Module, compensator: Compensator, degree: int, scale: float) -> nn.Module:
     """The downstream model at another degree, with the compensator beside it."""
-    return MergingViT(model, degree, compensator.between(0, degree, scale))
+    return ReducedViT(model, degree, compensator.between(0, degree, scale))
 
 
 def measure(
@@ -101,7 +101,7 @@ def measure(
     degrees = (0, 4, 8, 12, 16)
     return {
         str(degree): {
-            "without": accuracy(MergingViT(model, degree), split, rendering),
+            "without": accuracy(ReducedViT(model, degree), split, rendering),
             "with": accuracy(compensated(model, compensator, degree, 0.1), split, rendering),
         }
         for degree in degrees

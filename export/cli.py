@@ -45,6 +45,16 @@ ModelArgs = Annotated[
     list[str] | None,
     typer.Option("--model-arg", metavar="NAME=VALUE", help="timm model argument, e.g. img_size=384; repeatable."),
 ]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="How a degree r is spread over the blocks: constant (r in each), decreasing (2r down to 0), strided:K "
+        "(K*r in every K-th block), or one number per block, each times r, like 0,3,0,0,3,0."
+    ),
+]
+ReductionName = Annotated[
+    str, typer.Option("--reduction", help="How tokens go: merge (ToMe) or prune (EViT, by class-token attention).")
+]
 Images = Annotated[
     Path | None,
     typer.Option(help="Folder of images to validate on; with one folder per class, top-1 is measured too."),
@@ -67,6 +77,8 @@ def compile_command(
     limit: Limit = 5000,
     num_classes: NumClasses = None,
     model_arg: ModelArgs = None,
+    schedule: Schedule = "constant",
+    reduction: ReductionName = "merge",
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite another checkpoint's family in the folder.")
     ] = False,
@@ -86,7 +98,8 @@ def compile_command(
     options = CompileOptions(
         model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,
         source_degree=source_degree, delta_scale=scale, precision=precision, backend=backend, images=images,
-        limit=limit, num_classes=num_classes, model_args=arguments, replace=replace,
+        limit=limit, num_classes=num_classes, model_args=arguments, schedule=schedule,
+        reduction=reduction, replace=replace,
     )  # fmt: skip
     with _stages(len({0, *wanted})) as notify:
         result = compile_family(options, notify)

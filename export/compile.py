@@ -28,7 +28,7 @@ from runtime.engines import open_engine
 from runtime.errors import InputError
 from runtime.latency import measure
 from runtime.manifest import FILE_NAME, EngineEntry, Family
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 _GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}\.onnx", r"weights-[0-9a-f]{16}\.bin"
 _OURS = re.compile(
@@ -105,7 +105,9 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
     """
     listed = Family.read(options.out)
     degrees = options.degrees or tuple(entry.degree for entry in listed.engines)
-    source = load_source(replace(options, degrees=degrees, source_degree=_known_source(options, listed)))
+    known = _known_source(options, listed)
+    as_listed = {"source_degree": known, "schedule": listed.schedule, "reduction": listed.reduction}
+    source = load_source(replace(options, degrees=degrees, **as_listed))
     if replace(listed, engines=()) != source.family:
         raise InputError(f"{options.out} was compiled from another checkpoint, compensator or source degree than those "
                          "given: validate with the files it was made from.")  # fmt: skip
@@ -139,7 +141,8 @@ def _resume(source: Source) -> tuple[Family, list[int]]:
         return source.family, []
     if replace(listed, engines=()) != source.family:
         if not source.options.replace:
-            raise InputError(f"{out} holds the family of another checkpoint, compensator or source degree "
+            raise InputError(f"{out} holds the family of another checkpoint, compensator, source degree, "
+                             "schedule or reduction "
                              f"({listed.model}). Choose another --out, or --replace it.")  # fmt: skip
         return source.family, []
     kept, reused = [], []
@@ -219,7 +222,7 @@ def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dic
         top1 = images.top1(runner.infer)
     plain = None
     if source.compensator is not None:
-        reference = MergingViT(source.loaded.model, source.schedules[entry.degree])
+        reference = ReducedViT(source.loaded.model, source.schedules[entry.degree], reduction=source.reduction)
         with torch.inference_mode():
             plain = images.top1(lambda pixels: reference(torch.from_numpy(pixels)).numpy())
     return {"top1": top1, "top1_without_compensator": plain, "images": len(images)}

@@ -22,7 +22,7 @@ from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
 from tocom.merging import first_positions
 from tocom.schedule import MergeSchedule
-from tocom.vit import MergeStep, MergingViT
+from tocom.vit import ReducedViT, ReduceStep
 
 OPSET = 20
 INPUT, OUTPUT = "pixel_values", "logits"
@@ -65,14 +65,14 @@ def lower(
     )
 
 
-def reference_model(model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint) -> MergingViT:
+def reference_model(model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint) -> ReducedViT:
     """The PyTorch reference of one degree: a copy of the model with the fused weights, merging as scheduled."""
     own = copy.deepcopy(model)
     own.load_state_dict(dict(fused.weights))
-    return MergingViT(own.eval().requires_grad_(False), schedule)
+    return ReducedViT(own.eval().requires_grad_(False), schedule)
 
 
-def count_gmacs(reference: MergingViT) -> float:
+def count_gmacs(reference: ReducedViT) -> float:
     """Multiply-accumulates of one image in units of 1e9, counted by torch over matrix products and convolutions."""
     size = reference.model.patch_embed.img_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -85,7 +85,7 @@ def inline(graph: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(graph)
 
 
-def _symbolic_merge(model: nn.Module) -> MergeStep:
+def _symbolic_merge(model: nn.Module) -> ReduceStep:
     """A merge step that puts the operator into the exported graph instead of merging."""
     prefix, keep_order = model.num_prefix_tokens, int(model.has_class_token)
 
@@ -108,7 +108,7 @@ def _symbolic_merge(model: nn.Module) -> MergeStep:
 class _Exportable(nn.Module):
     """The reference with the operator in place of its merges; names the graph's input."""
 
-    def __init__(self, reference: MergingViT) -> None:
+    def __init__(self, reference: ReducedViT) -> None:
         super().__init__()
         self.reference = reference
 
@@ -116,7 +116,7 @@ class _Exportable(nn.Module):
         return self.reference(pixel_values, _symbolic_merge(self.reference.model))
 
 
-def _export(reference: MergingViT) -> ir.Model:
+def _export(reference: ReducedViT) -> ir.Model:
     sample = torch.zeros(2, 3, *reference.model.patch_embed.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

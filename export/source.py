@@ -21,10 +21,11 @@ from runtime.errors import InputError
 from runtime.manifest import Family, InputSpec
 from tocom.checkpoint import LoadedModel, hash_tensors, load_model
 from tocom.compensator import Compensator
-from tocom.schedule import MergeSchedule
+from tocom.reduction import Reduction, reduction_named
+from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import schedule_for
 
-PIPELINE = 1  # part of every recipe; raised when the same inputs begin to make other engines
+PIPELINE = 2  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu")
 
@@ -47,6 +48,8 @@ class CompileOptions:
         limit: At most this many labelled images, evenly spread.
         num_classes: Classes; None takes the checkpoint's.
         model_args: Further timm model arguments.
+        schedule: Name of the schedule family: how a degree is spread over the blocks.
+        reduction: Name of the token reduction.
         replace: Whether a family of another checkpoint in the folder may be overwritten.
     """
 
@@ -63,6 +66,8 @@ class CompileOptions:
     limit: int = 5000
     num_classes: int | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str = "constant"
+    reduction: str = "merge"
     replace: bool = False
 
 
@@ -77,6 +82,11 @@ class Source:
     schedules: Mapping[int, MergeSchedule]
     images: LabelledImages | None
     family: Family
+
+    @property
+    def reduction(self) -> Reduction:
+        """How tokens are removed."""
+        return reduction_named(self.options.reduction)
 
     def fused(self, degree: int, delta_scale: float | None = None) -> FusedCheckpoint:
         """The weights of one degree, at the options' scale or another; the plain ones without a compensator."""
@@ -108,6 +118,7 @@ class Source:
             "source_degree": self.options.source_degree if self.compensator else None,
             "scale": self.options.delta_scale if self.compensator else None,
             "removed": self.schedules[degree].removed,
+            "reduction": self.options.reduction,
             "degree": degree,
             "precision": self.options.precision,
             "backend": resolve_backend(self.options.backend),
@@ -134,12 +145,20 @@ def load_source(options: CompileOptions) -> Source:
         options.model, checkpoint=options.checkpoint, num_classes=options.num_classes, **options.model_args
     )
     degrees = tuple(sorted({BASELINE, *options.degrees}))
-    schedules = {degree: schedule_for(loaded.model, degree) for degree in degrees}
+    schedule_family, reduction = ScheduleFamily(options.schedule), reduction_named(options.reduction)
+    reduction.require_supported(loaded.model)
+    schedules = {degree: schedule_for(loaded.model, degree, schedule_family) for degree in degrees}
     for schedule in schedules.values():
         schedule.require_room()
     if compensator is not None:
         model = loaded.model
-        compensator.require_fits(backbone=loaded.architecture, width=model.embed_dim, depth=len(model.blocks))
+        compensator.require_fits(
+            backbone=loaded.architecture,
+            width=model.embed_dim,
+            depth=len(model.blocks),
+            schedule=schedule_family.name,
+            reduction=reduction.name,
+        )
         for degree in degrees:
             compensator.between(options.source_degree, degree, options.delta_scale)
     sha256 = None if compensator is None else hash_tensors(compensator.state_dict())
@@ -153,6 +172,8 @@ def load_source(options: CompileOptions) -> Source:
         compensator_sha256=sha256,
         class_names=loaded.label_names,
         engines=(),
+        schedule=schedule_family.name,
+        reduction=reduction.name,
     )
     images = None
     if options.images is not None:

@@ -25,7 +25,7 @@ from export.lower import OUTPUT, decision_names
 from runtime.artifacts import Engine, Report
 from runtime.engines import EngineRunner, open_engine
 from tocom.merging import Matching, cosine_scores, first_positions, match, merge
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 MARGIN = 1e-6  # cosine; float32 rounding of a dot product of unit vectors stays below it
 LOGIT_TOLERANCE = 1e-4  # times the largest logit where that exceeds 1
@@ -81,7 +81,7 @@ class Findings:
         }
 
 
-def validate(engine: Engine, reference: MergingViT, batches: Iterator[np.ndarray]) -> Report:
+def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray]) -> Report:
     """Compares an engine with the PyTorch reference of the same degree.
 
     Args:
@@ -95,8 +95,8 @@ def validate(engine: Engine, reference: MergingViT, batches: Iterator[np.ndarray
     findings = Findings()
 
     @functools.cache  # twice the weights' memory, needed only where a decision differs
-    def exact() -> MergingViT:
-        return MergingViT(copy.deepcopy(reference.model).double(), reference.schedule)
+    def exact() -> ReducedViT:
+        return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule)
 
     with open_engine(engine.file, engine.backend) as shipped, debug_copy(engine) as debugged:
         for pixel_values in batches:
@@ -122,7 +122,7 @@ def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
         file.unlink(missing_ok=True)
 
 
-def decisions_of(outputs: Mapping[str, np.ndarray], reference: MergingViT) -> dict[int, Matching]:
+def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, Matching]:
     """The engine's decisions by block, from the outputs of its debug copy."""
     protected = reference.model.num_prefix_tokens
     found = {}
@@ -135,7 +135,7 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: MergingViT) -> di
 
 @torch.no_grad()
 def replay(
-    reference: MergingViT, pixel_values: Tensor, decisions: Mapping[int, Matching]
+    reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, Matching]
 ) -> tuple[Tensor, dict[int, Matching], dict[int, Tensor]]:
     """Runs the reference with given decisions forced on it.
 
@@ -198,8 +198,8 @@ def _are_decisions(chosen: Matching, image: int, tokens: int) -> bool:
 def _compare(
     shipped: EngineRunner,
     debugged: EngineRunner,
-    reference: MergingViT,
-    exact: Callable[[], MergingViT],
+    reference: ReducedViT,
+    exact: Callable[[], ReducedViT],
     pixel_values: np.ndarray,
     findings: Findings,
 ) -> None:

@@ -69,6 +69,11 @@ class Json:
             raise InputError(f"the key {path} is missing")
         return Json(self.value[name], path)
 
+    def key_or(self, name: str, default: Any) -> Json:
+        """The value under a key of this object, or a default where files written earlier do not have it."""
+        path = f"{self.where}.{name}" if self.where else name
+        return self.key(name) if not isinstance(self.value, dict) or name in self.value else Json(default, path)
+
     def items(self) -> list[Json]:
         """The values of this list."""
         if not isinstance(self.value, list):

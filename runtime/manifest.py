@@ -178,6 +178,8 @@ class Family:
         compensator_sha256: Hash of the compensator file; None without one.
         class_names: One name per class, in the order of the logits; None when unknown.
         engines: One entry per degree, kept in rising order of degree.
+        schedule: Name of the family of schedules: how a degree is spread over the blocks.
+        reduction: Name of the token reduction: what becomes of the tokens that are removed.
 
     Raises:
         InputError: Two engines share a degree.
@@ -191,6 +193,8 @@ class Family:
     compensator_sha256: str | None
     class_names: tuple[str, ...] | None
     engines: tuple[EngineEntry, ...]
+    schedule: str = "constant"
+    reduction: str = "merge"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "engines", tuple(sorted(self.engines, key=lambda entry: entry.degree)))
@@ -249,6 +253,8 @@ class Family:
             compensator_sha256=node.key("compensator_sha256").optional(_hash),
             class_names=node.key("class_names").optional(lambda names: tuple(name.text() for name in names.items())),
             engines=tuple(EngineEntry.from_json(item.value, item.where) for item in node.key("engines").items()),
+            schedule=node.key_or("schedule", "constant").text(),
+            reduction=node.key_or("reduction", "merge").text(),
         )
         if family.class_names is not None and len(family.class_names) != family.classes:
             raise InputError(f"class_names must hold {family.classes} names, got {len(family.class_names)}")

@@ -31,7 +31,8 @@ class CompensatorInfo:
         groups: Groups G; also the largest degree.
         backbone: Architecture name of the backbone, None where the file does not say (the original .pth layout).
         training_scale: The delta scale it was trained with.
-        schedule: Kind of merge schedule it was trained for.
+        schedule: Name of the schedule family it was trained for.
+        reduction: Name of the token reduction it was trained for.
         backbone_sha256: Hash of the pre-trained weights it was distilled from.
     """
 
@@ -42,6 +43,7 @@ class CompensatorInfo:
     backbone: str | None = None
     training_scale: float = 0.1
     schedule: str = "constant"
+    reduction: str = "merge"
     backbone_sha256: str | None = None
 
 
@@ -124,16 +126,19 @@ class Compensator(nn.Module):
         compensator.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return compensator.eval()
 
-    def require_fits(self, *, backbone: str, width: int, depth: int) -> None:
-        """Checks that this compensator was made for that backbone and for constant degrees.
+    def require_fits(
+        self, *, backbone: str, width: int, depth: int, schedule: str = "constant", reduction: str = "merge"
+    ) -> None:
+        """Checks that this compensator was made for that backbone, and for that way of removing tokens.
 
         Raises:
-            InputError: If the name, width, depth or kind of schedule differs.
+            InputError: If the name, width, depth, schedule family or reduction differs.
         """
         info = self.info
-        if info.schedule != "constant":
-            raise InputError(f"the compensator was trained for {info.schedule} schedules, but degrees are compiled as "
-                             "constant ones.")  # fmt: skip
+        for what, trained, asked in (("schedule", info.schedule, schedule), ("reduction", info.reduction, reduction)):
+            if trained != asked:
+                raise InputError(f"the compensator was trained for {what} {trained}, but {what} {asked} is asked for. "
+                                 f"Give --{what} {trained}, or a compensator trained for {asked}.")  # fmt: skip
         if (info.width, info.depth) != (width, depth):
             raise InputError(f"the compensator was trained for width {info.width} and {info.depth} blocks, but "
                              f"{backbone} has width {width} and {depth} blocks.")  # fmt: skip
@@ -218,7 +223,8 @@ def _info_from_metadata(metadata: Mapping[str, str], file: Path) -> CompensatorI
         info = CompensatorInfo(**json.loads(metadata["info"]))
         sound = all(type(n) is int and 0 < n < 1 << 16 for n in (info.width, info.depth, info.rank, info.groups))
         sound = sound and isinstance(info.training_scale, float | int) and math.isfinite(info.training_scale)
-        sound = sound and isinstance(info.schedule, str) and isinstance(info.backbone, str | None)
+        sound = sound and all(isinstance(name, str) for name in (info.schedule, info.reduction))
+        sound = sound and isinstance(info.backbone, str | None)
     except (ValueError, TypeError, RecursionError, OverflowError):
         sound = False
     if not sound or metadata.get("format") != _FORMAT:

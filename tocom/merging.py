@@ -49,7 +49,8 @@ def cosine_scores(metric: Tensor, protected: int) -> Tensor:
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
     first_a, first_b = first_positions(protected)
-    return unit[:, first_a::2] @ unit[:, first_b::2].transpose(-1, -2)
+    with torch.autocast(metric.device.type, enabled=False):  # half precision flips decisions
+        return unit[:, first_a::2] @ unit[:, first_b::2].transpose(-1, -2)
 
 
 def match(metric: Tensor, r: int, *, protected: int = 1, keep_order: bool = True) -> Matching:

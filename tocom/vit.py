@@ -1,4 +1,4 @@
-"""The reference: a timm VisionTransformer that merges tokens between attention and MLP of every block."""
+"""The reference: a timm VisionTransformer that removes tokens between attention and MLP of its blocks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tocom.compensator import Compensation
 from tocom.errors import InputError
-from tocom.merging import match, merge
-from tocom.schedule import MergeSchedule
+from tocom.reduction import MERGE, Reduction
+from tocom.schedule import CONSTANT, MergeSchedule, ScheduleFamily
 
-MergeStep = Callable[[int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(block, x [B, N, C], token_size [B, N, 1], metric [B, N, D], r) -> merged x and token_size."""
+ReduceStep = Callable[[int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(block, x [B, N, C], token_size [B, N, 1], signal, r) -> the x and token_size that remain."""
 
 _POOLS = ("token", "avg", "avgmax", "max", "map")
 _MODEL_PARTS = {"patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "attn_pool", "fc_norm",
@@ -60,21 +60,11 @@ def require_supported(model: nn.Module) -> None:
         require_parts(block.attn, _ATTENTION_PARTS)
 
 
-def merge_tokens(model: nn.Module) -> MergeStep:
-    """The plain merge step of a model: match, then merge."""
-    order = {"protected": model.num_prefix_tokens, "keep_order": model.has_class_token}
-
-    def step(_block: int, x: Tensor, token_size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        return merge(x, token_size, match(metric, r, **order))
-
-    return step
-
-
-class MergingViT(nn.Module):
-    """Runs a timm VisionTransformer with token merging and proportional attention (ToMe, sections 3 and 3.1).
+class ReducedViT(nn.Module):
+    """Runs a timm VisionTransformer with token reduction and proportional attention (ToMe, sections 3 and 3.1).
 
     The wrapped model is untouched and its parameters are shared. Every module of its blocks is called; a model with a
-    part that is not modelled is refused. Without merging it computes what the wrapped model computes. Pools that
+    part that is not modelled is refused. Without reduction it computes what the wrapped model computes. Pools that
     average over tokens weigh them by token_size, and attention pooling adds log(token_size), so that a merged token
     counts for all its patches.
 
@@ -82,17 +72,25 @@ class MergingViT(nn.Module):
         model: A timm VisionTransformer or VisionTransformerDistilled.
         schedule: Tokens to remove per block, or a constant degree r.
         compensation: The unfused compensator, for training; None for a plain or fused model.
+        reduction: How tokens are removed.
 
     Raises:
-        InputError: If the model has a part that is not modelled, or the degree or schedule is not valid for it.
+        InputError: If the model has a part that is not modelled, the degree or schedule is not valid for it, or the
+            reduction needs what it has not.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: MergeSchedule | int = 0, compensation: Compensation | None = None
+        self,
+        model: nn.Module,
+        schedule: MergeSchedule | int = 0,
+        compensation: Compensation | None = None,
+        reduction: Reduction = MERGE,
     ) -> None:
         super().__init__()
         require_supported(model)
+        reduction.require_supported(model)
         self.model = model
+        self.reduction = reduction
         self.schedule = schedule if isinstance(schedule, MergeSchedule) else schedule_for(model, schedule)
         made_for = (len(self.schedule.requested), self.schedule.tokens_in, self.schedule.protected)
         if made_for != (len(model.blocks), tokens_in(model), model.num_prefix_tokens):
@@ -100,34 +98,39 @@ class MergingViT(nn.Module):
                              f"{made_for}.")  # fmt: skip
         self.compensation = compensation
 
-    def forward(self, pixel_values: Tensor, merge_step: MergeStep | None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, reduce_step: ReduceStep | None = None) -> Tensor:
         """Classifies images.
 
         Args:
             pixel_values: Normalized images, [B, 3, H, W].
-            merge_step: Carries a merge out; None takes the plain one. Others record decisions, force them, or emit
-                an operator into a graph.
+            reduce_step: Carries a reduction out; None decides and applies. Others record decisions, force them, or
+                emit an operator into a graph.
 
         Returns:
             Logits, [B, classes].
         """
         model = self.model
-        merge_step = merge_step or merge_tokens(model)
+        reduce_step = reduce_step or self.reduce
         x = model.patch_drop(model._pos_embed(model.patch_embed(pixel_values)))
         x = model.norm_pre(x)
-        token_size = None  # all ones until the first merge, which needs no bias
+        token_size = None  # all ones until the first reduction, which needs no bias
         for index, (block, r) in enumerate(zip(model.blocks, self.schedule.removed, strict=True)):
-            attended, metric = self._attend(index, block.attn, block.norm1(x), token_size)
+            attended, signal = self._attend(index, block.attn, block.norm1(x), token_size)
             x = x + block.drop_path1(block.ls1(attended))
             if r:
                 if token_size is None:
                     token_size = x.new_ones(x.shape[0], x.shape[1], 1)
-                x, token_size = merge_step(index, x, token_size, metric, r)
+                x, token_size = reduce_step(index, x, token_size, signal, r)
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return self._classify(model.norm(x), token_size)
 
+    def reduce(self, _block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """The plain reduce step: decide, then apply."""
+        decision = self.reduction.decide(signal, r, self.model)
+        return self.reduction.apply(x, token_size, signal, decision)
+
     def _attend(self, index: int, attn: Attention, x: Tensor, token_size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Proportional attention: [B, N, C] -> its output [B, N, C], and the mean over heads of its keys [B, N, D]."""
+        """Proportional attention: [B, N, C] -> its output [B, N, C], and the reduction's signal."""
         batch, tokens, _ = x.shape
         qkv = attn.qkv(x)
         if self.compensation is not None:
@@ -136,14 +139,21 @@ class MergingViT(nn.Module):
         q, k, v = qkv.unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
         # q is scaled before the product: TensorRT fuses attention only then
-        logits = (q * attn.scale) @ k.transpose(-2, -1)
-        if token_size is not None:
-            logits = logits + token_size.log().transpose(-2, -1).unsqueeze(1)
-        out = attn.attn_drop(logits.softmax(dim=-1)) @ v
+        q = q * attn.scale
+        bias = None if token_size is None else token_size.log().transpose(-2, -1).unsqueeze(1)
+
+        def weights(queries: Tensor) -> Tensor:
+            logits = queries @ k.transpose(-2, -1)
+            return (logits if bias is None else logits + bias).softmax(dim=-1)
+
+        out = attn.attn_drop(weights(q)) @ v
         out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
         if attn.gate is not None:
             out = out * attn.gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(out)), k.mean(dim=1)
+        # the class token's row is computed apart from the attention itself, which engines then still fuse
+        by_attention = self.reduction.signal == "attention"
+        signal = weights(q[:, :, :1]).mean(dim=1).squeeze(1) if by_attention else k.mean(dim=1)
+        return attn.proj_drop(attn.proj(out)), signal
 
     def _classify(self, x: Tensor, token_size: Tensor | None) -> Tensor:
         model = self.model
@@ -165,11 +175,9 @@ class MergingViT(nn.Module):
         return (x[:, first:] * weight).sum(dim=1) / weight.sum(dim=1)
 
 
-def schedule_for(model: nn.Module, r: int) -> MergeSchedule:
-    """The constant schedule of degree r for a model."""
-    return MergeSchedule.constant(
-        r, depth=len(model.blocks), tokens=tokens_in(model), protected=model.num_prefix_tokens
-    )
+def schedule_for(model: nn.Module, r: int, family: ScheduleFamily = CONSTANT) -> MergeSchedule:
+    """The schedule of degree r for a model."""
+    return family.at(r, depth=len(model.blocks), tokens=tokens_in(model), protected=model.num_prefix_tokens)
 
 
 def tokens_in(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from calib.distill import DistillOptions, _divergence, _draw_degrees, _schedule, distill
 from tocom.errors import InputError
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 
 def endless(images: torch.Tensor):
@@ -56,8 +56,8 @@ def gap(model, images, compensator, pairs) -> float:
     total = 0.0
     for source, target in pairs:
         change = None if compensator is None else compensator.between(source, target)
-        student = MergingViT(model, target, change)(images)
-        total += float(_divergence(MergingViT(model, source)(images), student, 1.0))
+        student = ReducedViT(model, target, change)(images)
+        total += float(_divergence(ReducedViT(model, source)(images), student, 1.0))
     return total / len(pairs)
 
 

@@ -23,7 +23,7 @@ from export.source import CompileOptions
 from runtime.engines import open_engine
 from runtime.manifest import Family
 from tocom.compensator import Compensator, CompensatorInfo
-from tocom.vit import MergingViT
+from tocom.vit import ReducedViT
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -118,12 +118,12 @@ def test_engine_is_the_compensated_model(options: CompileOptions) -> None:
     compensator = Compensator.load(options.compensator)
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     for entry in Family.read(options.out).engines:
-        unfused = MergingViT(model, entry.degree, compensator.between(0, entry.degree, 0.1))
+        unfused = ReducedViT(model, entry.degree, compensator.between(0, entry.degree, 0.1))
         with torch.no_grad():
             expected = unfused(images).numpy()
         with open_engine(options.out / entry.engine, entry.backend) as runner:
             np.testing.assert_allclose(runner.infer(images.numpy()), expected, rtol=0, atol=1e-5)
-            plain = MergingViT(model, entry.degree)(images).detach().numpy()
+            plain = ReducedViT(model, entry.degree)(images).detach().numpy()
             assert (np.abs(plain - expected).max() > 1e-3) == (entry.degree != 0)  # the compensator does something
 
 

@@ -14,7 +14,7 @@ from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint
 from runtime.errors import InputError
 from tocom.compensator import Compensator
-from tocom.vit import MergingViT, schedule_for
+from tocom.vit import ReducedViT, schedule_for
 
 STEPS = [(0, 8), (0, 16), (3, 11), (16, 0), (13, 4), (8, 8), (0, 0), (16, 16), (15, 16), (1, 0)]
 
@@ -77,12 +77,12 @@ def test_the_fused_network_equals_the_unfused(family, make_vit, make_compensator
     errors = {}
     for dtype in (torch.float64, torch.float32):
         model = model.to(dtype)
-        unfused = MergingViT(model, target, compensation)(images.to(dtype))
+        unfused = ReducedViT(model, target, compensation)(images.to(dtype))
         own = make_vit(family).to(dtype)
         own.load_state_dict(fuse(model.state_dict(), compensation))
-        fused = MergingViT(own, target)(images.to(dtype))
+        fused = ReducedViT(own, target)(images.to(dtype))
         errors[dtype] = float((fused - unfused).abs().max() / unfused.abs().max())
-        plain = MergingViT(model, target)(images.to(dtype))
+        plain = ReducedViT(model, target)(images.to(dtype))
         assert source == target or (plain - unfused).abs().max() > 1e-3  # the compensation does something
         model = make_vit(family)
     assert errors[torch.float64] <= 1e-12

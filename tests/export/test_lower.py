@@ -18,7 +18,7 @@ from runtime.artifacts import sha256_file
 from runtime.engines import open_engine
 from tocom.merging import match, merge
 from tocom.schedule import MergeSchedule
-from tocom.vit import MergingViT, schedule_for, tokens_in
+from tocom.vit import ReducedViT, schedule_for, tokens_in
 
 
 def batches(model, noise, photographs) -> Iterator[np.ndarray]:
@@ -31,7 +31,7 @@ def batches(model, noise, photographs) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def recorded(reference: MergingViT, images: np.ndarray) -> tuple[np.ndarray, list]:
+def recorded(reference: ReducedViT, images: np.ndarray) -> tuple[np.ndarray, list]:
     """The reference's own logits and decisions; nothing is forced on it."""
     seen = []
 
@@ -122,7 +122,7 @@ def test_inlining_leaves_standard_operators_only(exported):
 
 def test_a_schedule_that_merges_in_some_blocks_only(tmp_path, make_vit, fused_of):
     model = make_vit("map")
-    schedule = MergeSchedule.per_block([0, 20, 3], depth=3, tokens=tokens_in(model), protected=0)
+    schedule = MergeSchedule((0, 20, 3), tokens_in(model), protected=0)
     fused = fused_of(model, 0)
     engine = build(lower(model, schedule, fused, WeightStore(tmp_path), "model.onnx"))
     assert engine.source.tokens == (64, 64, 44, 41)
@@ -139,7 +139,7 @@ def test_multiplications_are_those_of_the_formula(make_vit):
         expected += attending * 4 * width**2 + 2 * attending**2 * width  # qkv and proj; logits and weighted values
         expected += ((attending - 1) // 2) ** 2 * head_width  # cosines
         expected += left * 8 * width**2  # MLP
-    assert count_gmacs(MergingViT(model, 16)) * 1e9 == pytest.approx(expected, rel=1e-9)
+    assert count_gmacs(ReducedViT(model, 16)) * 1e9 == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_reference_of_a_degree_has_its_own_weights(make_vit, fused_of):

@@ -123,7 +123,7 @@ def leaves(value, path=()):
 
 def test_every_missing_key_is_named(written):
     data, read = written
-    paths = [path for path in leaves(data) if path[:2] != ("engines", 0)]
+    paths = [path for path in leaves(data) if path[:2] != ("engines", 0) and path[0] not in ("schedule", "reduction")]
     assert len(paths) == 9 + 6 + 14
     for path in paths:
         broken = copy.deepcopy(data)

@@ -14,7 +14,7 @@ from torch import nn
 from tocom.errors import InputError
 from tocom.merging import match, merge
 from tocom.schedule import MergeSchedule
-from tocom.vit import MergingViT, require_supported, schedule_for, tokens_in
+from tocom.vit import ReducedViT, require_supported, schedule_for, tokens_in
 
 
 def images_for(model: nn.Module, photographs, noise) -> torch.Tensor:
@@ -28,7 +28,7 @@ def test_degree_0_is_the_untouched_model(family, make_vit, photographs, noise):
     images = images_for(model, photographs, noise)
     expected = model(images)
     assert expected.abs().max() > 0.3  # else the tolerance would say little
-    assert (MergingViT(model, 0)(images) - expected).abs().max() <= 1e-5
+    assert (ReducedViT(model, 0)(images) - expected).abs().max() <= 1e-5
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def test_every_parameter_takes_part(family, make_vit, noise):
         kept = parameter.data.clone()
         # not the same change everywhere: a norm would take it out again, and keys are indifferent to a common shift
         parameter.data += 0.5 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(1))
-        change = (MergingViT(model, 0)(images) - expected).abs().max()
+        change = (ReducedViT(model, 0)(images) - expected).abs().max()
         parameter.data = kept
         if not name.endswith(("k_norm.bias", "patch_embed.proj.bias")):
             assert change > 1e-5, name
@@ -64,14 +64,14 @@ def test_merging_equal_patches_changes_nothing(family, make_vit, r):
     positions = model.pos_embed.data[:, -height * width :]
     positions[:, 1::2] = positions[:, 0::2][:, : positions[:, 1::2].shape[1]]
     schedule = MergeSchedule((r, *[0] * (len(model.blocks) - 1)), tokens_in(model), protected=model.num_prefix_tokens)
-    assert (MergingViT(model, schedule)(images) - model(images)).abs().max() <= 1e-5
+    assert (ReducedViT(model, schedule)(images) - model(images)).abs().max() <= 1e-5
 
 
 @torch.no_grad()
 def test_merging_unequal_patches_changes_something(family, make_vit, noise):
     model = make_vit(family)
     images = torch.from_numpy(noise(2, *model.patch_embed.img_size))
-    assert (MergingViT(model, 8)(images) - model(images)).abs().max() > 1e-3
+    assert (ReducedViT(model, 8)(images) - model(images)).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -110,11 +110,11 @@ def test_blocks_equal_a_forward_written_out(family, make_vit, noise, naive: Simp
         expected = model.head(model.fc_norm(pooled))
     else:
         expected = model.forward_head(x[None])[0]
-    assert (MergingViT(model, r)(images)[0] - expected).abs().max() <= 1e-10
+    assert (ReducedViT(model, r)(images)[0] - expected).abs().max() <= 1e-10
 
 
 @torch.no_grad()
-def test_a_merge_step_of_ones_own_sees_every_merge(make_vit, noise):
+def test_a_reduce_step_of_ones_own_sees_every_merge(make_vit, noise):
     model = make_vit("reg4_dinov2")
     seen = []
 
@@ -122,8 +122,8 @@ def test_a_merge_step_of_ones_own_sees_every_merge(make_vit, noise):
         seen.append((block, tuple(x.shape), tuple(token_size.shape), tuple(metric.shape), r, float(token_size.sum())))
         return merge(x, token_size, match(metric, r, protected=5))
 
-    schedule = MergeSchedule.per_block([4, 0, 7], depth=3, tokens=69, protected=5)
-    MergingViT(model, schedule)(torch.from_numpy(noise(2, 64, 64)), step)
+    schedule = MergeSchedule((4, 0, 7), 69, protected=5)
+    ReducedViT(model, schedule)(torch.from_numpy(noise(2, 64, 64)), step)
     assert seen == [
         (0, (2, 69, 48), (2, 69, 1), (2, 69, 16), 4, 138.0),
         (2, (2, 65, 48), (2, 65, 1), (2, 65, 16), 7, 138.0),
@@ -133,7 +133,7 @@ def test_a_merge_step_of_ones_own_sees_every_merge(make_vit, noise):
 def test_the_wrapped_model_is_shared_and_untouched(make_vit, noise):
     model = make_vit("deit3")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrapped = MergingViT(model, 8)
+    wrapped = ReducedViT(model, 8)
     assert wrapped.model is model
     wrapped(torch.from_numpy(noise(1, 64, 64)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -142,14 +142,14 @@ def test_the_wrapped_model_is_shared_and_untouched(make_vit, noise):
 @pytest.mark.parametrize("r", [-1, 2.5])
 def test_a_degree_must_be_valid(make_vit, r):
     with pytest.raises(InputError, match=f"0 or more tokens per block, got {r}"):
-        MergingViT(make_vit("deit_tiny"), r)
+        ReducedViT(make_vit("deit_tiny"), r)
 
 
 @pytest.mark.parametrize("change", [{"tokens_in": 64}, {"protected": 0}, {"requested": (1, 1, 1)}])
 def test_a_schedule_must_be_made_for_the_model(make_vit, change):
     model = make_vit("deit_tiny")
     with pytest.raises(InputError, match="made for the model's blocks, tokens and protected tokens"):
-        MergingViT(model, replace(schedule_for(model, 1), **change))
+        ReducedViT(model, replace(schedule_for(model, 1), **change))
 
 
 def test_tokens_in_counts_the_prefix(make_vit):
@@ -178,7 +178,7 @@ STRANGERS = {
 def test_what_is_not_modelled_is_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    for entrance in (require_supported, MergingViT):
+    for entrance in (require_supported, ReducedViT):
         with pytest.raises(InputError, match=f"^{STRANGERS[name]} is not modelled"):
             entrance(model)
 
