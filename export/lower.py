@@ -1,6 +1,6 @@
-"""Fused weights -> one ONNX graph per degree: static token counts, dynamic batch, merging as `ai.tocom::TokenMerge`.
+"""Fused weights -> one ONNX graph per degree: static token counts, dynamic batch, token reduction as an operator.
 
-Legal because a merge's token counts depend on the degree alone; which tokens merge is data inside the operator.
+Legal because a reduction's token counts depend on the degree alone; which tokens go is data inside the operator.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export import operator
+from export.operators import DOMAIN, VERSION, operator_of
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
-from tocom.merging import first_positions
+from tocom.reduction import MERGE, Reduction
 from tocom.schedule import MergeSchedule
-from tocom.vit import ReducedViT, ReduceStep
+from tocom.vit import ReducedViT
 
 OPSET = 20
 INPUT, OUTPUT = "pixel_values", "logits"
 
 
-def decision_names(block: int) -> tuple[str, ...]:
-    """Names of a block's decisions (src, dst, unm) in every graph: values that a debug copy can make outputs."""
-    return tuple(f"block.{block}.{name}" for name in operator.DECISIONS)
-
-
 def lower(
-    model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint, store: WeightStore, name: str
+    model: nn.Module,
+    schedule: MergeSchedule,
+    fused: FusedCheckpoint,
+    store: WeightStore,
+    name: str,
+    reduction: Reduction = MERGE,
 ) -> OnnxGraph:
     """Exports one degree.
 
@@ -44,18 +44,19 @@ def lower(
         fused: The weights of this degree.
         store: The family folder's weight files.
         name: File name of the graph, within the store's folder.
+        reduction: How tokens are removed.
 
     Returns:
         The graph, and the weight files it needs.
     """
-    reference = reference_model(model, schedule, fused)
+    reference = reference_model(model, schedule, fused, reduction)
     graph_model = _export(reference)
-    _name_values(graph_model, schedule)
+    _name_values(graph_model, reference)
     weight_files = store.place(graph_model)
     proto = ir.to_proto(graph_model)
     file = store.folder / name
     write_atomically(file, proto.SerializeToString())
-    _ensure_contract(file, proto, schedule)
+    _ensure_contract(file, proto, reference)
     return OnnxGraph(
         file=file,
         files={part: sha256_file(store.folder / part) for part in (name, *weight_files)},
@@ -65,11 +66,13 @@ def lower(
     )
 
 
-def reference_model(model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint) -> ReducedViT:
-    """The PyTorch reference of one degree: a copy of the model with the fused weights, merging as scheduled."""
+def reference_model(
+    model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint, reduction: Reduction = MERGE
+) -> ReducedViT:
+    """The PyTorch reference of one degree: a copy of the model with the fused weights, reducing as scheduled."""
     own = copy.deepcopy(model)
     own.load_state_dict(dict(fused.weights))
-    return ReducedViT(own.eval().requires_grad_(False), schedule)
+    return ReducedViT(own.eval().requires_grad_(False), schedule, reduction=reduction)
 
 
 def count_gmacs(reference: ReducedViT) -> float:
@@ -85,35 +88,16 @@ def inline(graph: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(graph)
 
 
-def _symbolic_merge(model: nn.Module) -> ReduceStep:
-    """A merge step that puts the operator into the exported graph instead of merging."""
-    prefix, keep_order = model.num_prefix_tokens, int(model.has_class_token)
-
-    def step(_block: int, x: Tensor, token_size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        batch, tokens, width = x.shape
-        stay = len(range(first_positions(prefix)[0], tokens, 2)) - r
-        outputs = torch.onnx.ops.symbolic_multi_out(
-            f"{operator.DOMAIN}::{operator.NAME}",
-            [x, token_size, metric],
-            {"r": r, "protected": prefix, "keep_order": keep_order},
-            dtypes=[x.dtype, token_size.dtype, torch.int64, torch.int64, torch.int64],
-            shapes=[(batch, tokens - r, width), (batch, tokens - r, 1), (batch, r), (batch, r), (batch, stay)],
-            version=operator.VERSION,
-        )
-        return outputs[0], outputs[1]
-
-    return step
-
-
 class _Exportable(nn.Module):
-    """The reference with the operator in place of its merges; names the graph's input."""
+    """The reference with the operator in place of its reduction; names the graph's input."""
 
     def __init__(self, reference: ReducedViT) -> None:
         super().__init__()
         self.reference = reference
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.reference(pixel_values, _symbolic_merge(self.reference.model))
+        operator = operator_of(self.reference.reduction)
+        return self.reference(pixel_values, operator.symbolic_step(self.reference.model))
 
 
 def _export(reference: ReducedViT) -> ir.Model:
@@ -133,19 +117,20 @@ def _export(reference: ReducedViT) -> ir.Model:
         )
     model = program.model
     if any(reference.schedule.removed):
-        function = ir.from_proto(operator.function_proto())
+        function = ir.from_proto(operator_of(reference.reduction).function_proto())
         model.functions[function.identifier()] = function
-        model.graph.opset_imports[operator.DOMAIN] = operator.VERSION
+        model.graph.opset_imports[DOMAIN] = VERSION
     return model
 
 
-def _name_values(model: ir.Model, schedule: MergeSchedule) -> None:
+def _name_values(model: ir.Model, reference: ReducedViT) -> None:
     """Gives decisions and weights names that do not depend on the exporter's bookkeeping."""
-    blocks = [index for index, removed in enumerate(schedule.removed) if removed]
-    merges = [node for node in model.graph if node.domain == operator.DOMAIN]
-    for block, node in zip(blocks, merges, strict=True):
-        node.name = f"block.{block}.merge"
-        for value, name in zip(node.outputs[2:], decision_names(block), strict=True):
+    operator = operator_of(reference.reduction)
+    blocks = [index for index, removed in enumerate(reference.schedule.removed) if removed]
+    reductions = [node for node in model.graph if node.domain == DOMAIN]
+    for block, node in zip(blocks, reductions, strict=True):
+        node.name = f"block.{block}.{reference.reduction.name}"
+        for value, name in zip(node.outputs[2:], operator.decision_names(block), strict=True):
             value.name = name
     for name, value in list(model.graph.initializers.items()):
         if "reference.model." in name:
@@ -158,13 +143,17 @@ def _name_values(model: ir.Model, schedule: MergeSchedule) -> None:
         value.metadata_props.clear()
 
 
-def _ensure_contract(file: Path, proto: onnx.ModelProto, schedule: MergeSchedule) -> None:
+def _ensure_contract(file: Path, proto: onnx.ModelProto, reference: ReducedViT) -> None:
     onnx.checker.check_model(file)  # by path, so that it also looks at the weight files
-    merges = [node for node in proto.graph.node if node.domain == operator.DOMAIN]
-    expected = [removed for removed in schedule.removed if removed]
-    found = [next(attr.i for attr in node.attribute if attr.name == "r") for node in merges]
+    operator = operator_of(reference.reduction).name
+    expected = [(operator, removed) for removed in reference.schedule.removed if removed]
+    found = [
+        (node.op_type, next(attr.i for attr in node.attribute if attr.name == "r"))
+        for node in proto.graph.node
+        if node.domain == DOMAIN
+    ]
     if found != expected:
-        raise AssertionError(f"the graph must merge {expected} tokens, merges {found}")
+        raise AssertionError(f"the graph must remove tokens as {expected}, does so as {found}")
     names = [value.name for value in (*proto.graph.input, *proto.graph.output)]
     if names != [INPUT, OUTPUT]:
         raise AssertionError(f"the graph must have exactly {INPUT} and {OUTPUT}, has {names}")

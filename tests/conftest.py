@@ -1,4 +1,4 @@
-"""Tiny random ViTs of every family, photographs, exports made once, and an oracle for token merging."""
+"""Tiny random ViTs of every family, photographs, exports made once, and oracles for the token reductions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from export.lower import lower
 from export.weights import WeightStore
 from runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph
 from tocom.compensator import Compensator, CompensatorInfo
+from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
@@ -88,18 +89,27 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "max": partial(tiny_vit, "vit_tiny_patch16_224", global_pool="max", class_token=False),
     "hybrid": partial(tiny_vit, "vit_tiny_r_s16_p8_224", img_size=128, patch_size=2),
 }
+OTHERS = {"two_patches": partial(tiny_vit, "deit_tiny_patch16_224", img_size=(8, 16))}
+WITHOUT_CLASS_TOKEN = ("gap", "map", "reg1_gap", "reg4_gap", "max")
 DEGREES = (0, 1, 4, 8, 13, 16)
 DEFAULT_DEGREES = {"deit_tiny": DEGREES, "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
+DEFAULT_PRUNED = {"deit_tiny": (8,), "reg4_dinov2": (13,)}
 
 
-def _degree_grid() -> list[object]:
-    """Every family at every degree. By default the structurally different ones at several, the others at one each."""
+def _export_grid() -> list[object]:
+    """Every family at every degree, merging and pruning.
+
+    By default the structurally different ones at several degrees, the others at one each; a few pruning.
+    """
     grid = []
     for index, family in enumerate(FAMILIES):
-        by_default = DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],))
-        for degree in DEGREES:
-            marks = () if degree in by_default else pytest.mark.full
-            grid.append(pytest.param((family, degree), id=f"{family}-r{degree}", marks=marks))
+        default = {MERGE: DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],)),
+                   PRUNE: DEFAULT_PRUNED.get(family, ())}  # fmt: skip
+        for reduction in (MERGE,) if family in WITHOUT_CLASS_TOKEN else (MERGE, PRUNE):
+            for degree in DEGREES:
+                marks = () if degree in default[reduction] else pytest.mark.full
+                name = f"{family}-r{degree}" + ("" if reduction is MERGE else f"-{reduction.name}")
+                grid.append(pytest.param((family, degree, reduction), id=name, marks=marks))
     return grid
 
 
@@ -109,16 +119,22 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=_degree_grid())
-def family_and_degree(request: pytest.FixtureRequest) -> tuple[str, int]:
-    """Each family at each of its degrees in turn."""
+@pytest.fixture(params=[family for family in FAMILIES if family not in WITHOUT_CLASS_TOKEN])
+def class_family(request: pytest.FixtureRequest) -> str:
+    """The name of each family with a class token in turn."""
+    return request.param
+
+
+@pytest.fixture(params=_export_grid())
+def case(request: pytest.FixtureRequest) -> tuple[str, int, Reduction]:
+    """Each family at each of its degrees in turn, with each reduction that it supports."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def make_vit() -> Callable[[str], nn.Module]:
     """Builds the tiny model of a family, frozen, in evaluation mode."""
-    return lambda name: FAMILIES[name]()
+    return lambda name: (FAMILIES | OTHERS)[name]()
 
 
 @pytest.fixture(scope="session")
@@ -178,20 +194,21 @@ def fused_of() -> Callable[[nn.Module, int], FusedCheckpoint]:
 @pytest.fixture(scope="session")
 def exported(
     tmp_path_factory: pytest.TempPathFactory, fused_of: Callable[[nn.Module, int], FusedCheckpoint]
-) -> Callable[[str, int], Engine]:
+) -> Callable[..., Engine]:
     """Exports a family at a degree, once per session: worker processes find each other's exports on disk."""
     root = tmp_path_factory.getbasetemp()
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports"
 
     @cache
-    def export(family: str, degree: int) -> Engine:
-        model = FAMILIES[family]()
-        folder = root / f"{family}-r{degree}"
+    def export(family: str, degree: int, reduction: Reduction = MERGE) -> Engine:
+        model = (FAMILIES | OTHERS)[family]()
+        folder = root / f"{family}-r{degree}-{reduction.name}"
         fused = fused_of(model, degree)
         if not folder.exists():
             making = root / f".{folder.name}-{os.getpid()}"
             making.mkdir(parents=True)
-            graph = lower(model, schedule_for(model, degree), fused, WeightStore(making), "model.onnx")
+            store = WeightStore(making)
+            graph = lower(model, schedule_for(model, degree), fused, store, "model.onnx", reduction)
             (making / "graph.json").write_text(json.dumps([dict(graph.files), graph.tokens, graph.gmacs]))
             # where another process was faster, its export stands
             if not folder.exists():
@@ -247,10 +264,53 @@ def naive_merge(
     return np.stack(tokens), np.array(sizes)
 
 
+def naive_select(attention: Sequence[float], r: int, protected: int) -> tuple[list[int], list[int]]:
+    """The pruning decisions for one image: the least attended token goes, the last of equals, r + 1 times."""
+    kept, dropped = list(range(protected, len(attention))), []
+    for _ in range(r + 1):
+        least = kept[0]
+        for i in kept:
+            if attention[i] <= attention[least]:
+                least = i
+        kept.remove(least)
+        dropped.append(least)
+    return kept, sorted(dropped)
+
+
+def naive_prune(
+    x: np.ndarray,
+    token_size: np.ndarray,
+    attention: Sequence[float],
+    decisions: tuple[list[int], list[int]],
+    protected: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One image's tokens [N, C] and sizes [N] after pruning; the plain mean where nothing dropped was attended."""
+    kept, dropped = decisions
+    total = math.fsum(float(attention[i]) for i in dropped)
+    shares = [float(attention[i]) / total if total else 1 / len(dropped) for i in dropped]
+    fused = sum(share * x[i].astype(np.float64) for share, i in zip(shares, dropped, strict=True))
+    stay = [*range(protected), *kept]
+    sizes = [float(token_size[i]) for i in stay] + [sum(float(token_size[i]) for i in dropped)]
+    return np.stack([*(x[i].astype(np.float64) for i in stay), fused]), np.array(sizes)
+
+
 @pytest.fixture(scope="session")
 def naive() -> SimpleNamespace:
-    """Token merging with Python loops: `match` for one image's metric, `merge` for one image's tokens."""
-    return SimpleNamespace(match=naive_match, merge=naive_merge)
+    """Token reduction with Python loops: deciding for one image, and carrying it out on one image's tokens."""
+    return SimpleNamespace(match=naive_match, merge=naive_merge, select=naive_select, prune=naive_prune)
+
+
+@pytest.fixture(scope="session")
+def tied_attention() -> Callable[..., np.ndarray]:
+    """Attention full of exact ties and zeros, float32 [B, N]; dyadic, so that every number format holds it."""
+
+    def draw(batch: int, tokens: int, seed: int, dtype: type = np.float32) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        return random.choice([0, 1 / 64, 1 / 32, 3 / 64, 1 / 4], (batch, tokens), p=[0.3, 0.3, 0.2, 0.1, 0.1]).astype(
+            dtype
+        )
+
+    return draw
 
 
 @pytest.fixture(scope="session")

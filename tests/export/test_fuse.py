@@ -14,6 +14,7 @@ from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint
 from runtime.errors import InputError
 from tocom.compensator import Compensator
+from tocom.reduction import MERGE, PRUNE
 from tocom.vit import ReducedViT, schedule_for
 
 STEPS = [(0, 8), (0, 16), (3, 11), (16, 0), (13, 4), (8, 8), (0, 0), (16, 16), (15, 16), (1, 0)]
@@ -68,21 +69,29 @@ def test_only_query_and_value_rows_change(make_vit, make_compensator, source, ta
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["deit_tiny", "deit_distilled", "map", "normed", "gated"], indirect=True)
+@pytest.mark.parametrize(
+    ("family", "reduction"),
+    [
+        *[(name, MERGE) for name in ("deit_tiny", "deit_distilled", "map", "normed", "gated")],
+        *[(name, PRUNE) for name in ("deit_tiny", "deit_distilled", "gated")],
+    ],
+    indirect=["family"],
+    ids=lambda each: getattr(each, "name", each),
+)
 @pytest.mark.parametrize(("source", "target"), [(0, 8), (16, 4), (8, 8)])
-def test_the_fused_network_equals_the_unfused(family, make_vit, make_compensator, noise, source, target):
+def test_the_fused_network_equals_the_unfused(family, reduction, make_vit, make_compensator, noise, source, target):
     model = make_vit(family)
-    compensation = make_compensator(48, len(model.blocks)).between(source, target)
+    compensation = make_compensator(48, len(model.blocks), reduction=reduction.name).between(source, target)
     images = torch.from_numpy(noise(3, *model.patch_embed.img_size))
     errors = {}
     for dtype in (torch.float64, torch.float32):
         model = model.to(dtype)
-        unfused = ReducedViT(model, target, compensation)(images.to(dtype))
+        unfused = ReducedViT(model, target, compensation, reduction)(images.to(dtype))
         own = make_vit(family).to(dtype)
         own.load_state_dict(fuse(model.state_dict(), compensation))
-        fused = ReducedViT(own, target)(images.to(dtype))
+        fused = ReducedViT(own, target, reduction=reduction)(images.to(dtype))
         errors[dtype] = float((fused - unfused).abs().max() / unfused.abs().max())
-        plain = ReducedViT(model, target)(images.to(dtype))
+        plain = ReducedViT(model, target, reduction=reduction)(images.to(dtype))
         assert source == target or (plain - unfused).abs().max() > 1e-3  # the compensation does something
         model = make_vit(family)
     assert errors[torch.float64] <= 1e-12

@@ -1,4 +1,4 @@
-"""Exported graphs in ONNX Runtime against the PyTorch reference: every merge decision, then the logits."""
+"""Exported graphs in ONNX Runtime against the PyTorch reference: every decision, then the logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import onnx
 import pytest
 import torch
 
-from export import operator
 from export.build import build
+from export.decisions import decisions_of
 from export.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
-from export.validate import debug_copy, decisions_of, default_images, validate
+from export.validate import debug_copy, default_images, validate
 from export.weights import WeightStore
 from runtime.artifacts import sha256_file
 from runtime.engines import open_engine
 from tocom.merging import match, merge
+from tocom.pruning import prune, select
+from tocom.reduction import MERGE, PRUNE
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT, schedule_for, tokens_in
 
@@ -35,20 +37,22 @@ def recorded(reference: ReducedViT, images: np.ndarray) -> tuple[np.ndarray, lis
     """The reference's own logits and decisions; nothing is forced on it."""
     seen = []
 
-    def step(block, x, token_size, metric, r):
-        seen.append(match(metric, r, protected=tokens_in_front, keep_order=reference.model.has_class_token))
+    def step(block, x, token_size, signal, r):
+        if reference.reduction is PRUNE:
+            seen.append(select(signal, r, protected=tokens_in_front))
+            return prune(x, token_size, signal, seen[-1])
+        seen.append(match(signal, r, protected=tokens_in_front, keep_order=reference.model.has_class_token))
         return merge(x, token_size, seen[-1])
 
     tokens_in_front = reference.model.num_prefix_tokens
     return reference(torch.from_numpy(images), step).numpy(), seen
 
 
-def test_onnx_runtime_decides_and_computes_as_the_reference(
-    family_and_degree, exported, make_vit, fused_of, noise, photographs
-):
-    family, degree = family_and_degree
-    model, engine = make_vit(family), exported(family, degree)
-    reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree))
+def test_onnx_runtime_decides_and_computes_as_the_reference(case, exported, make_vit, fused_of, noise, photographs):
+    family, degree, reduction = case
+    model, engine = make_vit(family), exported(*case)
+    reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
+    names = {MERGE: ("src", "dst", "unm"), PRUNE: ("kept", "dropped")}[reduction]
     alike = {"noise": 0, "photographs": 0}
     with open_engine(engine.file, "onnxruntime") as shipped, debug_copy(engine) as debugged:
         for number, images in enumerate(batches(model, noise, photographs)):
@@ -60,18 +64,19 @@ def test_onnx_runtime_decides_and_computes_as_the_reference(
                 same = all(
                     torch.equal(getattr(one, name)[image], getattr(other, name)[image])
                     for one, other in zip(found.values(), decisions, strict=True)
-                    for name in ("src", "dst", "unm")
+                    for name in names
                 )
                 if same:
                     alike["noise" if number < 2 else "photographs"] += 1
                     assert np.abs(logits[image] - expected[image]).max() <= 1e-4
     assert min(alike.values()) >= 5  # of six each: what differs below is the exception
-    # the decisions that do differ lie within 1e-6 of the best ones, and the logits follow from them
+    # the decisions that do differ are as good as the best ones to within rounding, and the logits follow from them
     report = validate(engine, reference, batches(model, noise, photographs))
     assert report, report.findings
     assert report.findings["max_logit_error"] <= 1e-4
     assert report.findings["largest_margin"] < 1e-6
-    assert report.findings["images"] == 12
+    removed = sum(each + (reduction is PRUNE) for each in reference.schedule.removed if each)
+    assert (report.findings["images"], report.findings["decisions"]) == (12, 12 * removed)
 
 
 @pytest.mark.parametrize("degree", [pytest.param(0, marks=pytest.mark.full), 8])
@@ -97,6 +102,37 @@ def test_a_graph_keeps_the_contract_of_the_runtime(exported, degree):
     assert engine.source.tokens == ((66, 58, 50, 42) if degree else (66, 66, 66, 66))
     assert {value.name for value in graph.graph.initializer} >= {"pos_embed", "blocks.2.attn.qkv.bias", "head.bias"}
     assert {name: sha256_file(engine.file.parent / name) for name in engine.source.files} == engine.source.files
+
+
+def test_a_pruned_graph_keeps_the_contract_of_the_runtime(exported):
+    engine = exported("reg4_dinov2", 13, PRUNE)
+    graph = onnx.load(engine.file)
+    onnx.checker.check_model(graph, full_check=True)
+    (source,), (sink,) = graph.graph.input, graph.graph.output
+    shapes = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (source, sink)]
+    assert shapes == [["batch", 3, 64, 64], ["batch", 10]]
+    prunings = [node for node in graph.graph.node if node.domain == "ai.tocom"]
+    assert [function.name for function in graph.functions if function.domain == "ai.tocom"] == ["TokenPrune"]
+    for block, node in enumerate(prunings):
+        assert (node.op_type, node.name) == ("TokenPrune", f"block.{block}.prune")
+        assert {attribute.name: attribute.i for attribute in node.attribute} == {"r": 13, "protected": 5}
+        assert list(node.output[2:]) == [f"block.{block}.kept", f"block.{block}.dropped"]
+    assert len(prunings) == 3 and engine.source.tokens == (69, 56, 43, 30)
+    inlined = inline(graph)
+    assert {node.domain for node in inlined.graph.node} == {""}
+    forbidden = {"ScatterElements", "ScatterND", "NonZero", "Unique", "Loop", "If", "Scan"}
+    assert not forbidden & {node.op_type for node in inlined.graph.node}
+
+
+def test_pruning_every_patch_into_one_token(exported, make_vit, fused_of):
+    """Two patches, one removed: none is kept as it is. Nothing is left to remove after that."""
+    model, engine = make_vit("two_patches"), exported("two_patches", 1, PRUNE)
+    assert engine.source.tokens == (3, 2, 2)
+    reference = reference_model(model, schedule_for(model, 1), fused_of(model, 1), PRUNE)
+    images = np.random.default_rng(0).standard_normal((4, 3, 8, 16), dtype=np.float32)
+    report = validate(engine, reference, iter([images, images[:1]]))
+    assert report, report.findings
+    assert (report.findings["decisions"], report.findings["agreement"]) == (5 * 2, 1)
 
 
 def test_a_graph_says_nothing_about_the_machine_that_made_it(exported):
@@ -142,6 +178,17 @@ def test_multiplications_are_those_of_the_formula(make_vit):
     assert count_gmacs(ReducedViT(model, 16)) * 1e9 == pytest.approx(expected, rel=1e-9)
 
 
+def test_pruning_counts_the_class_token_row_where_it_is_needed(make_vit):
+    model = make_vit("deit_tiny")
+    expected = 64 * 3 * 8 * 8 * 48 + 48 * 10  # patches and classifier
+    for attending, left in ((65, 65), (65, 33), (33, 33), (33, 17)):
+        expected += attending * 4 * 48**2 + 2 * attending**2 * 48 + left * 8 * 48**2
+    expected += (65 + 33) * 48  # the class token's logits once more
+    expected += (33 + 17) * 48  # the weighted mean of those that are dropped
+    schedule = MergeSchedule((0, 32, 0, 16), 65)
+    assert count_gmacs(ReducedViT(model, schedule, reduction=PRUNE)) * 1e9 == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_reference_of_a_degree_has_its_own_weights(make_vit, fused_of):
     model = make_vit("deit_tiny")
     fused = fused_of(make_vit("deit_tiny"), 8)
@@ -157,8 +204,3 @@ def test_lowering_needs_no_frozen_model(make_vit, fused_of):
     model = make_vit("map").requires_grad_(True)
     assert count_gmacs(reference_model(model, schedule_for(model, 4), fused_of(model, 4))) > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_operator_names_are_the_documented_ones():
-    assert (operator.DOMAIN, operator.NAME, operator.VERSION) == ("ai.tocom", "TokenMerge", 1)
-    assert operator.DECISIONS == ("src", "dst", "unm")

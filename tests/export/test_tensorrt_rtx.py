@@ -6,6 +6,7 @@ import onnx
 import pytest
 
 from export.lower import inline
+from tocom.reduction import PRUNE
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install tocom[tensorrt-rtx]", exc_type=ImportError
@@ -52,8 +53,12 @@ def check_builds(engine) -> None:
     assert not complaints
 
 
-def test_every_exported_graph_builds(family_and_degree, exported):
-    check_builds(exported(*family_and_degree))
+def test_every_exported_graph_builds(case, exported):
+    check_builds(exported(*case))
+
+
+def test_pruning_every_patch_into_one_token_builds(exported):
+    check_builds(exported("two_patches", 1, PRUNE))
 
 
 def test_what_cannot_be_built_is_told(exported):

@@ -13,25 +13,35 @@ from onnx import helper, numpy_helper
 
 import export.validate
 from export.build import build
+from export.decisions import MERGE_MARGIN, PRUNE_MARGIN, decisions_of
 from export.lower import reference_model
-from export.validate import MARGIN, Findings, decision_margin, decisions_of, default_images, replay, validate
+from export.validate import Findings, default_images, replay, validate
 from runtime.engines import open_engine
 from runtime.errors import InputError
-from tocom.merging import Matching
+from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 
 FAMILY, DEGREE = "deit_tiny", 8
 
 
-@pytest.fixture
-def engine(exported):
-    return exported(FAMILY, DEGREE)
+@pytest.fixture(params=[MERGE], ids=["merge"])
+def reduction(request):
+    return request.param
+
+
+with_both = pytest.mark.parametrize("reduction", [MERGE, PRUNE], ids=["merge", "prune"], indirect=True)
+when_pruning = pytest.mark.parametrize("reduction", [PRUNE], ids=["prune"], indirect=True)
 
 
 @pytest.fixture
-def reference(make_vit, fused_of):
+def engine(exported, reduction):
+    return exported(FAMILY, DEGREE, reduction)
+
+
+@pytest.fixture
+def reference(make_vit, fused_of, reduction):
     model = make_vit(FAMILY)
-    return reference_model(model, schedule_for(model, DEGREE), fused_of(model, DEGREE))
+    return reference_model(model, schedule_for(model, DEGREE), fused_of(model, DEGREE), reduction)
 
 
 @pytest.fixture
@@ -63,8 +73,13 @@ def scale_logits(factor):
     return alter
 
 
+def operator_body(graph):
+    (function,) = [function for function in graph.functions if function.domain == "ai.tocom"]
+    return function
+
+
 def body(graph, op_type, position=0):
-    function = next(function for function in graph.functions if function.name == "TokenMerge")
+    function = operator_body(graph)
     return [node for node in function.node if node.op_type == op_type][position]
 
 
@@ -80,7 +95,7 @@ def worst_destination(graph):
 
 
 def scrambled_ranking(graph):
-    function = next(function for function in graph.functions if function.name == "TokenMerge")
+    function = operator_body(graph)
     ranking = body(graph, "TopK")
     index = list(function.node).index(ranking)
     scores = ranking.input[0]
@@ -101,6 +116,71 @@ def unweighted_mean(graph):
     product.input.append(moved)
 
 
+def rewire(graph, value, position, *nodes):
+    """Puts nodes behind a value of the body and lets its readers read the last node's output instead."""
+    function = operator_body(graph)
+    readers = [node for node in function.node if value in node.input]
+    index = min(list(function.node).index(reader) for reader in readers[position:])
+    for reader in readers[position:]:
+        reader.input[list(reader.input).index(value)] = nodes[-1].output[0]
+    for node in reversed(nodes):
+        function.node.insert(index, node)
+
+
+def one_wrong_token(graph):
+    """Keeps the most attended of the tokens to be dropped, and drops the least attended of those to be kept."""
+    index = list(operator_body(graph).node).index(body(graph, "GreaterOrEqual"))
+    before = operator_body(graph).node[index].input[0]
+    rewire(
+        graph, "ranked", 0,
+        helper.make_node("Sub", ["stay", "one"], ["last_kept"]),
+        helper.make_node("Equal", [before, "stay"], ["is_first"]),
+        helper.make_node("Equal", [before, "last_kept"], ["is_last"]),
+        helper.make_node("Where", ["is_first", "last_kept", before], ["once"]),
+        helper.make_node("Where", ["is_last", "stay", "once"], ["swapped"]),
+        helper.make_node("Gather", ["ranked", "swapped"], ["wrong"], axis=1),
+    )  # fmt: skip
+
+
+def highest_positions_first_on_ties(graph):
+    """Ranks the tokens from the last to the first, so that the last of equals is kept."""
+    rewire(
+        graph, "free", 1,
+        helper.make_node("Constant", [], ["back"], value_ints=[-1]),
+        helper.make_node("Constant", [], ["front"], value_ints=[-(1 << 40)]),
+        helper.make_node("Slice", ["free", "back", "front", "one", "back"], ["reversed"]),
+    )  # fmt: skip
+    rewire(
+        graph, "ranked", 0,
+        helper.make_node("Sub", ["count", "one"], ["last"]),
+        helper.make_node("Sub", ["last", "ranked"], ["unreversed"]),
+    )  # fmt: skip
+
+
+def kept_backwards(graph):
+    """Keeps the right tokens, the last of them first."""
+    body(graph, "Slice", 1).output[0] = "forwards"
+    rewire(
+        graph, "kept", 0,
+        helper.make_node("Constant", [], ["back"], value_ints=[-1]),
+        helper.make_node("Constant", [], ["front"], value_ints=[-(1 << 40)]),
+        helper.make_node("Slice", ["forwards", "back", "front", "one", "back"], ["kept"]),
+    )  # fmt: skip
+
+
+def plain_mean(graph):
+    """A floor so high that every dropped token weighs the same."""
+    for node in operator_body(graph).node:
+        for attribute in node.attribute:
+            if attribute.name == "value_float":
+                attribute.f = 1e6
+
+
+def largest_size(graph):
+    """The fused token counts for the largest of those it stands for, not for all."""
+    body(graph, "ReduceSum", 1).op_type = "ReduceMax"
+
+
 def test_the_good_engine_passes(engine, reference):
     report = validate(engine, reference, images())
     assert report
@@ -112,10 +192,24 @@ def test_the_good_engine_passes(engine, reference):
     assert found["top1_agreement"] == 1
 
 
+@when_pruning
+def test_the_good_pruned_engine_passes(engine, reference):
+    report = validate(engine, reference, images())
+    assert report
+    found = report.findings
+    assert (found["images"], found["decisions"], found["unexplained"]) == (12, 12 * 4 * (DEGREE + 1), 0)
+    assert found["agreement"] > 0.99
+    assert found["largest_margin"] < PRUNE_MARGIN
+    assert found["max_logit_error"] < 1e-4
+    assert found["top1_agreement"] == 1
+
+
+@with_both
 def test_the_same_graph_untouched_passes(tampered, reference):
     assert validate(tampered(scale_logits(1.0)), reference, images())
 
 
+@with_both
 @pytest.mark.parametrize("factor", [1.01, 0.99, -1.0, 0.0])
 def test_scaled_logits_fail(tampered, reference, factor):
     report = validate(tampered(scale_logits(factor)), reference, images())
@@ -139,6 +233,46 @@ def test_wrong_decisions_fail_although_the_logits_follow_from_them(tampered, ref
     assert report.findings["blocks_with_unexplained"] == [0, 1, 2, 3]
 
 
+@when_pruning
+@pytest.mark.parametrize(
+    ("alter", "agreement"),
+    [(scrambled_ranking, 0.6), (set_attribute("largest", 0, "TopK"), 0.6), (one_wrong_token, 0.9)],
+    ids=["random tokens", "most attended tokens", "one token"],
+)
+def test_wrongly_dropped_tokens_fail_although_the_logits_follow_from_them(tampered, reference, alter, agreement):
+    report = validate(tampered(alter), reference, images())
+    assert not report
+    assert report.findings["agreement"] < agreement
+    assert report.findings["unexplained"] > 0
+    assert report.findings["largest_margin"] > 1e-3
+    assert report.findings["max_logit_error"] <= 1e-4
+    assert report.findings["blocks_with_unexplained"] == [0, 1, 2, 3]
+
+
+@when_pruning
+def test_one_wrong_token_is_told_from_rounding_in_every_image(tampered, reference):
+    report = validate(tampered(one_wrong_token), reference, images())
+    assert report.findings["explained"] == 0
+    assert report.findings["unexplained"] == 12 * 4
+    assert report.findings["agreement"] == pytest.approx(DEGREE / (DEGREE + 1))
+
+
+@when_pruning
+def test_pruned_tokens_in_a_wrong_order_fail(tampered, reference):
+    report = validate(tampered(kept_backwards), reference, images())
+    assert not report
+    assert report.findings["largest_margin"] == float("inf")
+    assert report.findings["blocks_with_unexplained"] == [0, 1, 2, 3]
+
+
+@when_pruning
+@pytest.mark.parametrize("alter", [plain_mean, largest_size])
+def test_a_wrong_fused_token_fails_although_the_first_decisions_are_right(tampered, reference, alter):
+    report = validate(tampered(alter), reference, images())
+    assert not report
+    assert report.findings["max_logit_error"] > 1e-3
+
+
 def test_a_wrong_order_of_the_tokens_that_stay_fails(tampered, reference):
     report = validate(tampered(set_attribute("largest", 1, "TopK", 1)), reference, images())
     assert not report
@@ -152,12 +286,18 @@ def test_a_wrong_mean_fails_although_the_first_decisions_are_right(tampered, ref
     assert report.findings["max_logit_error"] > 1e-3
 
 
-def test_another_choice_among_exact_ties_is_explained(tampered, reference):
+@pytest.mark.parametrize(
+    ("reduction", "alter"),
+    [(MERGE, set_attribute("select_last_index", 1, "ArgMax")), (PRUNE, highest_positions_first_on_ties)],
+    ids=["merge", "prune"],
+    indirect=["reduction"],
+)
+def test_another_choice_among_exact_ties_is_explained(tampered, reference, reduction, alter):
     """Flat images are all ties: preferring the last of them instead of the first is no error."""
     flat = [np.full((2, 3, 64, 64), value, np.float32) for value in (0.0, 0.5)]
     model = reference.model
     model.pos_embed.data[:] = 0
-    graph = tampered(set_attribute("select_last_index", 1, "ArgMax"))
+    graph = tampered(alter)
     loaded = onnx.load(graph.file)
     for tensor in loaded.graph.initializer:
         if tensor.name == "pos_embed":
@@ -167,16 +307,24 @@ def test_another_choice_among_exact_ties_is_explained(tampered, reference):
     assert report, report.findings
     assert report.findings["agreement"] < 0.5
     assert report.findings["explained"] > 0
-    assert report.findings["largest_margin"] < MARGIN
+    assert report.findings["largest_margin"] < {MERGE: MERGE_MARGIN, PRUNE: PRUNE_MARGIN}[reduction]
 
 
-def test_decisions_that_are_none_fail_instead_of_crashing(tampered, reference):
+@pytest.mark.parametrize(
+    ("reduction", "decision"),
+    [(MERGE, "dst"), (PRUNE, "kept"), (PRUNE, "dropped")],
+    ids=["merge", "kept", "dropped"],
+    indirect=["reduction"],
+)
+def test_decisions_that_are_none_fail_instead_of_crashing(tampered, reference, decision):
     def beyond_the_last_token(graph):
-        for node in graph.functions[0].node:
-            if list(node.output) == ["dst"]:
-                node.output[0] = "true_dst"
-        graph.functions[0].node.append(helper.make_node("Constant", [], ["far"], value_ints=[1000]))
-        graph.functions[0].node.append(helper.make_node("Add", ["true_dst", "far"], ["dst"]))
+        nodes = operator_body(graph).node
+        for node in nodes:
+            if list(node.output) == [decision]:
+                node.output[0] = "true"
+            node.input[:] = ["true" if name == decision else name for name in node.input]
+        nodes.append(helper.make_node("Constant", [], ["far"], value_ints=[1000]))
+        nodes.append(helper.make_node("Add", ["true", "far"], [decision]))
 
     report = validate(tampered(beyond_the_last_token), reference, images())
     assert not report
@@ -235,19 +383,21 @@ def test_building_refuses_what_there_is_not(engine, options, named):
         build(engine.source, **options)
 
 
+@with_both
 def test_the_debug_copy_leaves_no_file_and_the_engine_alone(engine, reference):
     before = {file.name: file.read_bytes() for file in engine.file.parent.iterdir()}
     validate(engine, reference, images())
     assert {file.name: file.read_bytes() for file in engine.file.parent.iterdir()} == before
 
 
+@with_both
 def test_replay_of_ones_own_decisions_changes_nothing(engine, reference):
     pixel_values = next(images())
     with export.validate.debug_copy(engine) as runner:
         decisions = decisions_of(runner.infer_all(pixel_values), reference)
-    logits, natural, scores = replay(reference, torch.from_numpy(pixel_values), decisions)
+    logits, natural, signals = replay(reference, torch.from_numpy(pixel_values), decisions)
     assert torch.equal(logits, reference(torch.from_numpy(pixel_values)))
-    assert natural.keys() == scores.keys() == {0, 1, 2, 3}
+    assert natural.keys() == signals.keys() == {0, 1, 2, 3}
     with open_engine(engine.file, engine.backend) as runner:
         assert np.abs(runner.infer(pixel_values) - logits.numpy()).max() <= 1e-4
 
@@ -258,73 +408,6 @@ def test_default_images_are_of_both_kinds_and_batches():
     again = list(default_images((3, 16, 24)))
     assert all(np.array_equal(one, other) for one, other in zip(again, default_images((3, 16, 24)), strict=True))
     assert (again[3] == -2).mean() > 0.005  # clipped: there are flat areas, so there are ties
-
-
-# tokens: 0 protected, then b a b a b a b -> a-tokens 2, 4, 6 and b-tokens 1, 3, 5, 7
-SCORES = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.2, 0.8, 0.0, 0.8 - 4e-7], [0.1, 0.0, 0.8 - 5e-7, 0.3]]).double()
-
-
-def margin_of(src, dst, unm, *, ordered_by_score=False, scores=SCORES):
-    chosen = Matching(torch.tensor([src]), torch.tensor([dst]), torch.tensor([unm], dtype=torch.int64), protected=1)
-    return decision_margin(scores[None].clone(), chosen, 0, ordered_by_score)
-
-
-def test_the_best_decisions_have_no_margin():
-    assert margin_of([2, 4], [1, 3], [6]) == 0
-    assert margin_of([4, 2], [3, 1], [6]) == 0  # in which order they merge makes no difference
-    assert margin_of([2, 4, 6], [1, 3, 5], []) == 0
-
-
-def test_near_ties_have_a_margin_that_is_explained():
-    assert margin_of([2, 4], [1, 7], [6]) == pytest.approx(4e-7, rel=0.2)  # another destination, nearly as good
-    assert margin_of([2, 6], [1, 5], [4]) == pytest.approx(5e-7, rel=0.2)  # another token, nearly as good
-    assert margin_of([2, 6], [1, 5], [4]) < MARGIN
-
-
-def test_real_errors_have_a_margin_that_is_not():
-    assert margin_of([2, 4], [3, 3], [6]) == pytest.approx(0.8)  # a bad destination
-    assert margin_of([4, 6], [3, 5], [2]) == pytest.approx(0.1, rel=1e-4)  # the best token left out
-    assert margin_of([2, 4], [1, 5], [6]) == pytest.approx(0.8)
-
-
-def test_the_margin_that_is_explained_is_a_rounding_error_wide():
-    assert MARGIN == 1e-6
-    small = SCORES.clone()
-    small[0, 1] = 0.9 - 2e-6
-    assert margin_of([2, 4], [3, 3], [6], scores=small) > MARGIN  # small, but no rounding
-
-
-def test_the_order_of_the_tokens_that_stay_counts():
-    assert margin_of([2], [1], [4, 6]) == 0
-    assert margin_of([2], [1], [6, 4]) == float("inf")
-    assert margin_of([2], [1], [4, 6], ordered_by_score=True) == 0
-    assert margin_of([2], [1], [6, 4], ordered_by_score=True) == pytest.approx(5e-7, rel=0.2)
-    worse = SCORES.clone()
-    worse[2] = 0.5
-    assert margin_of([2], [1], [6, 4], ordered_by_score=True, scores=worse) == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("src", "dst", "unm"),
-    [
-        ([2, 2], [1, 1], [6]),  # one token twice
-        ([2, 4], [1, 3], [4]),  # one token merged and kept
-        ([2, 3], [1, 3], [6]),  # a token of the other side
-        ([0, 4], [1, 3], [6]),  # a protected token
-        ([2, 8], [1, 3], [6]),  # beyond the last
-        ([2, 4], [1, 4], [6]),  # into a token of its own side
-        ([2, 4], [1, 9], [6]),  # into one beyond the last
-        ([2, 4], [1, -1], [6]),
-    ],
-)
-def test_what_is_no_decision_has_an_infinite_margin(src, dst, unm):
-    assert margin_of(src, dst, unm) == float("inf")
-
-
-def test_scores_that_are_not_numbers_explain_nothing():
-    scores = SCORES.clone()
-    scores[0, 0] = torch.nan
-    assert not margin_of([2, 4], [1, 3], [6], scores=scores) < MARGIN
 
 
 @pytest.mark.parametrize(

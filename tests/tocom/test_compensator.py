@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from tocom.compensator import Compensator, CompensatorInfo
+from tocom.dropout import DropoutKey
 from tocom.errors import InputError
 
 
@@ -202,12 +203,22 @@ def test_the_unfused_change_is_the_pairs_one_after_the_other(make_compensator):
         torch.testing.assert_close(change[..., columns], expected, rtol=1e-12, atol=1e-14)
 
 
-def test_dropout_is_on_while_training_only(make_compensator):
-    compensator = make_compensator(24, 1)
-    compensation, x = compensator.between(0, 16), torch.randn(1, 50, 24)
-    assert torch.equal(compensation(0, x), compensation(0, x))
+@torch.no_grad()
+def test_dropout_is_on_while_training_with_a_key_only(make_compensator):
+    compensator, x = make_compensator(24, 1), torch.randn(4, 50, 24, generator=torch.Generator().manual_seed(0))
+    key = DropoutKey(seed=0, step=1)
+    plain, keyed = compensator.between(0, 16), compensator.between(0, 16, dropout=key)
+    untouched = plain(0, x)
+    assert torch.equal(keyed(0, x), untouched)
     compensator.train()
-    assert not torch.equal(compensation(0, x), compensation(0, x))
+    assert torch.equal(plain(0, x), untouched)
+    dropped = keyed(0, x)
+    assert torch.equal(dropped, keyed(0, x)) and not torch.equal(dropped, untouched)
+    for which, columns in (("q", slice(0, 24)), ("v", slice(48, 72))):
+        pair = compensator.blocks[0]["attn"][f"{which}_tocom"]
+        hidden = x @ pair.adapter_down.weight.T
+        expected = 0.1 * (hidden * key.mask(hidden, 0, which)) @ pair.adapter_up.weight.T
+        torch.testing.assert_close(dropped[..., columns], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "pth"])

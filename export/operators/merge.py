@@ -1,7 +1,6 @@
-"""The operator `ai.tocom::TokenMerge` as an ONNX model-local function: its body is its specification.
+"""Merging: `merged, merged_size, src, dst, unm = TokenMerge(x, token_size, metric; r, protected, keep_order)`.
 
-The body is free of scatters, of ties left to the engine's mood and of anything TensorRT's parser refuses: merging is a
-product with a one-hot matrix, moving a token is a gather.
+A product with a one-hot matrix adds the merged tokens up.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import onnx
 from onnxscript import opset20 as op
 from onnxscript import script
 from onnxscript.values import Opset
+from torch import nn
 
-DOMAIN, NAME, VERSION = "ai.tocom", "TokenMerge", 1
-OUTPUTS = ("merged", "merged_size", "src", "dst", "unm")
-DECISIONS = OUTPUTS[2:]
+from export.operators.interface import DOMAIN, VERSION, Operator
+from tocom.merging import first_positions
 
 
 @script(Opset(DOMAIN, VERSION), default_opset=op)
@@ -72,6 +71,20 @@ def TokenMerge(x, token_size, metric, r: int, protected: int, keep_order: int): 
     return merged, merged_size, src, dst, unm
 
 
-def function_proto() -> onnx.FunctionProto:
-    """The operator's definition, to be added to a model that uses it."""
-    return TokenMerge.to_function_proto()
+class MergeOperator(Operator):
+    """`tocom.reduction.MERGE` in a graph."""
+
+    name = "TokenMerge"
+    outputs = ("merged", "merged_size", "src", "dst", "unm")
+
+    def function_proto(self) -> onnx.FunctionProto:
+        """The body above."""
+        return TokenMerge.to_function_proto()
+
+    def attributes(self, model: nn.Module) -> dict[str, int]:
+        """The prefix, and whether unmerged tokens keep their order."""
+        return {"protected": model.num_prefix_tokens, "keep_order": int(model.has_class_token)}
+
+    def decision_counts(self, model: nn.Module, tokens: int, r: int) -> tuple[int, ...]:
+        """Merged tokens and their destinations, and the a-tokens that stay."""
+        return r, r, len(range(first_positions(model.num_prefix_tokens)[0], tokens, 2)) - r

@@ -10,16 +10,18 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export import operator
+from export.operators import DOMAIN, VERSION, operator_of
+from tocom.reduction import MERGE
 
 FLOAT = TensorProto.FLOAT
+operator = operator_of(MERGE)
 
 
 @cache
 def session(r: int, protected: int, keep_order: int) -> onnxruntime.InferenceSession:
     """A graph of the one node; every dimension dynamic."""
     node = helper.make_node(
-        operator.NAME, ["x", "token_size", "metric"], list(operator.OUTPUTS), domain=operator.DOMAIN,
+        operator.name, ["x", "token_size", "metric"], list(operator.outputs), domain=DOMAIN,
         r=r, protected=protected, keep_order=keep_order,
     )  # fmt: skip
     inputs = [
@@ -31,9 +33,9 @@ def session(r: int, protected: int, keep_order: int) -> onnxruntime.InferenceSes
         helper.make_tensor_value_info(
             name, FLOAT if "merged" in name else TensorProto.INT64, shapes.get(name, ["B", "U"])
         )
-        for name in operator.OUTPUTS
+        for name in operator.outputs
     ]
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(operator.DOMAIN, operator.VERSION)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     graph = helper.make_graph([node], "one_merge", inputs, outputs)
     model = helper.make_model(graph, functions=[operator.function_proto()], opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(model)
@@ -47,7 +49,7 @@ def check(naive, metric: np.ndarray, r: int, protected: int, keep_order: bool, s
     x = random.standard_normal((*metric.shape[:2], 7), dtype=np.float32)
     token_size = random.integers(1, 30, (*metric.shape[:2], 1)).astype(np.float32)
     feeds = {"x": x, "token_size": token_size, "metric": metric}
-    merged, sizes, src, dst, unm = session(r, protected, int(keep_order)).run(list(operator.OUTPUTS), feeds)
+    merged, sizes, src, dst, unm = session(r, protected, int(keep_order)).run(list(operator.outputs), feeds)
     for image in range(len(metric)):
         decisions = naive.match(metric[image].tolist(), r, protected, keep_order)
         assert [src[image].tolist(), dst[image].tolist(), unm[image].tolist()] == list(decisions)
@@ -82,5 +84,11 @@ def test_the_body_uses_standard_operators_that_targets_accept():
     body = operator.function_proto()
     assert {node.domain for node in body.node} == {""}
     assert not {node.op_type for node in body.node} & {"ScatterElements", "ScatterND", "NonZero", "Loop", "If"}
-    assert list(body.output) == list(operator.OUTPUTS)
+    assert list(body.output) == list(operator.outputs)
     assert set(body.attribute) == {"r", "protected", "keep_order"}
+
+
+def test_operator_names_are_the_documented_ones():
+    assert (DOMAIN, operator.name, VERSION) == ("ai.tocom", "TokenMerge", 1)
+    assert operator.decisions == ("src", "dst", "unm")
+    assert operator.decision_names(3) == ("block.3.src", "block.3.dst", "block.3.unm")

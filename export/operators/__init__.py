@@ -1,0 +1,17 @@
+"""Token reductions as ONNX operators: model-local functions whose bodies are their specification."""
+
+from __future__ import annotations
+
+from export.operators.interface import DOMAIN, VERSION, Operator
+from export.operators.merge import MergeOperator
+from export.operators.prune import PruneOperator
+from tocom.reduction import MERGE, PRUNE, Reduction
+
+__all__ = ["DOMAIN", "OPERATORS", "VERSION", "Operator", "operator_of"]
+
+OPERATORS: dict[str, Operator] = {MERGE.name: MergeOperator(), PRUNE.name: PruneOperator()}
+
+
+def operator_of(reduction: Reduction) -> Operator:
+    """The operator that a reduction becomes in a graph."""
+    return OPERATORS[reduction.name]

@@ -1,0 +1,70 @@
+"""What the operators of the token reductions have in common: how they are called, and what they put out.
+
+Every operator takes (x [B, N, C], token_size [B, N, 1], the reduction's signal) and puts out the tokens and sizes that
+remain, then its decisions: positions among the N tokens, int64 [B, ...]. Bodies are free of scatters, of ties left to
+the engine's mood and of anything TensorRT's parser refuses: moving a token is a gather.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from tocom.vit import ReduceStep
+
+DOMAIN, VERSION = "ai.tocom", 1
+
+
+class Operator(ABC):
+    """One token reduction in a graph.
+
+    Attributes:
+        name: Within `DOMAIN`.
+        outputs: Tokens, sizes, then the decisions.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+
+    @abstractmethod
+    def function_proto(self) -> onnx.FunctionProto:
+        """The definition, to be added to a model that uses it."""
+
+    @abstractmethod
+    def attributes(self, model: nn.Module) -> dict[str, int]:
+        """The attributes beside r that a timm model determines."""
+
+    @abstractmethod
+    def decision_counts(self, model: nn.Module, tokens: int, r: int) -> tuple[int, ...]:
+        """How many positions each decision holds per image, where r of `tokens` tokens go."""
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """Names of the outputs that are decisions."""
+        return self.outputs[2:]
+
+    def decision_names(self, block: int) -> tuple[str, ...]:
+        """Names of a block's decisions in every graph: values that a debug copy can make outputs."""
+        return tuple(f"block.{block}.{name}" for name in self.decisions)
+
+    def symbolic_step(self, model: nn.Module) -> ReduceStep:
+        """A reduce step that puts the operator into the exported graph instead of computing."""
+        attributes = self.attributes(model)
+
+        def step(_block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
+            batch, tokens, width = x.shape
+            counts = self.decision_counts(model, tokens, r)
+            outputs = torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::{self.name}",
+                [x, token_size, signal],
+                {"r": r, **attributes},
+                dtypes=[x.dtype, token_size.dtype, *[torch.int64] * len(counts)],
+                shapes=[(batch, tokens - r, width), (batch, tokens - r, 1), *[(batch, count) for count in counts]],
+                version=VERSION,
+            )
+            return outputs[0], outputs[1]
+
+        return step
