@@ -7,19 +7,20 @@ degrees run, and the same command finishes the rest.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from calib.labelled import LabelledImages
 from export.build import build
-from export.labelled import LabelledImages
+from export.lock import locked
 from export.lower import lower, reference_model
+from export.scales import at_chosen_scales
 from export.source import CompileOptions, Source, load_source, validation_batches
 from export.validate import validate
 from export.weights import WeightStore
@@ -67,8 +68,8 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
         OSError: If the folder cannot be written or is full; what is listed stays usable.
     """
     notify(None, "loading")
-    source = load_source(options)
-    with _locked(options.out):
+    source = at_chosen_scales(load_source(options))
+    with locked(options.out):
         family, reused = _resume(source)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
         failed: dict[int, Report] = {}
@@ -119,7 +120,7 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
         fused = source.fused(degree, entry.scale)
         graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused)
         engine = Engine(options.out / entry.engine, entry.backend, entry.precision, entry.sha256, graph)
-        reference = reference_model(source.loaded.model, source.schedules[degree], fused)
+        reference = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
         reports[degree] = validate(engine, reference, validation_batches(source))
     return reports
 
@@ -163,12 +164,14 @@ def _compile_degree(source: Source, degree: int, store: WeightStore, notify: Not
     notify(degree, "fusing")
     fused = source.fused(degree)
     notify(degree, "lowering to ONNX")
-    graph = lower(model, schedule, fused, store, f"r{degree:02d}-{source.recipe(degree)[:12]}.onnx")
+    name = f"r{degree:02d}-{source.recipe(degree)[:12]}.onnx"
+    graph = lower(model, schedule, fused, store, name, source.reduction)
     gc.collect()  # the exporter leaves cycles that hold copies of the weights
     notify(degree, "building")
     engine: Engine = build(graph, backend=options.backend, precision=options.precision)
     notify(degree, "validating")
-    return validate(engine, reference_model(model, schedule, fused), validation_batches(source))
+    reference = reference_model(model, schedule, fused, source.reduction)
+    return validate(engine, reference, validation_batches(source))
 
 
 def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
@@ -226,18 +229,6 @@ def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dic
         with torch.inference_mode():
             plain = images.top1(lambda pixels: reference(torch.from_numpy(pixels)).numpy())
     return {"top1": top1, "top1_without_compensator": plain, "images": len(images)}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    # one compile at a time writes into a folder; the lock goes when the process does, however it ends
-    out.mkdir(parents=True, exist_ok=True)
-    with Path(out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another compile is writing into {out}: wait for it, or choose another --out.") from error
-        yield
 
 
 def _sweep(out: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from calib.labelled import LabelledImages
 from export.build import require_precision, resolve_backend
 from export.fuse import fuse
-from export.labelled import LabelledImages
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
 from runtime.errors import InputError
@@ -41,7 +41,8 @@ class CompileOptions:
         checkpoint: Weights; None takes the model folder's or timm's pretrained ones.
         compensator: Compensator file; None exports plain token merging.
         source_degree: Degree the checkpoint was fine-tuned at; must be given with a compensator.
-        delta_scale: Weight of the compensator's change.
+        delta_scale: Weight of the compensator's change at every degree; None takes the choices in the folder's
+            scales.json, and the compensator's training scale where there is none.
         precision: Number format of the engines.
         backend: Engine library; "auto" takes the default.
         images: Folder of images to validate on; with one folder per class, top-1 is measured too.
@@ -59,7 +60,7 @@ class CompileOptions:
     checkpoint: Path | None = None
     compensator: Path | None = None
     source_degree: int | None = None
-    delta_scale: float = 0.1
+    delta_scale: float | None = None
     precision: str = "fp32"
     backend: str = "auto"
     images: Path | None = None
@@ -73,13 +74,25 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that was given, loaded and checked."""
+    """Everything that was given, loaded and checked.
+
+    Attributes:
+        options: As given.
+        loaded: The checkpoint in its model.
+        compensator: None for plain token reduction.
+        compensator_sha256: Hash of its tensors.
+        schedules: Target degree -> tokens to remove.
+        scales: Target degree -> delta scale; empty without a compensator.
+        images: What was given to validate on.
+        family: The manifest, before any engine is listed.
+    """
 
     options: CompileOptions
     loaded: LoadedModel
     compensator: Compensator | None
     compensator_sha256: str | None
     schedules: Mapping[int, MergeSchedule]
+    scales: Mapping[int, float]
     images: LabelledImages | None
     family: Family
 
@@ -89,12 +102,13 @@ class Source:
         return reduction_named(self.options.reduction)
 
     def fused(self, degree: int, delta_scale: float | None = None) -> FusedCheckpoint:
-        """The weights of one degree, at the options' scale or another; the plain ones without a compensator."""
+        """The weights of one degree, at its own scale or another: the plain ones at 0 or without a compensator."""
         weights = self.loaded.model.state_dict()
         scale = None
         if self.compensator is not None:
-            scale = self.options.delta_scale if delta_scale is None else delta_scale
-            weights = fuse(weights, self.compensator.between(self.options.source_degree, degree, scale))
+            scale = self.scales[degree] if delta_scale is None else delta_scale
+            if scale:
+                weights = fuse(weights, self.compensator.between(self.options.source_degree, degree, scale))
         return FusedCheckpoint(
             weights=weights,
             model=self.loaded.architecture,
@@ -116,7 +130,7 @@ class Source:
             "checkpoint": self.loaded.checkpoint_sha256,
             "compensator": self.compensator_sha256,
             "source_degree": self.options.source_degree if self.compensator else None,
-            "scale": self.options.delta_scale if self.compensator else None,
+            "scale": self.scales.get(degree),
             "removed": self.schedules[degree].removed,
             "reduction": self.options.reduction,
             "degree": degree,
@@ -135,7 +149,7 @@ def load_source(options: CompileOptions) -> Source:
     """
     resolve_backend(options.backend)
     require_precision(options.precision)
-    if not np.isfinite(options.delta_scale):
+    if options.delta_scale is not None and not np.isfinite(options.delta_scale):
         raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
     if options.compensator is not None and options.source_degree is None:
         raise InputError("a compensator needs the degree that the checkpoint was fine-tuned at: give --source-degree "
@@ -150,6 +164,7 @@ def load_source(options: CompileOptions) -> Source:
     schedules = {degree: schedule_for(loaded.model, degree, schedule_family) for degree in degrees}
     for schedule in schedules.values():
         schedule.require_room()
+    scales: dict[int, float] = {}
     if compensator is not None:
         model = loaded.model
         compensator.require_fits(
@@ -160,7 +175,7 @@ def load_source(options: CompileOptions) -> Source:
             reduction=reduction.name,
         )
         for degree in degrees:
-            compensator.between(options.source_degree, degree, options.delta_scale)
+            scales[degree] = compensator.between(options.source_degree, degree, options.delta_scale).delta_scale
     sha256 = None if compensator is None else hash_tensors(compensator.state_dict())
     spec = input_spec(loaded)
     family = Family(
@@ -178,7 +193,7 @@ def load_source(options: CompileOptions) -> Source:
     images = None
     if options.images is not None:
         images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
-    return Source(options, loaded, compensator, sha256, schedules, images, family)
+    return Source(options, loaded, compensator, sha256, schedules, scales, images, family)
 
 
 def validation_batches(source: Source) -> Iterator[np.ndarray]:

@@ -1,15 +1,17 @@
-"""The table that a compile ends with, and that `tocom inspect` shows."""
+"""The tables that commands end with: a family's engines, and the scales that were tried."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from calib.scales_file import ScaleChoices, Trial
 from runtime.manifest import EngineEntry, Family
 
 _MIB = 1 << 20
+_ALONE = {"merge": "merging", "prune": "pruning"}
 
 
 def family_table(family: Family, folder: Path, degrees: Collection[int] | None = None) -> Table:
@@ -23,17 +25,21 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     entries = [entry for entry in family.engines if degrees is None or entry.degree in degrees]
     labelled = next((entry.accuracy["images"] for entry in entries if "images" in entry.accuracy), None)
     compensated = family.compensator_sha256 is not None
-    table = Table(title=f"{family.model}, {entries[0].backend} {entries[0].precision}" if entries else family.model)
-    for name in ("degree", "tokens", "GMACs", "MiB", "ms p50", "p99", "speed-up", "logit error", "agreement"):
+    table = Table(title=_title(family, entries))
+    scaled = len({entry.scale for entry in entries}) > 1
+    names = ("tokens", "GMACs", "MiB", "ms p50", "p99", "speed-up", "logit error", "agreement")
+    for name in ("degree", "scale", *names) if scaled else ("degree", *names):
         table.add_column(name, justify="right")
     if labelled and compensated:
-        table.add_column("top-1 merging only", justify="right")
+        table.add_column(f"top-1 {_ALONE.get(family.reduction, family.reduction)} only", justify="right")
         table.add_column("with compensator", justify="right")
     elif labelled:
         table.add_column("top-1", justify="right")
     baseline = next((entry for entry in family.engines if entry.degree == 0), None)
     for entry in entries:
-        table.add_row(*_row(entry, baseline, folder), *(_accuracy(entry, compensated) if labelled else ()))
+        degree, *cells = _row(entry, baseline, folder)
+        scale = [_scale(entry, family)] if scaled else []
+        table.add_row(degree, *scale, *cells, *(_accuracy(entry, compensated) if labelled else ()))
     notes = [
         "ms: batch 1 on this machine, all degrees measured in one interleaved run; MiB: all files the degree reads."
     ]
@@ -46,6 +52,49 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     table.caption = "\n".join(notes)
     table.caption_justify = "left"
     return table
+
+
+def scale_table(choices: ScaleChoices, degrees: Collection[int]) -> Table:
+    """One row per degree, one column per scale that was tried: top-1 and mean cross-entropy, the chosen one marked.
+
+    Args:
+        choices: The choices.
+        degrees: Rows to show.
+    """
+    shown = {degree: choices.degrees[degree] for degree in degrees}
+    scales = sorted({trial.scale for choice in shown.values() for trial in choice.tried})
+    table = Table("degree", title="top-1 and mean cross-entropy per scale, * chosen")
+    for scale in scales:
+        table.add_column(f"{scale:g}" if scale else "merging only", justify="right")
+    for degree, choice in shown.items():
+        trials = {trial.scale: trial for trial in choice.tried}
+        table.add_row(str(degree), *(_trial(trials.get(scale), choice.scale) for scale in scales))
+    errors = [trial.standard_error(choice.images) for choice in shown.values() for trial in choice.tried]
+    images = max((choice.images for choice in shown.values()), default=0)
+    table.caption = (f"{images} images: a share has a standard error of up to {max(errors, default=0):.1%}; smaller "
+                     "differences may be chance.\nOf equal shares the scale closest to the training scale is "
+                     "chosen.")  # fmt: skip
+    table.caption_justify = "left"
+    return table
+
+
+def _trial(trial: Trial | None, chosen: float) -> str:
+    if trial is None:
+        return "-"
+    loss = "-" if trial.cross_entropy is None else f"{trial.cross_entropy:.3f}"
+    text = f"{trial.top1:.1%} {loss}"
+    return f"[bold]{text} *[/]" if trial.scale == chosen else f"{text}  "
+
+
+def _title(family: Family, entries: Sequence[EngineEntry]) -> str:
+    parts = [family.model]
+    if entries:
+        parts.append(f"{entries[0].backend} {entries[0].precision}")
+    if family.schedule != Family.schedule:
+        parts.append(f"schedule {family.schedule}")
+    if family.reduction != Family.reduction:
+        parts.append(f"reduction {family.reduction}")
+    return ", ".join(parts)
 
 
 def _row(entry: EngineEntry, baseline: EngineEntry | None, folder: Path) -> list[str]:
@@ -63,6 +112,10 @@ def _row(entry: EngineEntry, baseline: EngineEntry | None, folder: Path) -> list
         f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
         f"{found['agreement']:.2%}" if found.get("decisions") else "-",
     ]
+
+
+def _scale(entry: EngineEntry, family: Family) -> str:
+    return "-" if entry.scale is None or entry.degree == family.source_degree else f"{entry.scale:g}"
 
 
 def _accuracy(entry: EngineEntry, compensated: bool) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.labelled import LabelledImages
+from calib.labelled import LabelledImages
 from runtime.errors import InputError
 from runtime.manifest import InputSpec
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.artifacts import sha256_file
 from runtime.manifest import InputSpec
 from runtime.preprocess import find_images, load_image, preprocess
 
@@ -58,6 +59,14 @@ class LabelledImages:
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """Prepared images, float32 [B, 3, H, W]."""
         return np.stack([preprocess(load_image(self.paths[index]), self.spec) for index in indices])
+
+    def content_hashes(self) -> tuple[str, ...]:
+        """What every image file holds: the first 16 hexadecimal digits of the sha256 of its bytes.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        return tuple(sha256_file(path)[:16] for path in self.paths)
 
     def top1(self, infer: Callable[[np.ndarray], np.ndarray]) -> float:
         """Share of images whose largest logit is their label's, 0..1.
