@@ -7,6 +7,7 @@ and test before anything else, so that a test sheet holds only handwriting that 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,7 @@ class Handwriting:
     labels: Tensor
 
     @classmethod
+    @functools.cache
     def of(cls, split: Split) -> Handwriting:
         """60% of the scans are for training, 15% for validation, 25% for testing; stratified, always the same."""
         data = load_digits()
@@ -48,10 +50,12 @@ class Sheets:
         rendering: "ink" is white on black, as the scans are; "board" is coloured chalk on a coloured, unevenly lit
             ground.
         seed: Of everything that is drawn.
+        glyphs: What is written on them, where it is not the scans of the split.
     """
 
-    def __init__(self, split: Split, rendering: Rendering, seed: int) -> None:
-        self.digits = Handwriting.of(split)
+    def __init__(self, split: Split, rendering: Rendering, seed: int, glyphs: Handwriting | None = None) -> None:
+        self.digits = glyphs or Handwriting.of(split)
+        self.split = split
         self.rendering = rendering
         self.augment = split == "train"
         self.draw = torch.Generator().manual_seed(seed)

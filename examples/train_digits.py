@@ -10,7 +10,6 @@ coloured chalk on an unevenly lit board. Everything that is reported is measured
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.distill import DistillOptions, distill
-from examples.sheets import MEAN, STD, Rendering, Sheets, Split, normalize
+from examples.sheets import MEAN, STD, Handwriting, Rendering, Sheets, Split, normalize
+from examples.supervised import fit
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
 from tocom.vit import ReducedViT
@@ -51,6 +51,18 @@ def images(rendering: Rendering, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield normalize(pixels), classes
 
 
+class InkPairs:
+    """The backbone's training sheets for distillation: every batch follows from its place in the run."""
+
+    def __init__(self) -> None:
+        self._handwriting = Handwriting.of("train")
+
+    def batch(self, first_pair: int, pairs: int) -> Tensor:
+        """Pairs of sheets, normalized, [2 * pairs, 3, 32, 32]."""
+        pixels, _ = Sheets("train", "ink", 20_000_000 + first_pair, self._handwriting).batch(2 * pairs)
+        return normalize(pixels)
+
+
 def tell(progress: Progress, task: TaskID, done: int, text: str) -> None:
     """Moves the bar; where there is no terminal, prints a line now and then."""
     progress.update(task, completed=done, description=text)
@@ -61,21 +73,10 @@ def tell(progress: Progress, task: TaskID, done: int, text: str) -> None:
 def train(
     model: nn.Module, rendering: Rendering, steps: int, lr: float, seed: int, progress: Progress, name: str
 ) -> None:
-    """Plain supervised training without merging: AdamW, warm-up and cosine, smoothed labels."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    warmup = min(200, steps // 10)
+    """Plain supervised training without merging, with a bar."""
     task = progress.add_task(name, total=steps)
-    model.train()
-    for step, (pixels, classes) in zip(range(steps), images(rendering, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = nn.functional.cross_entropy(model(pixels), classes, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tell(progress, task, step + 1, f"{name}, loss {loss.item():.3f}")
-    model.eval()
+    fit(model, images(rendering, seed), steps=steps, lr=lr,
+        on_step=lambda step, loss: tell(progress, task, step, f"{name}, loss {loss:.3f}"))  # fmt: skip
 
 
 @torch.inference_mode()
@@ -166,10 +167,11 @@ def main(
             task = progress.add_task("compensator", total=distill_steps)
             compensator = distill(
                 backbone,
-                (pixels for pixels, _ in images("ink", 20)),
+                InkPairs(),
                 backbone=ARCHITECTURE,
                 backbone_sha256=hash_tensors(backbone.state_dict()),
-                options=DistillOptions(steps=distill_steps, lr=5e-3),
+                options=DistillOptions(steps=distill_steps, batch=BATCH, lr=0.04),
+                state_folder=work / "compensator.training",
                 on_step=lambda step, loss: tell(progress, task, step, f"compensator, KL {loss:.3f}"),
             )
             kept.write_bytes(compensator.to_safetensors())
