@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine, and set up what they need first:
 #   make engines R=8,16      compile one engine per degree
 #   make test                run the tests
+#   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
-#                  [COMPENSATOR=FILE SOURCE=0 SCALE=0.1] [IMAGES=DIR] [PRECISION=fp32] [BACKEND=auto] [OUT=DIR] [ARGS=...]
+#                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [IMAGES=DIR] [PRECISION=fp32] [BACKEND=auto] [OUT=DIR] [ARGS=...]
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,24 +18,28 @@ COMPENSATOR ?= examples/digits/compensator.safetensors
 IMAGES ?= examples/digits/sheets
 endif
 SOURCE ?= 0
-SCALE ?= 0.1
+SCALE ?=
 PRECISION ?= fp32
 BACKEND ?= auto
 OUT ?= engines/$(notdir $(MODEL))
 
-.PHONY: engines test test-full lint setup clean
+.PHONY: engines test test-full experiment lint setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready
 	$(BIN)/tocom compile --model $(MODEL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
-	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR) --scale $(SCALE)) --source-degree $(SOURCE) --degrees $(R) \
-	  $(if $(IMAGES),--images $(IMAGES)) --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
+	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR)) $(if $(SCALE),--scale $(SCALE)) \
+	  --source-degree $(SOURCE) --degrees $(R) $(if $(IMAGES),--images $(IMAGES)) \
+	  --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
 
 test: .venv/ready-dev
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
 
 test-full: .venv/ready-dev
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m ""
+
+experiment: .venv/ready-dev
+	$(BIN)/python -m bench.experiment --preset $(if $(QUICK),quick,$(or $(PRESET),small)) $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

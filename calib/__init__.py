@@ -1,1 +1,1 @@
-"""What is learned from data: for now, self-distillation of the compensator."""
+"""What is learned from data: the compensator, by self-distillation, and the scale it is applied at."""

@@ -2,67 +2,54 @@
 
 Teacher and student are the same frozen network at two degrees; only the compensator's pairs are trained, so the
 network that comes out of it is the one that went in.
+
+    options = DistillOptions(steps=3000, batch=64, lr=0.04, schedule="strided:3", reduction="merge")
+    compensator = distill(model, images, backbone=name, backbone_sha256=hash_tensors(model.state_dict()),
+                          options=options, state_folder=Path("work/compensator.training"),
+                          on_step=lambda step, loss: print(step, loss))
+
+`images` is a `calib.pairs.BatchSource`, an object with `batch(first_pair, pairs) -> [2 * pairs, 3, H, W]` that makes
+normalized images; or anything with `len()` and `[index]` that holds PIL images, which are augmented as the options
+say, or normalized tensors [3, H, W], which are taken as they are. Everything random follows from the seed, the step
+and the pair's number: with a state folder, the same call goes on where it was, and the result does not depend on how
+a step's total batch is divided over processes (torchrun) and turns.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from calib.augmentation import Augmentation
+from calib.cluster import Cluster
+from calib.distill_options import DistillOptions
+from calib.pairs import BatchSource, ImagePairs
+from calib.training import Listeners, Plan, Training
 from tocom.compensator import Compensator, CompensatorInfo
-from tocom.errors import InputError
-from tocom.vit import ReducedViT
+from tocom.reduction import reduction_named
+from tocom.schedule import ScheduleFamily
+from tocom.vit import require_supported, schedule_for
 
+__all__ = ["DistillOptions", "Plan", "distill"]
 
-@dataclass(frozen=True)
-class DistillOptions:
-    """How to train; the defaults are the paper's where it gives one.
-
-    Attributes:
-        steps: Optimizer steps.
-        lr: Peak learning rate of AdamW, reached after `warmup` steps and then lowered along a cosine.
-        weight_decay: AdamW's.
-        warmup: Steps of linear warm-up.
-        delta_scale: Weight of the change while training.
-        temperature: tau of both softmaxes.
-        rank: Rank k of each of the 16 groups.
-        seed: Of the weights' and the degrees' draw.
-
-    Raises:
-        InputError: If a number cannot be trained with.
-    """
-
-    steps: int = 2000
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: int = 50
-    delta_scale: float = 0.1
-    temperature: float = 1.0
-    rank: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = (self.steps, self.rank, self.lr, self.temperature)
-        if not all(math.isfinite(number) and number > 0 for number in positive):
-            raise InputError(f"steps, rank, learning rate and temperature must be positive, got {positive}.")
-        if not (math.isfinite(self.delta_scale) and self.delta_scale) or not self.weight_decay >= 0:
-            raise InputError("the delta scale must be finite and not 0, the weight decay 0 or more, got "
-                             f"{self.delta_scale} and {self.weight_decay}.")  # fmt: skip
+_DEFAULTS = DistillOptions()
 
 
 def distill(
     model: nn.Module,
-    batches: Iterator[Tensor],
+    images: BatchSource | Sequence[object],
     *,
     backbone: str,
     backbone_sha256: str,
-    options: DistillOptions = DistillOptions(),
+    options: DistillOptions = _DEFAULTS,
+    state_folder: Path | None = None,
+    restart: bool = False,
+    on_start: Callable[[Plan], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    on_unreadable: Callable[[tuple[str, ...]], None] | None = None,
 ) -> Compensator:
     """Trains a compensator for a backbone.
 
@@ -71,65 +58,61 @@ def distill(
     on the soft labels.
 
     Args:
-        model: The pre-trained timm model; its weights are frozen while training and left as they were.
-        batches: Normalized images [B, 3, H, W]; at least `options.steps` batches.
+        model: The pre-trained timm model; its weights are frozen, moved to the device while training, and left as they
+            were.
+        images: See this module's head.
         backbone: Architecture name, kept in the compensator.
         backbone_sha256: Hash of the model's weights, kept in the compensator.
         options: How to train.
+        state_folder: Where the state, `log.csv` and TensorBoard events are kept, and where an earlier call with the
+            same options is taken up; None keeps nothing.
+        restart: Whether to begin anew in a folder that holds a state.
+        on_start: Called once, with what will be trained. All three are called in process 0 only.
         on_step: Called after every step with the steps done and the loss.
+        on_unreadable: Called with the names of images that could not be read, new ones each time.
 
     Returns:
-        The compensator, in evaluation mode.
+        The compensator, on the CPU, in evaluation mode; the same in every process.
 
     Raises:
-        InputError: If the batches run out, or the model is not supported.
+        InputError: If the model, the options or the images cannot be used, or the state folder is of another run.
+        GateError: If a loss is not finite.
+        KeyboardInterrupt: After SIGINT or SIGTERM, when the state has been saved.
     """
+    family, reduction = ScheduleFamily(options.schedule), reduction_named(options.reduction)
+    require_supported(model)
+    reduction.require_supported(model)
+    schedule_for(model, 1, family)
     info = CompensatorInfo(
         width=model.embed_dim,
         depth=len(model.blocks),
         rank=options.rank,
         backbone=backbone,
         training_scale=options.delta_scale,
+        schedule=family.name,
+        reduction=reduction.name,
         backbone_sha256=backbone_sha256,
     )
-    torch.manual_seed(options.seed)
-    draw = torch.Generator().manual_seed(options.seed)
-    compensator = Compensator(info).train()
-    frozen = model.eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(compensator.parameters(), lr=options.lr, weight_decay=options.weight_decay)
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * _schedule(step, options)
-        images = next(batches, None)
-        if images is None:
-            raise InputError(f"distillation needs {options.steps} batches of images, the data ended after {step}.")
-        source, target = _draw_degrees(info.groups, draw)
-        with torch.no_grad():
-            teacher = ReducedViT(frozen, source)(images)
-        student = ReducedViT(frozen, target, compensator.between(source, target))(images)
-        loss = _divergence(teacher, student, options.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if on_step is not None:
-            on_step(step + 1, loss.item())
-    return compensator.eval()
+    source = pairs_of(images, model, options) if hasattr(images, "__getitem__") else images
+    cluster = Cluster.join(options.device, options.precision)
+    training = Training(model, info, source, options, cluster)
+    identity = {
+        **options.deciding,
+        **asdict(info),
+        "images": getattr(images, "identity", None) or _described(images),
+        "total_batch": training.division.total,
+    }
+    training.run(state_folder, identity, restart, Listeners(on_start, on_step, on_unreadable))
+    cluster.leave()
+    return training.compensator
 
 
-def _draw_degrees(groups: int, draw: torch.Generator) -> tuple[int, int]:
-    """Two different degrees, uniform over all ordered pairs."""
-    source = int(torch.randint(groups + 1, (), generator=draw))
-    target = int(torch.randint(groups, (), generator=draw))
-    return source, target + (target >= source)
+def pairs_of(images: Sequence[object], model: nn.Module, options: DistillOptions) -> ImagePairs:
+    """The images as pairs, augmented for a model."""
+    augmentation = Augmentation.for_model(model, options.augment, flip=options.flip, erasing=options.erasing)
+    return ImagePairs(images, augmentation.prepare, augmentation.mix, options.seed)
 
 
-def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of the softened predictions, mean over the batch."""
-    log_teacher = functional.log_softmax(teacher / temperature, dim=-1)
-    log_student = functional.log_softmax(student / temperature, dim=-1)
-    return functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * temperature**2
-
-
-def _schedule(step: int, options: DistillOptions) -> float:
-    warm = min(1.0, (step + 1) / max(options.warmup, 1))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+def _described(images: object) -> str:
+    size = f" of {len(images)}" if hasattr(images, "__len__") else ""
+    return f"{type(images).__name__}{size}"

@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+class GateError(RuntimeError):
+    """A check that must hold did not, though everything given could be used.
+
+    The message is one line: what was checked, what was found, and the way out. A command prints it on stderr and exits
+    with status 1.
+    """
+
+
 def one_line(text: object) -> str:
     r"""Writes control characters as escapes, so that a hostile file name can neither break a line nor steer a terminal.
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tocom.dropout import DropoutKey
 from tocom.errors import InputError
 from tocom.tensorfile import read_tensors
 
@@ -64,32 +65,37 @@ class Compensator(nn.Module):
 
     Args:
         info: Sizes and origin.
-        dropout: Dropout on the low-rank activation while training.
     """
 
-    def __init__(self, info: CompensatorInfo, dropout: float = 0.1) -> None:
+    def __init__(self, info: CompensatorInfo) -> None:
         super().__init__()
         self.info = info
-        self.dropout = nn.Dropout(dropout)
         hidden = info.groups * info.rank
         self.blocks = nn.ModuleList(
             nn.ModuleDict({"attn": nn.ModuleDict({f"{name}_tocom": _LowRank(info.width, hidden) for name in "qv"})})
             for _ in range(info.depth)
         )
 
-    def between(self, source_degree: int, target_degree: int, delta_scale: float | None = None) -> Compensation:
+    def between(
+        self,
+        source_degree: int,
+        target_degree: int,
+        delta_scale: float | None = None,
+        dropout: DropoutKey | None = None,
+    ) -> Compensation:
         """The change from one degree to another.
 
         Args:
             source_degree: Degree the checkpoint was fine-tuned at.
             target_degree: Degree it shall run at.
             delta_scale: Weight of the change; None takes the training scale.
+            dropout: What drops low-rank activations while this compensator is in training mode; None drops none.
 
         Raises:
             InputError: If a degree lies outside 0..G.
         """
         scale = self.info.training_scale if delta_scale is None else delta_scale
-        return Compensation(self, source_degree, target_degree, scale)
+        return Compensation(self, source_degree, target_degree, scale, dropout)
 
     def to_safetensors(self) -> bytes:
         """The file contents: weights, and `info` as metadata."""
@@ -149,13 +155,18 @@ class Compensator(nn.Module):
 
 @dataclass(frozen=True)
 class Compensation:
-    """The change of one compensator from `source_degree` to `target_degree`, weighted by `delta_scale`."""
+    """The change of one compensator from `source_degree` to `target_degree`, weighted by `delta_scale`.
+
+    In training mode `dropout` drops low-rank activations of the unfused change.
+    """
 
     compensator: Compensator
     source_degree: int
     target_degree: int
     delta_scale: float
+    dropout: DropoutKey | None = None
     gate: Tensor = field(init=False, repr=False)
+    _gates: dict[tuple[torch.device, torch.dtype], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = self.compensator.info.groups
@@ -173,6 +184,12 @@ class Compensation:
         group = torch.arange(info.groups).repeat_interleave(info.rank)
         return (group >= info.groups - degree).double()
 
+    def _scaled_gate(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Gate times delta scale, copied to a device once and not in every block."""
+        if (device, dtype) not in self._gates:
+            self._gates[device, dtype] = (self.delta_scale * self.gate).to(device, dtype)
+        return self._gates[device, dtype]
+
     def _pair(self, block: int, which: str) -> tuple[Tensor, Tensor]:
         pair = self.compensator.blocks[block]["attn"][f"{which}_tocom"]
         return pair.adapter_down.weight, pair.adapter_up.weight
@@ -187,11 +204,14 @@ class Compensation:
         Returns:
             [B, N, 3C], zero on the keys.
         """
-        gate = (self.delta_scale * self.gate).to(x)
+        gate = self._scaled_gate(x.device, x.dtype)
 
         def path(which: str) -> Tensor:
             down, up = self._pair(block, which)
-            return (self.compensator.dropout(x @ down.to(x).T) * gate) @ up.to(x).T
+            hidden = x @ down.to(x).T
+            if self.dropout is not None and self.compensator.training:
+                hidden = hidden * self.dropout.mask(hidden, block, which)
+            return (hidden * gate) @ up.to(x).T
 
         return torch.cat([path("q"), torch.zeros_like(x), path("v")], dim=-1)
 

@@ -151,7 +151,7 @@ class ReducedViT(nn.Module):
         if attn.gate is not None:
             out = out * attn.gate(x).sigmoid()
         # the class token's row is computed apart from the attention itself, which engines then still fuse
-        by_attention = self.reduction.signal == "attention"
+        by_attention = self.reduction.signal == "attention" and self.schedule.removed[index] > 0
         signal = weights(q[:, :, :1]).mean(dim=1).squeeze(1) if by_attention else k.mean(dim=1)
         return attn.proj_drop(attn.proj(out)), signal
 

@@ -61,8 +61,8 @@ class Protocol:
     tasks: tuple[str, ...] = ("board", "letters", "missing")
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = ("constant", "strided", "pruned")
-    val_sheets: int = 512
-    test_sheets: int = 2048
+    val_sheets: int = 384
+    test_sheets: int = 1536
 
 
 PRESETS = {

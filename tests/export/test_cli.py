@@ -121,7 +121,7 @@ def test_no_command_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(capsys.readouterr().out.splitlines()) > 8
 
 
-@pytest.mark.parametrize("command", ["compile", "validate", "distill", "infer", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["compile", "validate", "distill", "choose-scale", "infer", "inspect", "doctor"])
 def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert "usage" in capsys.readouterr().out.lower()

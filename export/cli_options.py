@@ -1,0 +1,88 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.errors import InputError
+
+Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json, weights).")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Fine-tuned weights, .safetensors or .pth (bare, or under model or state_dict). Default: the model "
+        "folder's, or timm's pretrained ones."
+    ),
+]
+CompensatorFile = Annotated[Path | None, typer.Option(help="Compensator, .safetensors or the original .pth.")]
+SourceDegree = Annotated[
+    int | None, typer.Option(help="Degree the checkpoint was fine-tuned at; needed with a compensator.")
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes. Default: as many as the checkpoint's classifier has.")]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", metavar="NAME=VALUE", help="timm model argument, e.g. img_size=384; repeatable."),
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="How a degree r is spread over the blocks: constant (r in each), decreasing (2r down to 0), strided:K "
+        "(K*r in every K-th block), or one number per block, each times r, like 0,3,0,0,3,0."
+    ),
+]
+ReductionName = Annotated[
+    str, typer.Option("--reduction", help="How tokens go: merge (ToMe) or prune (EViT, by class-token attention).")
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Folder of images to validate on; with one folder per class, top-1 is measured too."),
+]
+Limit = Annotated[int, typer.Option(min=1, help="Measure top-1 on at most this many images, evenly spread.")]
+
+
+def read_degrees(text: str) -> tuple[int, ...]:
+    """Reads degrees parted by commas.
+
+    Raises:
+        InputError: If one is not a whole number of 0 or more.
+
+    >>> read_degrees("8,16")
+    (8, 16)
+    """
+    degrees = []
+    for part in text.split(","):
+        try:
+            degrees.append(int(part))
+        except ValueError:
+            raise InputError(
+                f"degrees must be whole numbers parted by commas, like 8,16, got {part.strip()!r} in {text!r}."
+            ) from None
+        if degrees[-1] < 0:
+            raise InputError(f"degree r must be 0 or more tokens per block, got {degrees[-1]}. "
+                                            "Use 0 to export without merging.")  # fmt: skip
+    return tuple(degrees)
+
+
+def read_model_args(pairs: list[str] | None) -> dict[str, object]:
+    """Reads NAME=VALUE pairs; a value that is no Python literal is taken as text.
+
+    Raises:
+        InputError: If one is not a pair.
+
+    >>> read_model_args(["img_size=384", "global_pool=avg"])
+    {'img_size': 384, 'global_pool': 'avg'}
+    """
+    arguments: dict[str, object] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"a model argument must be NAME=VALUE, like img_size=384, got {pair!r}.")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
