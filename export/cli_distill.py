@@ -16,7 +16,7 @@ from export.console import open_console
 from runtime.errors import InputError
 
 if TYPE_CHECKING:  # torch lies behind it, and `tocom --help` answers at once
-    from calib.training import Plan
+    from calib.distill.training import Plan
 
 _LINE_EVERY = 50  # steps, where the output is no terminal
 _NAMED = 3  # unreadable images told by name
@@ -81,7 +81,7 @@ def distill_command(
     Exit status: 0 done, 1 the loss is not finite, 2 bad input.
     """
     from calib.distill import DistillOptions, distill
-    from calib.image_source import open_images
+    from calib.distill.image_source import open_images
     from runtime.artifacts import write_atomically
     from tocom.checkpoint import load_model
 

@@ -88,10 +88,20 @@ def test_every_job_has_what_it_needs():
 
 def tiny(name="small"):
     return replace(
-        PRESETS["small"], pretraining_steps=2, distill_steps=2, finetune_steps=2, sources=(0, 16),
-        targets=(0, 8, 12, 16), tasks=("board", "missing"), seeds=(0, 1), methods=("constant", "strided"), val_sheets=16, test_sheets=32,
-        model={"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 3}, name=name,
-    )  # fmt: skip
+        PRESETS["small"],
+        name=name,
+        model={"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 3},
+        pretraining_steps=2,
+        distill_steps=2,
+        finetune_steps=2,
+        sources=(0, 16),
+        targets=(0, 8, 12, 16),
+        tasks=("board", "missing"),
+        seeds=(0, 1),
+        methods=("constant", "strided"),
+        val_sheets=16,
+        test_sheets=32,
+    )
 
 
 def invented_results():

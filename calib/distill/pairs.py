@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib.draws import drawn_for_pair, image_at, replacement_for
+from calib.distill.draws import drawn_for_pair, image_at, replacement_for
 from runtime.errors import InputError, one_line
 
 _ATTEMPTS = 100  # other images tried for one that cannot be read

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.augmentation import Augmentation, input_spec_of, mixed
-from calib.draws import drawn_for_pair
+from calib.distill.augmentation import Augmentation, input_spec_of, mixed
+from calib.distill.draws import drawn_for_pair
 from runtime.preprocess import preprocess
 
 

@@ -9,7 +9,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from calib.image_source import FolderImages, open_images
+from calib.distill.image_source import FolderImages, open_images
 from runtime.errors import InputError
 
 

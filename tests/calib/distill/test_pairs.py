@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.augmentation import Augmentation
-from calib.draws import image_at
-from calib.pairs import Division, ImagePairs, LoadedPairs, load
+from calib.distill.augmentation import Augmentation
+from calib.distill.draws import image_at
+from calib.distill.pairs import Division, ImagePairs, LoadedPairs, load
 from runtime.errors import InputError
 
 

@@ -14,13 +14,13 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from calib.cluster import Cluster
-from calib.distill_options import DistillOptions
-from calib.draws import degrees_at, drawn_for_weights
-from calib.pairs import BatchSource, Division, ImagePairs, LoadedPairs, load
-from calib.self_distillation import SelfDistillation
-from calib.training_log import StepRecord, TrainingLog
-from calib.training_state import TrainingFolder, TrainingState
+from calib.distill.cluster import Cluster
+from calib.distill.draws import degrees_at, drawn_for_weights
+from calib.distill.options import DistillOptions
+from calib.distill.pairs import BatchSource, Division, ImagePairs, LoadedPairs, load
+from calib.distill.self_distillation import SelfDistillation
+from calib.distill.training_log import StepRecord, TrainingLog
+from calib.distill.training_state import TrainingFolder, TrainingState
 from runtime.errors import InputError
 from tocom.compensator import Compensator, CompensatorInfo
 

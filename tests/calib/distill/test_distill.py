@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from calib.distill import DistillOptions, distill
-from calib.draws import degrees_at
-from calib.self_distillation import divergence
+from calib.distill.draws import degrees_at
+from calib.distill.self_distillation import divergence
 from runtime.errors import GateError
 from runtime.errors import InputError as RuntimeInputError
 from tocom.errors import InputError
