@@ -17,14 +17,16 @@ import sys
 import time
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import Annotated, Any
 
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 UNTIMED = 2  # steps before the clock starts
-HEADER = ("model", "precision", "batch", "s per step", "images/s", "peak memory")
+HEADER = ("model", "precision", "batch", "s per step", "fastest - slowest", "images/s", "peak memory")
 
 
 def measure(model: str, batch: int, precision: str, steps: int, device: str, model_args: dict[str, object]) -> None:
@@ -59,10 +61,11 @@ def measure(model: str, batch: int, precision: str, steps: int, device: str, mod
     )
     on_gpu = device == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": (ends[-1] - ends[UNTIMED - 1]) / steps, "peak_gib": peak / (1 << 30)}))
+    seconds = [end - begin for begin, end in pairwise(ends[UNTIMED - 1 :])]
+    print(json.dumps({"seconds": seconds, "peak_gib": peak / (1 << 30)}))
 
 
-def measured(model: str, batch: int, precision: str, steps: int, device: str, model_args: str) -> dict[str, float]:
+def measured(model: str, batch: int, precision: str, steps: int, device: str, model_args: str) -> dict[str, Any]:
     """`measure` in a fresh process.
 
     Raises:
@@ -110,15 +113,18 @@ def main(
     for name in models.split(","):
         for precision in ("fp32", "bf16") if device == "cuda" else ("fp32",):
             found = measured(name, batch, precision, steps, device, model_args)
-            rows.append((name, precision, str(batch), f"{found['seconds']:.3f}", f"{batch / found['seconds']:.1f}",
+            seconds = found["seconds"]
+            rows.append((name, precision, str(batch), f"{median(seconds):.3f}",
+                         f"{min(seconds):.3f} - {max(seconds):.3f}", f"{batch * len(seconds) / sum(seconds):.1f}",
                          f"{found['peak_gib']:.2f} GiB"))  # fmt: skip
             print("  ".join(rows[-1]), flush=True)
     lines = [
         "# Cost of training a compensator",
         "",
         f"`python bench/distill_cost.py --models {models} --batch {batch} --steps {steps}`, {date.today()}, "
-        f"{machine()}, torch {version('torch')}. Mean of {steps} steps on {device}, after {UNTIMED} untimed "
-        "ones; random degrees, random weights, images at hand.",
+        f"{machine()}, torch {version('torch')}. {steps} steps on {device}, after {UNTIMED} untimed "
+        "ones: median, range, and images/s over all of them. Every step draws its two degrees, so steps differ; random "
+        "weights, images at hand.",
         "",
         f"| {' | '.join(HEADER)} |",
         "|---" * len(HEADER) + "|",
