@@ -3,7 +3,8 @@
 #   make test                run the tests
 #   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
-#                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [IMAGES=DIR] [PRECISION=fp32] [BACKEND=auto] [OUT=DIR] [ARGS=...]
+#                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [SCHEDULE=strided:3] [REDUCTION=prune] [IMAGES=DIR]
+#                  [PRECISION=fp32] [BACKEND=auto] [OUT=DIR] [ARGS=...]
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +30,7 @@ OUT ?= engines/$(notdir $(MODEL))
 engines: .venv/ready
 	$(BIN)/tocom compile --model $(MODEL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
 	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR)) $(if $(SCALE),--scale $(SCALE)) \
+	  $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(REDUCTION),--reduction $(REDUCTION)) \
 	  --source-degree $(SOURCE) --degrees $(R) $(if $(IMAGES),--images $(IMAGES)) \
 	  --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
 

@@ -6,12 +6,12 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.experiment import plan, stages
 from bench.experiment.frontier import measure_frontier
-from bench.experiment.protocol import PRESETS
+from bench.experiment.protocol import METHODS, PRESETS, Protocol
 from bench.experiment.report import write_report
 from runtime.artifacts import write_atomically
 
@@ -32,6 +32,8 @@ def main(
     work: Annotated[Path | None, typer.Option(help="Finished stages. Default: build/experiment/PRESET.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     page: Annotated[Path | None, typer.Option(help="Default: docs/experiment.md, for quick docs in --work.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these, e.g. 0; the others can be added later.")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(METHODS)}; likewise.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Write the page from the results file.")] = False,
 ) -> None:
     """Repeats the paper's central experiment; finished stages are kept, so the same command goes on after a kill.
@@ -40,15 +42,15 @@ def main(
         SystemExit: With status 2, if something asked for does not exist.
     """
     if preset not in PRESETS or device not in ("auto", "cpu", "cuda"):
-        print(f"experiment: there is no preset {preset!r} or no device {device!r}.", file=sys.stderr)
-        raise SystemExit(2)
+        _refuse(f"there is no preset {preset!r} or no device {device!r}.")
+    protocol = _selected(PRESETS[preset], seeds, methods)
     work = work or ROOT / "build" / "experiment" / preset
     official = preset != "quick"
     results = ROOT / "bench" / "results" / f"experiment-{preset}.json" if official else work / "results.json"
     page = page or (ROOT / "docs" / "experiment.md" if official else work / "docs" / "experiment.md")
     if not report_only:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        bench = stages.Bench(PRESETS[preset], work, chosen)
+        bench = stages.Bench(protocol, work, chosen)
         _require_same_protocol(bench)
         _run(bench)
         write_atomically(results, (json.dumps(_gather(bench), indent=1) + "\n").encode())
@@ -65,12 +67,29 @@ def _require_same_protocol(bench: stages.Bench) -> None:
     """
     bench.work.mkdir(parents=True, exist_ok=True)
     file = bench.work / "protocol.json"
-    now = json.loads(json.dumps(asdict(bench.protocol)))
-    if file.exists() and json.loads(file.read_text()) != now:
-        print(f"experiment: {bench.work} holds stages of another protocol: remove it, or give another --work.",
-              file=sys.stderr)  # fmt: skip
-        raise SystemExit(2)
+    now = {name: value for name, value in asdict(bench.protocol).items() if name not in ("seeds", "methods")}
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(now)):
+        _refuse(f"{bench.work} holds stages of another protocol: remove it, or give another --work.")
     write_atomically(file, json.dumps(now).encode())
+
+
+def _selected(protocol: Protocol, seeds: str | None, methods: str | None) -> Protocol:
+    """A preset with a part of its seeds and methods.
+
+    Raises:
+        SystemExit: With status 2, if there are no such ones.
+    """
+    numbers = protocol.seeds if seeds is None else tuple(int(part) for part in seeds.split(",") if part.isdecimal())
+    names = protocol.methods if methods is None else tuple(methods.split(","))
+    if not numbers or names[0] != "constant" or not set(names) <= METHODS.keys():
+        _refuse("seeds must be whole numbers, and methods begin with constant and be some of "
+                f"{', '.join(METHODS)}, got {seeds} and {methods}.")  # fmt: skip
+    return replace(protocol, seeds=numbers, methods=names)
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"experiment: {problem}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _run(bench: stages.Bench) -> None:

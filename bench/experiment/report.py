@@ -177,7 +177,7 @@ def _methods(results: Results) -> str:
 
 def _frontier(results: Results, pictures: Path, link: Path) -> str:
     latency = results.get("latency")
-    if not latency:
+    if not latency or "strided" not in results["protocol"]["methods"]:
         return ""
     protocol, parts = results["protocol"], ["## Constant against strided: accuracy at equal measured latency"]
     methods = [method for method in ("constant", "strided") if method in protocol["methods"]]

@@ -150,18 +150,40 @@ def test_the_page_says_what_the_results_say(tmp_path):
 def test_a_tiny_run_ends_in_a_page_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setitem(command.PRESETS, "quick", tiny("quick"))
     work = tmp_path / "work"
-    command.main(preset="quick", work=work, device="cpu", page=None, report_only=False)
+    given = {"preset": "quick", "work": work, "device": "cpu", "page": None, "report_only": False}
+    command.main(**given, seeds="0", methods="constant")
+    assert "seeds 0:" in (work / "docs" / "experiment.md").read_text()
+    command.main(**given, seeds=None, methods=None)
     page = work / "docs" / "experiment.md"
     assert "Constant against strided" in page.read_text()
     made = {file: file.stat().st_mtime_ns for file in work.glob("*.safetensors")}
     assert len(made) == 1 + 2 + 8
-    command.main(preset="quick", work=work, device="cpu", page=None, report_only=False)
+    command.main(**given, seeds=None, methods=None)
     assert {file: file.stat().st_mtime_ns for file in work.glob("*.safetensors")} == made
 
 
-@pytest.mark.parametrize("wrong", [{"preset": "huge"}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"preset": "huge"},
+        {"device": "tpu"},
+        {"seeds": ""},
+        {"seeds": "x"},
+        {"methods": "strided"},
+        {"methods": "constant,x"},
+    ],
+)
 def test_what_does_not_exist_is_refused(wrong, capsys):
-    given = {"preset": "quick", "work": None, "device": "cpu", "page": None, "report_only": True, **wrong}
+    given = {
+        "preset": "quick",
+        "work": None,
+        "device": "cpu",
+        "page": None,
+        "seeds": None,
+        "methods": None,
+        "report_only": True,
+    }
+    given |= wrong
     with pytest.raises(SystemExit) as leave:
         command.main(**given)
     assert leave.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
