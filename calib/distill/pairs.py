@@ -108,10 +108,11 @@ class ImagePairs(Dataset[LoadedPairs]):
             index = image_at(position, count, self.seed) if index is None else index
             try:
                 image = self._read(index)
-                return image if isinstance(image, Tensor) else self.prepare(image)
             except Exception:  # noqa: BLE001 - a broken image makes decoders raise nearly anything
                 name = getattr(self.images, "name", "image {}".format)
                 unreadable.append(one_line(name(index)))
+                continue
+            return image if isinstance(image, Tensor) else self.prepare(image)
         return None
 
     def _read(self, index: int) -> Image.Image | Tensor:

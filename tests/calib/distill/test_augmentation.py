@@ -76,3 +76,7 @@ def test_a_pair_is_mixed_with_itself_only():
         torch.testing.assert_close(first + second, torch.ones(3, 16, 16), rtol=0, atol=1e-6)
         kinds["cutmix" if set(first.unique().tolist()) <= {0.0, 1.0} else "mixup"] += 1
     assert min(kinds.values()) > 15
+
+
+def test_no_draw_of_the_timm_preset_fails(model, photo):
+    assert views(Augmentation.for_model(model, "timm", erasing=0.5), photo, 1000).isfinite().all()

@@ -116,6 +116,14 @@ def test_what_cannot_be_read_is_replaced_by_another_image():
     assert set(named) == {"photo 1", "photo 3"} and len(named) >= 4  # each is met twice in two epochs
 
 
+def test_an_augmentation_that_fails_is_not_taken_for_an_unreadable_image():
+    def fail(image):
+        raise ValueError("bits must be between 1 and 8")
+
+    with pytest.raises(ValueError, match="bits"):
+        ImagePairs(Photos(5), prepare=fail, mix=None, seed=0)[0]
+
+
 def test_too_many_unreadable_images_are_refused():
     def pairs(count, broken):
         return ImagePairs(Photos(count, tuple(broken)), prepare=None, mix=None, seed=0)
