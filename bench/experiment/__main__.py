@@ -56,7 +56,7 @@ def main(
         write_atomically(results, (json.dumps(_gather(bench), indent=1) + "\n").encode())
     page.parent.mkdir(parents=True, exist_ok=True)
     write_report(json.loads(results.read_text()), page, page.with_suffix(""))
-    print(f"wrote {results} and {page}")
+    print(f"wrote {page} from {results}")
 
 
 def _require_same_protocol(bench: stages.Bench) -> None:

@@ -73,8 +73,8 @@ Sheets of 4x4 glyphs, 32x32 pixels; with a patch size of 4 a glyph is four token
 are scikit-learn's scans of real handwriting; scans, drawings of letters and parts of photographs are split into
 training, validation and test before anything else.
 
-- Backbone: ViT of width {network["embed_dim"]}, {network["depth"]} blocks, 65 tokens, trained for {protocol["pretraining_steps"]}
-  steps of 64 sheets on `ink`: {TASKS["ink"].asks}.
+- Backbone: ViT of width {network["embed_dim"]}, {network["depth"]} blocks, 65 tokens; {protocol["pretraining_steps"]}
+  steps of 64 sheets of `ink`: {TASKS["ink"].asks}.
 - Compensators: one per method (constant merging; the strided schedule; pruning), rank 2 in each of 16 groups, trained
   by the code of `tocom distill` for {protocol["distill_steps"]} steps of 64 of the backbone's own training sheets. They
   never see a downstream sheet.
