@@ -75,8 +75,8 @@ training, validation and test before anything else.
 
 - Backbone: ViT of width {network["embed_dim"]}, {network["depth"]} blocks, 65 tokens; {protocol["pretraining_steps"]}
   steps of 64 sheets of `ink`: {TASKS["ink"].asks}.
-- Compensators: one per method (constant merging; the strided schedule; pruning), rank 2 in each of 16 groups, trained
-  by the code of `tocom distill` for {protocol["distill_steps"]} steps of 64 of the backbone's own training sheets. They
+- Compensators: one for each of the methods ({", ".join(protocol["methods"])}), rank 2 in each of 16 groups, trained by
+  the code of `tocom distill` for {protocol["distill_steps"]} steps of 64 of the backbone's own training sheets. They
   never see a downstream sheet.
 - Downstream: the backbone with a new head, fine-tuned for {protocol["finetune_steps"]} steps at source degree
   {", ".join(map(str, protocol["sources"]))}; seeds {", ".join(map(str, protocol["seeds"]))}:
@@ -163,6 +163,8 @@ def _per_task(results: Results) -> str:
 
 def _methods(results: Results) -> str:
     protocol = results["protocol"]
+    if len(protocol["methods"]) == 1:
+        return ""
     rows = []
     for method in protocol["methods"]:
         for label, tasks in (("ink", ["ink"]), ("downstream", protocol["tasks"])):
@@ -265,5 +267,6 @@ def _cost(results: Results) -> str:
     rows = [(kind, str(len(times)), f"{sum(times) / len(times):.0f}", f"{sum(times) / 60:.1f}")
             for kind, times in groups.items()]  # fmt: skip
     return ("## What it cost\n\nStages run side by side, one per core with one thread each (the backbone with all), so "
-            "that the sum exceeds the time that passed.\n\n"
+            "that the sum exceeds the time that passed. Wall-clock seconds, whatever else the machine did meanwhile: a "
+            "cost, not a benchmark. Stages that came from elsewhere are not listed.\n\n"
             + _table(("stage", "times", "seconds each", "minutes in all"), rows))  # fmt: skip
