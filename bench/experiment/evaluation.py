@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.experiment.protocol import Method, Protocol
 from bench.experiment.tasks import Task
-from calib.scale_choice import PAPER_SCALES, best_scale
+from calib.scale_choice import best_scale
 from calib.scales_file import Trial
 from export.fuse import fuse
 from tocom.compensator import Compensator
@@ -18,7 +18,7 @@ from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
-VAL_SEED, TEST_SEED = 1, 2
+VAL_SEED, TEST_SEED = 3, 4
 _BATCH = 128
 
 
@@ -68,7 +68,7 @@ def evaluate(
             continue
         variants = {
             scale: at_degree(compensated(model, compensator, source, target, scale), target, method)
-            for scale in PAPER_SCALES
+            for scale in protocol.scales
         }
         tried = [Trial(scale, float(hits(variant, *val).double().mean()), None) for scale, variant in variants.items()]
         scale = best_scale(tried, compensator.info.training_scale)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from calib.scale_choice import PAPER_SCALES
+
 
 @dataclass(frozen=True)
 class Method:
@@ -23,7 +25,7 @@ class Method:
 
 
 CONSTANT = Method("constant", "constant", "merge")
-STRIDED = Method("strided", "strided:3", "merge")
+STRIDED = Method("strided", "strided:2", "merge")
 PRUNED = Method("pruned", "constant", "prune")
 METHODS = {method.name: method for method in (CONSTANT, STRIDED, PRUNED)}
 
@@ -44,6 +46,7 @@ class Protocol:
         tasks: Downstream tasks.
         seeds: Of fine-tuning: head, order of sheets.
         methods: What is evaluated; the others than constant from source degree 0 only.
+        scales: That the compensator is tried at: the paper's, and a smaller one for tasks far from the pre-training.
         val_sheets: On which a scale is chosen.
         test_sheets: On which everything reported is measured.
     """
@@ -61,7 +64,8 @@ class Protocol:
     tasks: tuple[str, ...] = ("board", "letters", "missing")
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = ("constant", "strided", "pruned")
-    val_sheets: int = 384
+    scales: tuple[float, ...] = (0.03, *PAPER_SCALES)
+    val_sheets: int = 768
     test_sheets: int = 1536
 
 

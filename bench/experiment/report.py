@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiment.figures import draw_degrees, draw_frontier, draw_transfer
+from bench.experiment.protocol import METHODS
 from bench.experiment.statistics import Gain, at_equal_latency, chosen, gain_over_checkpoints
 from bench.experiment.tasks import TASKS
 
@@ -82,9 +83,9 @@ training, validation and test before anything else.
   {", ".join(map(str, protocol["sources"]))}; seeds {", ".join(map(str, protocol["seeds"]))}:
 {tasks}
 - Each checkpoint runs at degrees {", ".join(map(str, protocol["targets"]))}, as it is and with the compensator fused
-  into its weights, so at the same inference cost. The scale is chosen from the paper's five for each checkpoint and
-  degree on {protocol["val_sheets"]} validation sheets; what is reported is measured on {protocol["test_sheets"]} test
-  sheets.
+  into its weights, so at the same inference cost. The scale is chosen from {", ".join(map(str, protocol["scales"]))}
+  for each checkpoint and degree on {protocol["val_sheets"]} validation sheets; what is reported is measured on
+  {protocol["test_sheets"]} test sheets.
 - Intervals are 95%, of the mean gain over checkpoints (tasks x seeds, Student's t); for the single backbone, over its
   test sheets.
 
@@ -184,8 +185,9 @@ def _frontier(results: Results, pictures: Path, link: Path) -> str:
     protocol, parts = results["protocol"], ["## Constant against strided: accuracy at equal measured latency"]
     methods = [method for method in ("constant", "strided") if method in protocol["methods"]]
     accuracy = {method: gains(results, protocol["tasks"], 0, method) for method in methods}
-    parts.append(f"The strided schedule removes 3r tokens in every third block. {results['machine']['engine']}, mean "
-                 "top-1 of the downstream tasks; all engines timed in one interleaved run, medians.")  # fmt: skip
+    parts.append(f"The strided schedule, `{METHODS['strided'].schedule}`, removes as many tokens in larger steps. "
+                 f"{results['machine']['engine']}, mean top-1 of the downstream tasks; all engines timed in one "
+                 "interleaved run, medians.")  # fmt: skip
     for batch, times in latency.items():
         curves = {
             method: [(times[f"{method} {target}"]["p50"], gain.plain, gain.compensated)
