@@ -1,35 +1,59 @@
-"""ONNX graph -> engine. ONNX Runtime runs the graph itself, so building it means proving that it loads and answers."""
+"""ONNX graph -> engine. Both engines run an ONNX file, so building one means proving that it loads and answers.
+
+OpenVINO does not expand model-local functions: unless its native operator takes the place of all of them, it gets a
+copy of the graph with the bodies inlined, which refers to the same weight files.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
-from runtime.artifacts import Engine, OnnxGraph
-from runtime.engines import BACKENDS, open_engine
+from export.lower import inline
+from export.operators import DOMAIN
+from runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
+from runtime.engines import BACKENDS, native_operators, open_engine, precisions
 from runtime.errors import InputError
 
-PRECISIONS = ("fp32",)
+_EXPANDS_FUNCTIONS = ("onnxruntime",)
 
 
-def build(graph: OnnxGraph, *, backend: str = "auto", precision: str = "fp32") -> Engine:
+def build(graph: OnnxGraph, *, backend: str, precision: str = "fp32") -> Engine:
     """Builds the engine of a graph.
 
     Args:
         graph: One degree, lowered.
-        backend: One of `runtime.engines.BACKENDS`; "auto" takes the default.
-        precision: Number format of the weights and activations.
+        backend: One of `runtime.engines.BACKENDS`.
+        precision: Number format that the engine computes in.
 
     Raises:
         InputError: If the backend or precision is not one there is, or the backend does not run here.
         AssertionError: If the engine answers with NaN.
     """
-    backend = resolve_backend(backend)
-    require_precision(precision)
-    with open_engine(graph.file, backend) as runner:
+    require_precision(backend, precision)
+    proto = onnx.load(graph.file, load_external_data=False)
+    file, files = graph.file, dict(graph.files)
+    native = runs_natively(proto, backend)
+    if needs_inlining(proto, backend):
+        file = graph.file.with_suffix(".inlined.onnx")
+        write_atomically(file, inline(proto).SerializeToString())
+        files[file.name] = sha256_file(file)
+    with open_engine(file, backend, precision=precision) as runner:
         logits = runner.infer(np.zeros((1, *runner.input_size), dtype=np.float32))
     if not np.isfinite(logits).all():
         raise AssertionError(f"{graph.file.name} answers a black image with NaN or infinity")
-    return Engine(file=graph.file, backend=backend, precision=precision, files=graph.files, source=graph)
+    return Engine(file=file, backend=backend, precision=precision, files=files, source=graph, native=native)
+
+
+def runs_natively(proto: onnx.ModelProto, backend: str) -> bool:
+    """Whether a backend has a native operator for every reduction of a graph, of which there is at least one."""
+    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    return bool(used) and used <= native_operators(backend)
+
+
+def needs_inlining(proto: onnx.ModelProto, backend: str) -> bool:
+    """Whether a backend can only run a copy of the graph without model-local functions."""
+    return bool(proto.functions) and backend not in _EXPANDS_FUNCTIONS and not runs_natively(proto, backend)
 
 
 def resolve_backend(backend: str) -> str:
@@ -45,11 +69,11 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def require_precision(precision: str) -> None:
-    """Checks that a precision is one that can be built.
+def require_precision(backend: str, precision: str) -> None:
+    """Checks that a precision is one that a backend computes in.
 
     Raises:
-        InputError: If it is not.
+        InputError: If it is not, or the backend is not installed.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if precision not in precisions(backend):
+        raise InputError(f"precision must be one of {', '.join(precisions(backend))} for {backend}, got {precision!r}.")

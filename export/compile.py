@@ -31,7 +31,7 @@ from runtime.latency import measure
 from runtime.manifest import FILE_NAME, EngineEntry, Family
 from tocom.vit import ReducedViT
 
-_GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}\.onnx", r"weights-[0-9a-f]{16}\.bin"
+_GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}(\.inlined)?\.onnx", r"weights-[0-9a-f]{16}\.bin"
 _OURS = re.compile(
     rf"{_GRAPH}|{_WEIGHTS}|\.({_GRAPH}|{_WEIGHTS}|family\.json)\.\d+\.tmp|\.r\d+-[0-9a-f]{{12}}\.debug\.onnx"
 )
@@ -119,7 +119,9 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
         notify(degree, "validating")
         fused = source.fused(degree, entry.scale)
         graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused)
-        engine = Engine(options.out / entry.engine, entry.backend, entry.precision, entry.sha256, graph)
+        engine = Engine(
+            options.out / entry.engine, entry.backend, entry.precision, entry.sha256, graph, native=entry.native
+        )
         reference = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
         reports[degree] = validate(engine, reference, validation_batches(source))
     return reports
@@ -191,6 +193,7 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
         validation=report.findings,
         latency_ms={},
         accuracy={},
+        native=engine.native,
     )
 
 
@@ -201,7 +204,9 @@ def _measure(source: Source, family: Family, notify: Notify) -> Family:
         notify(None, "measuring latency")
         with ExitStack() as stack:
             runners = {
-                str(entry.degree): stack.enter_context(open_engine(source.options.out / entry.engine, entry.backend))
+                str(entry.degree): stack.enter_context(
+                    open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision, batch=1)
+                )
                 for entry in wanted
             }
             times = measure(runners, batch=1, min_rounds=30)
@@ -221,7 +226,7 @@ def _measure(source: Source, family: Family, notify: Notify) -> Family:
 
 
 def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
-    with open_engine(source.options.out / entry.engine, entry.backend) as runner:
+    with open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
         top1 = images.top1(runner.infer)
     plain = None
     if source.compensator is not None:

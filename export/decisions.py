@@ -20,8 +20,10 @@ from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Decision, Reduction
 from tocom.vit import ReducedViT
 
-MERGE_MARGIN = 1e-6  # cosine; float32 rounding of a dot product of unit vectors stays below it
-PRUNE_MARGIN = 1e-5  # share of the range of logits; float32 rounding of a logit, which grows with its size, stays below
+# Precision -> how much worse a decision may be by rounding alone. In float32 of the scores themselves, in bfloat16 of
+# the tokens that they are computed from (8 bits, and a few of them are lost on the way through the blocks).
+MERGE_MARGIN = {"fp32": 1e-6, "bf16": 2e-2}  # cosine
+PRUNE_MARGIN = {"fp32": 1e-5, "bf16": 2e-2}  # share of the range of logits
 
 
 AnyDecision = Matching | Pruning
@@ -31,10 +33,10 @@ class Judge(ABC, Generic[Decision]):
     """Knows the decisions of one reduction. A decision covers a batch; questions are about one image of it.
 
     Attributes:
-        bound: The margin below which another choice is a matter of rounding.
+        bounds: Precision -> the margin below which another choice is a matter of rounding.
     """
 
-    bound: float
+    bounds: Mapping[str, float]
 
     @abstractmethod
     def read(self, positions: Sequence[Tensor], protected: int) -> Decision:
@@ -64,7 +66,7 @@ class Judge(ABC, Generic[Decision]):
 class MergeJudge(Judge[Matching]):
     """Who merges into whom; margins in cosine."""
 
-    bound = MERGE_MARGIN
+    bounds = MERGE_MARGIN
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Matching:
         """From src, dst and unm."""
@@ -133,7 +135,7 @@ def merge_margin(scores: Tensor, chosen: Matching, image: int, *, ordered_by_sco
 class PruneJudge(Judge[Pruning]):
     """Which tokens are dropped; margins in the logarithm of attention, which is a logit, as a share of its range."""
 
-    bound = PRUNE_MARGIN
+    bounds = PRUNE_MARGIN
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Pruning:
         """From kept and dropped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from export.build import require_precision, resolve_backend
 from export.fuse import fuse
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
+from runtime.engines import native_operators
 from runtime.errors import InputError
 from runtime.manifest import Family, InputSpec
 from tocom.checkpoint import LoadedModel, hash_tensors, load_model
@@ -27,7 +28,8 @@ from tocom.vit import schedule_for
 
 PIPELINE = 2  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
-_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu")
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
+_ENGINE_LIBRARIES = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # backend -> its distribution
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Source:
         """Hash of everything that decides what the engine of a degree is."""
         parts = {
             "pipeline": PIPELINE,
-            "libraries": {name: version(name) for name in _LIBRARIES},
+            "libraries": {name: version(name) for name in (*_LIBRARIES, _ENGINE_LIBRARIES[self.options.backend])},
             "model": self.loaded.architecture,
             "model_args": {name: repr(value) for name, value in self.options.model_args.items()},
             "image": self.family.input.size,
@@ -135,7 +137,8 @@ class Source:
             "reduction": self.options.reduction,
             "degree": degree,
             "precision": self.options.precision,
-            "backend": resolve_backend(self.options.backend),
+            "backend": self.options.backend,
+            "native": sorted(native_operators(self.options.backend)),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -147,8 +150,8 @@ def load_source(options: CompileOptions) -> Source:
         InputError: If something given cannot be used.
         tocom.errors.InputError: Likewise.
     """
-    resolve_backend(options.backend)
-    require_precision(options.precision)
+    options = replace(options, backend=resolve_backend(options.backend))
+    require_precision(options.backend, options.precision)
     if options.delta_scale is not None and not np.isfinite(options.delta_scale):
         raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
     if options.compensator is not None and options.source_degree is None:

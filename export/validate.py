@@ -20,21 +20,27 @@ import onnx
 import torch
 from torch import Tensor
 
+from export.build import needs_inlining
 from export.decisions import AnyDecision, decisions_of, judge_of
-from export.lower import OUTPUT
+from export.lower import OUTPUT, inline
 from export.operators import DOMAIN
 from runtime.artifacts import Engine, Report
 from runtime.engines import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
-LOGIT_TOLERANCE = 1e-4  # times the largest logit where that exceeds 1
+LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # by precision; times the largest logit where that exceeds 1
 DEBUG_TOLERANCE = 1e-6  # the debug copy may be optimized differently, not compute something else
 
 
 @dataclass
 class Findings:
-    """What was compared, over all images so far."""
+    """What was compared, over all images so far.
 
+    Attributes:
+        precision: What the engine computes in: rounding is judged by it.
+    """
+
+    precision: str = "fp32"
     images: int = 0
     decisions: int = 0
     equal_decisions: int = 0
@@ -55,7 +61,7 @@ class Findings:
     @property
     def passed(self) -> bool:
         """Whether every gate holds."""
-        tolerance = LOGIT_TOLERANCE * max(1.0, self.max_logit)
+        tolerance = LOGIT_TOLERANCE[self.precision] * max(1.0, self.max_logit)
         return (
             self.unexplained == 0
             and self.max_logit_error <= tolerance
@@ -66,6 +72,7 @@ class Findings:
         """For the manifest and for machines."""
         return {
             "passed": self.passed,
+            "precision": self.precision,
             "images": self.images,
             "decisions": self.decisions,
             "agreement": self.agreement,
@@ -91,13 +98,14 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
     Returns:
         The report; false if a gate failed.
     """
-    findings = Findings()
+    findings = Findings(precision=engine.precision)
 
     @functools.cache  # twice the weights' memory, needed only where a decision differs
     def exact() -> ReducedViT:
         return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule, reduction=reference.reduction)
 
-    with open_engine(engine.file, engine.backend) as shipped, debug_copy(engine) as debugged:
+    shipped = open_engine(engine.file, engine.backend, precision=engine.precision)
+    with shipped, debug_copy(engine) as debugged:
         for pixel_values in batches:
             _compare(shipped, debugged, reference, exact, pixel_values, findings)
     return Report(engine=engine, passed=findings.passed, findings=findings.to_json())
@@ -105,17 +113,26 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
 
 @contextmanager
 def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
-    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched."""
+    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
+
+    A native operator tells its decisions as it is, so no copy is needed.
+    """
+    if engine.native:
+        with open_engine(engine.file, engine.backend, precision=engine.precision) as runner:
+            yield runner
+        return
     graph = onnx.load(engine.source.file, load_external_data=False)
     for node in graph.graph.node:
         if node.domain == DOMAIN:
             for name in node.output[2:]:
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    if needs_inlining(graph, engine.backend):
+        graph = inline(graph)
     # beside the original, because its weight files are found relative to the graph
     file = engine.file.with_name(f".{engine.file.stem}.debug.onnx")
     try:
         file.write_bytes(graph.SerializeToString())
-        with open_engine(file, engine.backend) as runner:
+        with open_engine(file, engine.backend, precision=engine.precision) as runner:
             yield runner
     finally:
         file.unlink(missing_ok=True)
@@ -201,7 +218,7 @@ def _compare_decisions(
             signals = signals or exact_signals()
             margin = judge.margin(signals[block], chosen, image, reference.model)
             findings.largest_margin = max(findings.largest_margin, margin)
-            if margin < judge.bound:
+            if margin < judge.bounds[findings.precision]:
                 findings.explained += 1
             else:
                 findings.unexplained += 1

@@ -62,6 +62,7 @@ class Engine:
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.
+        native: Whether the backend removes tokens with an operator of its own instead of the function body.
     """
 
     file: Path
@@ -69,6 +70,7 @@ class Engine:
     precision: str
     files: Mapping[str, str]
     source: OnnxGraph
+    native: bool = False
 
 
 @dataclass(frozen=True)

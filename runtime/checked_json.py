@@ -93,6 +93,12 @@ class Json:
         """None for null, else what `read` makes of this value."""
         return None if self.value is None else read(self)
 
+    def boolean(self) -> bool:
+        """This true or false."""
+        if not isinstance(self.value, bool):
+            self.refuse("true or false")
+        return self.value
+
     def integer(self, minimum: int = 0) -> int:
         """This whole number, `minimum` or more."""
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:

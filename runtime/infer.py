@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON object per image and line")
     parser.add_argument("--batch", type=_at_least_one, default=32, metavar="B", help="images per call (default: 32)")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, instead of the family's")
+    parser.add_argument("--throughput", action="store_true", help="many images a second before a short single call")
     parser.add_argument("--threads", type=_at_least_one, metavar="T", help="CPU threads (default: the engine's choice)")
     return parser
 
@@ -107,7 +108,8 @@ def _run(options: argparse.Namespace) -> int:
         failures.append(str(error))
         _complain(error)
 
-    with open_engine(options.engines / entry.engine, entry.backend, threads=options.threads) as runner:
+    settings = {"precision": entry.precision, "threads": options.threads, "throughput": options.throughput}
+    with open_engine(options.engines / entry.engine, entry.backend, **settings) as runner:
         _ensure_matches(runner, family)
         score, start = _Score(names, family.classes), time.perf_counter()
         prepared = _prepare(_paths(options.images, fail), family.input, fail)

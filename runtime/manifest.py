@@ -104,6 +104,7 @@ class EngineEntry:
         validation: Findings of the check against the reference.
         latency_ms: Batch size -> {"p50": ms, "p99": ms}, on the machine that compiled.
         accuracy: Measured shares such as "top1", and how many "images" they rest on; may be empty.
+        native: Whether the backend's own operator removes the tokens, instead of the function body.
     """
 
     degree: int
@@ -120,6 +121,7 @@ class EngineEntry:
     validation: Mapping[str, Any]
     latency_ms: Mapping[str, Mapping[str, float]]
     accuracy: Mapping[str, float | None]
+    native: bool = False
 
     @classmethod
     def from_json(cls, value: Any, where: str = "engine") -> EngineEntry:
@@ -144,6 +146,7 @@ class EngineEntry:
             validation=node.key("validation").mapping(Json.plain),
             latency_ms=node.key("latency_ms").mapping(lambda batch: batch.mapping(Json.number)),
             accuracy=node.key("accuracy").mapping(_number_or_null),
+            native=node.key_or("native", False).boolean(),
         )
         if len(entry.tokens) != len(entry.schedule) + 1:
             node.key("tokens").refuse(f"one number more than the schedule's {len(entry.schedule)}")

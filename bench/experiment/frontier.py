@@ -42,7 +42,7 @@ def measure_frontier(bench: Bench, name: str, methods: tuple[str, ...] = ("const
             ).family
             for entry in family.engines:
                 runners[f"{method} {entry.degree}"] = stack.enter_context(
-                    open_engine(out / entry.engine, entry.backend)
+                    open_engine(out / entry.engine, entry.backend, precision=entry.precision)
                 )
         table = {}
         for batch in BATCHES:

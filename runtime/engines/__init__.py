@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Self
 
 import numpy as np
@@ -14,8 +14,9 @@ import numpy as np
 from runtime.errors import InputError, one_line
 
 # Backend -> the module that alone imports its library. Each module has `describe() -> str` (one line: version and
-# devices) and `open_engine(path, threads) -> EngineRunner`.
-BACKENDS: dict[str, str] = {"onnxruntime": "runtime.engines.ort"}
+# devices), `PRECISIONS`, `native_operators() -> frozenset[str]` (operators of this project that it runs without their
+# function bodies) and `open_engine(path, settings) -> EngineRunner`.
+BACKENDS: dict[str, str] = {"onnxruntime": "runtime.engines.ort", "openvino": "runtime.engines.ov"}
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "logits"
@@ -34,6 +35,23 @@ class BackendStatus:
     name: str
     usable: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine is to be run.
+
+    Attributes:
+        precision: Number format that it computes in, one that its backend has.
+        threads: CPU threads for one call; the library's choice by default.
+        batch: Images of most calls, where that is known: an engine may prepare for it. Any other number still works.
+        throughput: Whether many images a second matter more than the time of one call.
+    """
+
+    precision: str = "fp32"
+    threads: int | None = None
+    batch: int | None = None
+    throughput: bool = False
 
 
 class EngineRunner(ABC):
@@ -119,29 +137,65 @@ class EngineRunner(ABC):
         return np.ascontiguousarray(pixel_values)
 
 
-def open_engine(path: Path | str, backend: str, *, threads: int | None = None) -> EngineRunner:
+def open_engine(
+    path: Path | str,
+    backend: str,
+    *,
+    precision: str = "fp32",
+    threads: int | None = None,
+    batch: int | None = None,
+    throughput: bool = False,
+) -> EngineRunner:
     """Loads an engine.
 
     Args:
         path: The engine's file.
         backend: One of `BACKENDS`.
-        threads: CPU threads for one call; the library's choice by default.
+        precision: See `EngineSettings`, as for all that follow.
+        threads: Likewise.
+        batch: Likewise.
+        throughput: Likewise.
 
     Raises:
-        InputError: The backend is unknown or not installed, `threads` is below 1, or the file is not a usable engine.
+        InputError: The backend is unknown or not installed, a number is below 1, or the file is not a usable engine.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {one_line(backend)}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be 1 or more, got {threads}")
+    module = _module(backend)
+    for name, number in (("threads", threads), ("batch", batch)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be 1 or more, got {number}")
+    if precision not in module.PRECISIONS:
+        raise InputError(f"{backend} runs {', '.join(module.PRECISIONS)}, got precision {one_line(precision)}")
     path = Path(path)
     if not path.is_file():
         raise InputError(f"an engine must be a file, got {one_line(path)}, which is not one: compile it again")
+    return module.open_engine(path, EngineSettings(precision, threads, batch, throughput))
+
+
+def precisions(backend: str) -> tuple[str, ...]:
+    """Number formats that a backend computes in.
+
+    Raises:
+        InputError: The backend is unknown or not installed.
+    """
+    return tuple(_module(backend).PRECISIONS)
+
+
+def native_operators(backend: str) -> frozenset[str]:
+    """Operators of this project that a backend runs here without their function bodies.
+
+    Raises:
+        InputError: The backend is unknown or not installed.
+    """
+    return _module(backend).native_operators()
+
+
+def _module(backend: str) -> ModuleType:
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {one_line(backend)}")
     try:
-        module = importlib.import_module(BACKENDS[backend])
+        return importlib.import_module(BACKENDS[backend])
     except ImportError as error:
         raise InputError(f"backend {backend} cannot run here, {_why_not(backend, error)}") from error
-    return module.open_engine(path, threads)
 
 
 def available() -> list[BackendStatus]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner
+from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from runtime.errors import InputError, one_line
 
 CPU = "CPUExecutionProvider"
+PRECISIONS = ("fp32",)
 
 _FATAL = 4  # errors reach the caller as exceptions, so that nothing needs to be logged to stderr as well
 
@@ -20,9 +21,14 @@ def describe() -> str:
     return f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
 
 
-def open_engine(path: Path, threads: int | None) -> OrtRunner:
-    """Loads an ONNX file on the CPU; see `OrtRunner`."""
-    return OrtRunner(path, threads=threads)
+def native_operators() -> frozenset[str]:
+    """None: it runs the function bodies."""
+    return frozenset()
+
+
+def open_engine(path: Path, settings: EngineSettings) -> OrtRunner:
+    """Loads an ONNX file on the CPU; see `OrtRunner`. It prepares for no batch and knows one way to be fast."""
+    return OrtRunner(path, threads=settings.threads)
 
 
 class OrtRunner(EngineRunner):
