@@ -58,8 +58,8 @@ def compile_command(
             "choose-scale`, else the scale the compensator was trained with."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Number format of the engines: fp32.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="Engine library: auto or onnxruntime.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Number format: fp32; openvino also has bf16.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="Engine library: onnxruntime (auto) or openvino.")] = "auto",
     images: Images = None,
     limit: Limit = 5000,
     num_classes: NumClasses = None,

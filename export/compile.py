@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from calib.labelled import LabelledImages
 from export.build import build
+from export.latency import BATCHES, measured
 from export.lock import locked
 from export.lower import lower, reference_model
 from export.scales import at_chosen_scales
@@ -27,13 +27,12 @@ from export.weights import WeightStore
 from runtime.artifacts import Engine, OnnxGraph, Report
 from runtime.engines import open_engine
 from runtime.errors import InputError
-from runtime.latency import measure
 from runtime.manifest import FILE_NAME, EngineEntry, Family
 from tocom.vit import ReducedViT
 
 _GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}(\.inlined)?\.onnx", r"weights-[0-9a-f]{16}\.bin"
 _OURS = re.compile(
-    rf"{_GRAPH}|{_WEIGHTS}|\.({_GRAPH}|{_WEIGHTS}|family\.json)\.\d+\.tmp|\.r\d+-[0-9a-f]{{12}}\.debug\.onnx"
+    rf"{_GRAPH}|{_WEIGHTS}|\.({_GRAPH}|{_WEIGHTS}|family\.json)\.\d+\.tmp|\.r\d+-[0-9a-f]{{12}}(\.inlined)?\.(debug|slice)\.onnx"
 )
 
 Notify = Callable[[int | None, str], None]
@@ -200,20 +199,10 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
 def _measure(source: Source, family: Family, notify: Notify) -> Family:
     """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
     wanted = [entry for entry in family.engines if entry.degree in source.schedules]
-    if any("1" not in entry.latency_ms for entry in wanted):
+    if any(str(batch) not in entry.pays for entry in wanted for batch in BATCHES):
         notify(None, "measuring latency")
-        with ExitStack() as stack:
-            runners = {
-                str(entry.degree): stack.enter_context(
-                    open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision, batch=1)
-                )
-                for entry in wanted
-            }
-            times = measure(runners, batch=1, min_rounds=30)
-        for entry in wanted:
-            time = times[str(entry.degree)]
-            latency = {**entry.latency_ms, "1": {"p50": round(time.p50, 4), "p99": round(time.p99, 4)}}
-            family = family.with_entry(replace(entry, latency_ms=latency))
+        for entry in measured(wanted, source.options.out):
+            family = family.with_entry(entry)
     images = source.images
     if images is not None and images.labels is not None:
         for entry in [entry for entry in family.engines if entry.degree in source.schedules]:

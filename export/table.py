@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -27,7 +27,7 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     compensated = family.compensator_sha256 is not None
     table = Table(title=_title(family, entries))
     scaled = len({entry.scale for entry in entries}) > 1
-    names = ("tokens", "GMACs", "MiB", "ms p50", "p99", "speed-up", "logit error", "agreement")
+    names = ("tokens", "GMACs", "MiB", "ms p50", "p99", "speed-up", "tax", "logit error", "agreement")
     for name in ("degree", "scale", *names) if scaled else ("degree", *names):
         table.add_column(name, justify="right")
     if labelled and compensated:
@@ -41,8 +41,11 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         scale = [_scale(entry, family)] if scaled else []
         table.add_row(degree, *scale, *cells, *(_accuracy(entry, compensated) if labelled else ()))
     notes = [
-        "ms: batch 1 on this machine, all degrees measured in one interleaved run; MiB: all files the degree reads."
+        "ms: batch 1 on this machine, all degrees measured in one interleaved run; tax: beyond the same network that "
+        "drops tokens unseen; MiB: all files the degree reads."
     ]
+    if idle := _idle(entries):
+        notes.append(f"Not faster than degree 0 here: {idle}.")
     stored = {name for entry in family.engines for name in entry.sha256}
     notes.append(f"Weights that are equal are stored once: {_mib(folder, stored):.1f} MiB on disk in all.")
     if labelled:
@@ -108,10 +111,24 @@ def _row(entry: EngineEntry, baseline: EngineEntry | None, folder: Path) -> list
         f"{_mib(folder, entry.sha256):.1f}",
         f"{time['p50']:.2f}" if "p50" in time else "-",
         f"{time['p99']:.2f}" if "p99" in time else "-",
-        f"{base['p50'] / time['p50']:.2f}x" if "p50" in time and "p50" in base else "-",
+        _speed_up(entry, time, base),
+        f"{time['p50'] / time['slice_bound'] - 1:.0%}" if "slice_bound" in time else "-",
         f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
         f"{found['agreement']:.2%}" if found.get("decisions") else "-",
     ]
+
+
+def _idle(entries: Sequence[EngineEntry]) -> str:
+    batches = sorted({batch for entry in entries for batch in entry.pays}, key=int)
+    found = {batch: [str(entry.degree) for entry in entries if not entry.pays.get(batch, True)] for batch in batches}
+    return ", ".join(f"{', '.join(degrees)} at batch {batch}" for batch, degrees in found.items() if degrees)
+
+
+def _speed_up(entry: EngineEntry, time: Mapping[str, float], base: Mapping[str, float]) -> str:
+    if "p50" not in time or "p50" not in base:
+        return "-"
+    text = f"{base['p50'] / time['p50']:.2f}x"
+    return text if entry.pays.get("1", True) else f"[red]{text}[/]"
 
 
 def _scale(entry: EngineEntry, family: Family) -> str:

@@ -101,6 +101,10 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"{one_line(options.engines)} has no finished engine: compile one with `make engines R=8`")
     entry = family.engines[0] if options.degree is None else family.entry(options.degree)
     family.check_files(options.engines, entry)
+    if idle := [batch for batch, pays in entry.pays.items() if not pays]:
+        _complain(
+            f"degree {entry.degree} was not faster than degree 0 where it was compiled, at batch {', '.join(idle)}"
+        )
     names = family.class_names if options.classes is None else _read_names(options.classes, family.classes)
     failures: list[str] = []
 

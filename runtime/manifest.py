@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -102,9 +102,11 @@ class EngineEntry:
         sha256: Path -> hash of every file the engine needs, `onnx` and `engine` included.
         recipe: Hash of everything the engine was made from; equal recipes make equal engines.
         validation: Findings of the check against the reference.
-        latency_ms: Batch size -> {"p50": ms, "p99": ms}, on the machine that compiled.
+        latency_ms: Batch size -> {"p50": ms, "p99": ms, "slice_bound": ms}, on the machine that compiled; the slice
+            bound is the median of the same network that drops the last r tokens without looking at them.
         accuracy: Measured shares such as "top1", and how many "images" they rest on; may be empty.
         native: Whether the backend's own operator removes the tokens, instead of the function body.
+        pays: Batch size -> whether the engine was faster than degree 0 in the same run.
     """
 
     degree: int
@@ -122,6 +124,7 @@ class EngineEntry:
     latency_ms: Mapping[str, Mapping[str, float]]
     accuracy: Mapping[str, float | None]
     native: bool = False
+    pays: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "engine") -> EngineEntry:
@@ -147,6 +150,7 @@ class EngineEntry:
             latency_ms=node.key("latency_ms").mapping(lambda batch: batch.mapping(Json.number)),
             accuracy=node.key("accuracy").mapping(_number_or_null),
             native=node.key_or("native", False).boolean(),
+            pays=node.key_or("pays", {}).mapping(Json.boolean),
         )
         if len(entry.tokens) != len(entry.schedule) + 1:
             node.key("tokens").refuse(f"one number more than the schedule's {len(entry.schedule)}")
@@ -165,6 +169,7 @@ class EngineEntry:
             "validation": dict(self.validation),
             "latency_ms": {batch: dict(times) for batch, times in self.latency_ms.items()},
             "accuracy": dict(self.accuracy),
+            "pays": dict(self.pays),
         }
 
 

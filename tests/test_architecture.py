@@ -39,7 +39,7 @@ def test_imports_follow_the_arrows(room: str) -> None:
 
 
 def test_an_engine_library_is_imported_by_its_own_module_only() -> None:
-    libraries = {"onnxruntime": "ort.py"}
+    libraries = {"onnxruntime": "ort.py", "openvino": "ov.py"}
     for file in (ROOT / "runtime").rglob("*.py"):
         for library in imported(file) & libraries.keys():
             assert file.name == libraries[library] and file.parent.name == "engines"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 from openvino import opset15
+from openvino.frontend import FrontEndManager
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from runtime.errors import InputError, one_line
@@ -41,10 +42,15 @@ def open_engine(path: Path, settings: EngineSettings) -> OpenVinoRunner:
 
 @functools.cache
 def _core() -> openvino.Core:
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _read(path: Path) -> openvino.Model:
+    """Reads an ONNX file by its own frontend: the others would be tried too, and complain on stderr."""
+    frontend = FrontEndManager().load_by_framework("onnx")
     if (native := library()) is not None:
-        core.add_extension(str(native))
-    return core
+        frontend.add_extension(str(native))
+    return frontend.convert(frontend.load(str(path)))
 
 
 class OpenVinoRunner(EngineRunner):
@@ -67,8 +73,6 @@ class OpenVinoRunner(EngineRunner):
         self._name = one_line(path)
         self._batch = settings.batch
         core = _core()
-        if path.suffix != ".onnx":  # OpenVINO would try every frontend it has, and each would complain
-            raise InputError(f"{self._name} must be an .onnx file")
         if settings.precision == "bf16" and "BF16" not in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
             raise InputError("this processor has no bf16 instructions: use an engine in fp32")
         properties: dict[str, object] = {
@@ -78,7 +82,7 @@ class OpenVinoRunner(EngineRunner):
         if settings.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = settings.threads
         try:
-            model = core.read_model(path)
+            model = _read(path)
         except Exception as error:  # OpenVINO raises RuntimeError, and others for what its frontends throw
             if f"ai.tocom.{NATIVE}" in str(error):
                 raise InputError(f"{self._name} needs the native merge operator, which is not there: build it with "
@@ -138,7 +142,11 @@ class OpenVinoRunner(EngineRunner):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, parts: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Every output for each part, each on a request of its own, all at the same time."""
+        """Every output for each part, each on a request of its own, all at the same time.
+
+        Raises:
+            InputError: OpenVINO fails.
+        """
         busy = list(zip(self._requests, parts, strict=False))
         try:
             for request, part in busy[1:]:

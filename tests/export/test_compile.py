@@ -224,7 +224,23 @@ def test_killed_while_a_listed_degree_is_made_anew(options: CompileOptions) -> N
 def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(options, degrees=(), images=None)
     old = compile_family(options).family
-    monkeypatch.setattr("export.validate.LOGIT_TOLERANCE", -1.0)  # no engine is that good
+    monkeypatch.setattr("export.validate.LOGIT_TOLERANCE", {"fp32": -1.0})  # no engine is that good
     result = compile_family(replace(options, delta_scale=0.05))
     assert set(result.failed) == {0}
     assert require_sound(options.out) == (0,) and Family.read(options.out) == old
+
+
+def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(options, degrees=(4,), images=None)
+    for backend in ("openvino", "onnxruntime"):
+        result = compile_family(replace(options, backend=backend))
+        assert not result.reused and not result.failed
+        assert [entry.backend for entry in result.family.engines] == [backend] * 2
+        assert require_sound(options.out) == (0, 4)
+        needed = {name for entry in result.family.engines for name in entry.sha256}
+        assert {file.name for file in options.out.iterdir() if file.suffix in (".onnx", ".bin")} == needed
+    monkeypatch.setattr("runtime.engines.ov.library", lambda: None)  # the operator is gone: another engine is needed
+    result = compile_family(replace(options, backend="openvino"))
+    assert {name for name in result.family.entry(4).sha256 if ".inlined." in name} == {result.family.entry(4).engine}
+    assert compile_family(replace(options, backend="openvino")).reused == (0, 4)
+    assert all(validate_family(replace(options, degrees=(), backend="openvino")).values())

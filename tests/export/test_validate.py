@@ -199,7 +199,7 @@ def test_the_good_pruned_engine_passes(engine, reference):
     found = report.findings
     assert (found["images"], found["decisions"], found["unexplained"]) == (12, 12 * 4 * (DEGREE + 1), 0)
     assert found["agreement"] > 0.99
-    assert found["largest_margin"] < PRUNE_MARGIN
+    assert found["largest_margin"] < PRUNE_MARGIN["fp32"]
     assert found["max_logit_error"] < 1e-4
     assert found["top1_agreement"] == 1
 
@@ -307,7 +307,7 @@ def test_another_choice_among_exact_ties_is_explained(tampered, reference, reduc
     assert report, report.findings
     assert report.findings["agreement"] < 0.5
     assert report.findings["explained"] > 0
-    assert report.findings["largest_margin"] < {MERGE: MERGE_MARGIN, PRUNE: PRUNE_MARGIN}[reduction]
+    assert report.findings["largest_margin"] < {MERGE: MERGE_MARGIN["fp32"], PRUNE: PRUNE_MARGIN["fp32"]}[reduction]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import onnxruntime
+import openvino
 import PIL
 import pytest
 
@@ -14,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "runtime").rglob("*.py"))
 
 # Library -> the only module that may import it.
-ENGINE_LIBRARIES = {"onnxruntime": "runtime/engines/ort.py"}
+ENGINE_LIBRARIES = {"onnxruntime": "runtime/engines/ort.py", "openvino": "runtime/engines/ov.py"}
 ALLOWED = {"numpy", "PIL", "runtime", *sys.stdlib_module_names}
 
-# What onnxruntime needs besides numpy.
-NEEDED = ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime", "flatbuffers", "google", "packaging")
+# What the engine libraries need besides numpy.
+NEEDED = ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime", "flatbuffers", "google", "packaging", "openvino",
+          "openvino_telemetry", f"openvino-{openvino.__version__.partition('-')[0]}.dist-info")  # fmt: skip
 
 SCRIPT = """
 import importlib, importlib.util, sys
@@ -56,7 +58,7 @@ def test_imports_only_what_a_deployed_box_has(module):
 def test_runs_in_a_bare_environment(tmp_path, family_folder, photos):
     site = tmp_path / "site"
     site.mkdir()
-    for package in (numpy, PIL, onnxruntime):
+    for package in (numpy, PIL, onnxruntime, openvino):
         packages = Path(package.__file__).parents[1]
         for name in NEEDED:
             if (packages / name).exists() and not (site / name).exists():

@@ -137,7 +137,7 @@ def test_a_provider_that_silently_falls_back_is_refused(graph, monkeypatch, capf
 
 
 def test_open_engine_refuses_what_it_cannot_open(graph, tmp_path):
-    with pytest.raises(InputError, match="backend must be one of onnxruntime, got abacus"):
+    with pytest.raises(InputError, match="backend must be one of onnxruntime, openvino, got abacus"):
         open_engine(graph, "abacus")
     with pytest.raises(InputError, match="threads must be 1 or more, got 0"):
         open_engine(graph, "onnxruntime", threads=0)
@@ -147,12 +147,12 @@ def test_open_engine_refuses_what_it_cannot_open(graph, tmp_path):
 
 
 def test_available_says_the_version_or_how_to_install(graph, monkeypatch):
-    (status,) = available()
+    status = available()[0]
     assert status.name == "onnxruntime" and status.usable
     assert status.detail.startswith(importlib.import_module("onnxruntime").__version__) and CPU in status.detail
     monkeypatch.delitem(sys.modules, "runtime.engines.ort")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    (status,) = available()
+    status = available()[0]
     assert not status.usable and status.detail == "not installed: pip install onnxruntime"
     with pytest.raises(InputError, match="cannot run here, not installed: pip install onnxruntime"):
         open_engine(graph, "onnxruntime")

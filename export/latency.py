@@ -1,0 +1,106 @@
+"""Does a degree pay? Every engine of a family against degree 0 and its slice bound, in one interleaved run.
+
+The slice bound is the same engine whose blocks simply drop the last r tokens: the same products, no matching. What an
+engine takes beyond it is the price of deciding and merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from export.operators import DOMAIN
+from runtime.engines import open_engine
+from runtime.latency import Latency, measure
+from runtime.manifest import EngineEntry
+
+BATCHES = (1, 8)
+SAVES = 0.02  # share of degree 0's time that a degree must save to pay; less is within the noise of a measurement
+
+_SECONDS, _ROUNDS = 3.0, 12
+_ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
+
+
+def measured(entries: Sequence[EngineEntry], folder: Path, batches: Sequence[int] = BATCHES) -> list[EngineEntry]:
+    """Fills in latencies, all engines and slice bounds side by side, and at which batch sizes a degree pays.
+
+    Args:
+        entries: Engines of one family, degree 0 among them.
+        folder: Where their files lie.
+        batches: Images per call.
+    """
+    found = {entry.degree: entry for entry in entries}
+    for batch in batches:
+        times = _times(entries, folder, batch)
+        base = times["0"].p50
+        for degree, entry in found.items():
+            own, bound = times[str(degree)], times.get(_bound_of(degree))
+            figures = {"p50": round(own.p50, 4), "p99": round(own.p99, 4)}
+            if bound is not None:
+                figures["slice_bound"] = round(bound.p50, 4)
+            found[degree] = replace(
+                entry,
+                latency_ms={**entry.latency_ms, str(batch): figures},
+                pays={**entry.pays, str(batch): degree == 0 or own.p50 <= (1 - SAVES) * base},
+            )
+    return list(found.values())
+
+
+def _times(entries: Sequence[EngineEntry], folder: Path, batch: int) -> dict[str, Latency]:
+    with ExitStack() as stack:
+        runners = {}
+        for entry in entries:
+            settings = {"precision": entry.precision, "batch": batch}
+            engine = open_engine(folder / entry.engine, entry.backend, **settings)
+            runners[str(entry.degree)] = stack.enter_context(engine)
+            if any(entry.schedule):
+                with slice_bound(folder / entry.onnx) as file:  # once it is open, its file is not needed any more
+                    bound = open_engine(file, entry.backend, **settings)
+                runners[_bound_of(entry.degree)] = stack.enter_context(bound)
+        return measure(runners, batch=batch, seconds=_SECONDS, min_rounds=_ROUNDS)
+
+
+def _bound_of(degree: int) -> str:
+    return f"slice bound of {degree}"
+
+
+@contextmanager
+def slice_bound(graph: Path) -> Iterator[Path]:
+    """A copy of a graph that drops the last r tokens where the graph reduces them; removed afterwards."""
+    proto = onnx.load(graph, load_external_data=False)
+    reductions = [node for node in proto.graph.node if node.domain == DOMAIN]
+    constants = {_ZERO: 0, _ONE: 1} | {_end_of(node): -_removed(node) for node in reductions}
+    nodes = [part for node in proto.graph.node for part in (_slices(node) if node.domain == DOMAIN else [node])]
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.array([value], np.int64), name) for name, value in constants.items()
+    )
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    del proto.functions[:]
+    file = graph.with_name(f".{graph.stem}.slice.onnx")  # its weight files are found relative to it
+    try:
+        file.write_bytes(proto.SerializeToString())
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _removed(node: onnx.NodeProto) -> int:
+    return next(attribute.i for attribute in node.attribute if attribute.name == "r")
+
+
+def _end_of(node: onnx.NodeProto) -> str:
+    return f"slice_bound.end.{_removed(node)}"
+
+
+def _slices(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Slice", [node.input[index], _ZERO, _end_of(node), _ONE], [node.output[index]])
+        for index in (0, 1)  # tokens and their sizes
+    ]
