@@ -12,8 +12,10 @@ import onnx
 from export.lower import inline
 from export.operators import DOMAIN
 from runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
-from runtime.engines import BACKENDS, native_operators, open_engine, precisions
+from runtime.engines import BACKENDS, available, native_operators, open_engine, precisions
 from runtime.errors import InputError
+
+AUTO = "auto"
 
 _EXPANDS_FUNCTIONS = ("onnxruntime",)
 
@@ -30,7 +32,7 @@ def build(graph: OnnxGraph, *, backend: str, precision: str = "fp32") -> Engine:
         InputError: If the backend or precision is not one there is, or the backend does not run here.
         AssertionError: If the engine answers with NaN.
     """
-    require_precision(backend, precision)
+    backends_for(backend, precision)
     proto = onnx.load(graph.file, load_external_data=False)
     file, files = graph.file, dict(graph.files)
     native = runs_natively(proto, backend)
@@ -56,24 +58,17 @@ def needs_inlining(proto: onnx.ModelProto, backend: str) -> bool:
     return bool(proto.functions) and backend not in _EXPANDS_FUNCTIONS and not runs_natively(proto, backend)
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that "auto" stands for, or the one named.
+def backends_for(backend: str, precision: str) -> list[str]:
+    """The backend that was asked for; of "auto" all that run here and compute in a precision.
 
     Raises:
-        InputError: If there is none of that name.
+        InputError: If there is no such backend, it does not run here, or it does not compute in the precision.
     """
-    if backend == "auto":
-        return next(iter(BACKENDS))
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}.")
-    return backend
-
-
-def require_precision(backend: str, precision: str) -> None:
-    """Checks that a precision is one that a backend computes in.
-
-    Raises:
-        InputError: If it is not, or the backend is not installed.
-    """
-    if precision not in precisions(backend):
-        raise InputError(f"precision must be one of {', '.join(precisions(backend))} for {backend}, got {precision!r}.")
+    asked = [status.name for status in available() if status.usable] if backend == AUTO else [backend]
+    if backend != AUTO and backend not in BACKENDS:
+        raise InputError(f"backend must be {AUTO} or one of {', '.join(BACKENDS)}, got {backend!r}.")
+    found = [name for name in asked if precision in precisions(name)]
+    if not found:
+        known = ", ".join(dict.fromkeys(each for name in asked for each in precisions(name)))
+        raise InputError(f"precision must be one of {known} for {' or '.join(asked)}, got {precision!r}.")
+    return found

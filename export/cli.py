@@ -59,7 +59,9 @@ def compile_command(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Number format: fp32; openvino also has bf16.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="Engine library: onnxruntime (auto) or openvino.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Engine library: onnxruntime or openvino; auto takes the fastest.")
+    ] = "auto",
     images: Images = None,
     limit: Limit = 5000,
     num_classes: NumClasses = None,

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from calib.labelled import LabelledImages
-from export.build import build
+from export.auto import fastest_backend, listed_backend
+from export.build import AUTO, backends_for, build
 from export.latency import BATCHES, measured
 from export.lock import locked
 from export.lower import lower, reference_model
@@ -69,14 +70,17 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
     notify(None, "loading")
     source = at_chosen_scales(load_source(options))
     with locked(options.out):
-        family, reused = _resume(source)
+        family = _listed(source)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
+        source, graphs = _with_backend(source, family, store, notify)
+        reused = _finished(source, family)
         failed: dict[int, Report] = {}
         for degree in source.schedules:
             if degree in reused:
                 notify(degree, "reused")
                 continue
-            report = _compile_degree(source, degree, store, notify)
+            graph = graphs.get(degree) or _lowered(source, degree, store, notify)
+            report = _proven(source, degree, graph, notify)
             if not report:
                 failed[degree] = report
                 notify(degree, "FAILED")
@@ -130,48 +134,78 @@ def _known_source(options: CompileOptions, listed: Family) -> int | None:
     return listed.source_degree if options.source_degree is None else options.source_degree
 
 
-def _resume(source: Source) -> tuple[Family, list[int]]:
-    # the family to go on with, and which wanted degrees are finished in it
+def _listed(source: Source) -> Family:
+    """The family in the folder to go on with: its engines whose files are whole.
+
+    Raises:
+        InputError: If the folder holds another family, or a broken one, that is not to be replaced.
+    """
     out = source.options.out
     if not (out / FILE_NAME).exists():
-        return source.family, []
+        return source.family
     try:
         listed = Family.read(out)
     except InputError:
         if not source.options.replace:
             raise
-        return source.family, []
+        return source.family
     if replace(listed, engines=()) != source.family:
         if not source.options.replace:
             raise InputError(f"{out} holds the family of another checkpoint, compensator, source degree, "
                              "schedule or reduction "
                              f"({listed.model}). Choose another --out, or --replace it.")  # fmt: skip
-        return source.family, []
-    kept, reused = [], []
+        return source.family
+    kept = []
     for entry in listed.engines:
         try:
             listed.check_files(out, entry)
         except InputError:
             continue  # altered or lost: made again
         kept.append(entry)  # also one of another recipe: it stays listed until the new engine has passed
-        if entry.degree in source.schedules and entry.recipe == source.recipe(entry.degree):
-            reused.append(entry.degree)
-    return replace(listed, engines=tuple(kept)), reused
+    return replace(listed, engines=tuple(kept))
 
 
-def _compile_degree(source: Source, degree: int, store: WeightStore, notify: Notify) -> Report:
-    options, model = source.options, source.loaded.model
-    schedule = source.schedules[degree]
+def _finished(source: Source, family: Family) -> list[int]:
+    """The wanted degrees that a family has, made from the same things."""
+    return [
+        entry.degree
+        for entry in family.engines
+        if entry.degree in source.schedules and entry.recipe == source.recipe(entry.degree)
+    ]
+
+
+def _with_backend(
+    source: Source, family: Family, store: WeightStore, notify: Notify
+) -> tuple[Source, dict[int, OnnxGraph]]:
+    """The source with a backend chosen, and the graphs that this took."""
+    if source.options.backend != AUTO:
+        return source, {}
+    graphs: dict[int, OnnxGraph] = {}
+    names = backends_for(AUTO, source.options.precision)
+    backend = names[0] if len(names) == 1 else listed_backend(source, family)
+    if backend is None:
+        degree = max(source.schedules)
+        graphs[degree] = _lowered(source, degree, store, notify)
+        notify(degree, f"choosing a backend: {' or '.join(names)}")
+        backend = fastest_backend(source, graphs[degree])
+    return replace(source, options=replace(source.options, backend=backend)), graphs
+
+
+def _lowered(source: Source, degree: int, store: WeightStore, notify: Notify) -> OnnxGraph:
     notify(degree, "fusing")
     fused = source.fused(degree)
     notify(degree, "lowering to ONNX")
-    name = f"r{degree:02d}-{source.recipe(degree)[:12]}.onnx"
-    graph = lower(model, schedule, fused, store, name, source.reduction)
+    name = f"r{degree:02d}-{source.graph_recipe(degree)[:12]}.onnx"
+    graph = lower(source.loaded.model, source.schedules[degree], fused, store, name, source.reduction)
     gc.collect()  # the exporter leaves cycles that hold copies of the weights
+    return graph
+
+
+def _proven(source: Source, degree: int, graph: OnnxGraph, notify: Notify) -> Report:
     notify(degree, "building")
-    engine: Engine = build(graph, backend=options.backend, precision=options.precision)
+    engine: Engine = build(graph, backend=source.options.backend, precision=source.options.precision)
     notify(degree, "validating")
-    reference = reference_model(model, schedule, fused, source.reduction)
+    reference = reference_model(source.loaded.model, source.schedules[degree], graph.source, source.reduction)
     return validate(engine, reference, validation_batches(source))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calib.labelled import LabelledImages
-from export.build import require_precision, resolve_backend
+from export.build import backends_for
 from export.fuse import fuse
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
@@ -46,7 +46,7 @@ class CompileOptions:
         delta_scale: Weight of the compensator's change at every degree; None takes the choices in the folder's
             scales.json, and the compensator's training scale where there is none.
         precision: Number format of the engines.
-        backend: Engine library; "auto" takes the default.
+        backend: Engine library; "auto" takes the fastest one that runs here.
         images: Folder of images to validate on; with one folder per class, top-1 is measured too.
         limit: At most this many labelled images, evenly spread.
         num_classes: Classes; None takes the checkpoint's.
@@ -122,10 +122,22 @@ class Source:
         )
 
     def recipe(self, degree: int) -> str:
-        """Hash of everything that decides what the engine of a degree is."""
+        """Hash of everything that decides what the engine of a degree is; the backend must be chosen."""
+        backend = self.options.backend
+        parts = {
+            "graph": self.graph_recipe(degree),
+            "library": version(_ENGINE_LIBRARIES[backend]),
+            "precision": self.options.precision,
+            "backend": backend,
+            "native": sorted(native_operators(backend)),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def graph_recipe(self, degree: int) -> str:
+        """Hash of everything that decides what the graph of a degree is, which every backend shares."""
         parts = {
             "pipeline": PIPELINE,
-            "libraries": {name: version(name) for name in (*_LIBRARIES, _ENGINE_LIBRARIES[self.options.backend])},
+            "libraries": {name: version(name) for name in _LIBRARIES},
             "model": self.loaded.architecture,
             "model_args": {name: repr(value) for name, value in self.options.model_args.items()},
             "image": self.family.input.size,
@@ -136,9 +148,6 @@ class Source:
             "removed": self.schedules[degree].removed,
             "reduction": self.options.reduction,
             "degree": degree,
-            "precision": self.options.precision,
-            "backend": self.options.backend,
-            "native": sorted(native_operators(self.options.backend)),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -150,8 +159,7 @@ def load_source(options: CompileOptions) -> Source:
         InputError: If something given cannot be used.
         tocom.errors.InputError: Likewise.
     """
-    options = replace(options, backend=resolve_backend(options.backend))
-    require_precision(options.backend, options.precision)
+    backends_for(options.backend, options.precision)
     if options.delta_scale is not None and not np.isfinite(options.delta_scale):
         raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
     if options.compensator is not None and options.source_degree is None:

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import export.auto
 from export.compile import compile_family, validate_family
 from export.fuse import fuse
 from export.source import CompileOptions
 from runtime.engines import open_engine
+from runtime.latency import Latency
 from runtime.manifest import Family
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.vit import ReducedViT
@@ -244,3 +246,29 @@ def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypa
     assert {name for name in result.family.entry(4).sha256 if ".inlined." in name} == {result.family.entry(4).engine}
     assert compile_family(replace(options, backend="openvino")).reused == (0, 4)
     assert all(validate_family(replace(options, degrees=(), backend="openvino")).values())
+
+
+def test_auto_takes_the_fastest_backend_that_passes_and_stays_with_it(
+    options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, degrees=(4,), images=None)
+    fast = "openvino"
+
+    def invented(runners, **_):
+        return {name: Latency(1.0 if name == fast else 2.0, 3.0, 20) for name in runners}
+
+    monkeypatch.setattr("export.auto.measure", invented)
+    assert [entry.backend for entry in compile_family(options).family.engines] == ["openvino"] * 2
+    fast = "onnxruntime"  # what is finished is not built again because a measurement came out otherwise
+    assert compile_family(options).reused == (0, 4)
+    other = replace(options, out=options.out.with_name("other"))
+    assert [entry.backend for entry in compile_family(other).family.engines] == ["onnxruntime"] * 2
+    proven = export.auto.validate
+
+    def only_openvino(engine, *given):
+        report = proven(engine, *given)
+        return replace(report, passed=engine.backend == "openvino")
+
+    monkeypatch.setattr("export.auto.validate", only_openvino)
+    another = replace(options, out=options.out.with_name("another"))
+    assert [entry.backend for entry in compile_family(another).family.engines] == ["openvino"] * 2
