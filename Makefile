@@ -24,7 +24,7 @@ PRECISION ?= fp32
 BACKEND ?= auto
 OUT ?= engines/$(notdir $(MODEL))
 
-.PHONY: engines test test-full experiment lint native setup clean
+.PHONY: engines test test-full experiment bench lint native setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready native
@@ -42,6 +42,9 @@ test-full: .venv/ready-dev native
 
 experiment: .venv/ready-dev
 	$(BIN)/python -m bench.experiment --preset $(if $(QUICK),quick,$(or $(PRESET),small)) $(ARGS)
+
+bench: .venv/ready-dev native
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -23,11 +23,15 @@ class Latency:
         p50: Median, in ms.
         p99: 99th percentile, in ms; interpolated, so with few rounds it is close to the maximum.
         rounds: Calls that were measured.
+        p25: Lower quartile, in ms.
+        p75: Upper quartile, in ms.
     """
 
     p50: float
     p99: float
     rounds: int
+    p25: float = math.nan
+    p75: float = math.nan
 
 
 def measure(
@@ -79,5 +83,5 @@ def _random_images(runner: EngineRunner, batch: int) -> np.ndarray:
 
 
 def _summary(times_ns: list[int]) -> Latency:
-    p50, p99 = np.percentile(np.asarray(times_ns) / 1e6, (50, 99))
-    return Latency(p50=float(p50), p99=float(p99), rounds=len(times_ns))
+    p25, p50, p75, p99 = map(float, np.percentile(np.asarray(times_ns) / 1e6, (25, 50, 75, 99)))
+    return Latency(p50=p50, p99=p99, rounds=len(times_ns), p25=p25, p75=p75)

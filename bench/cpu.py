@@ -1,0 +1,299 @@
+"""Engines on a CPU, ours beside what a user would pick instead; randomly initialized weights, real sizes.
+
+python -m bench.cpu --models deit_small_patch16_224,deit_base_patch16_224 --batches 1,8 --degrees 4,8,12,16
+
+For every model, batch size and degree all contenders, each also without merging, take turns in one process: ratios
+within a group are comparable, times of different groups are not. A finished group is kept, so the same command goes on
+after a kill. The peers are the same token merging in PyTorch (tocom.vit, the reference), run by torch itself and
+exported by torch.onnx.export without this project's operator, and the untouched timm model where nothing is merged.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin on the cores of whose turn it is
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+import typer
+from torch import nn
+
+from export.build import build
+from export.latency import slice_bound
+from export.lower import INPUT, OUTPUT, count_gmacs, lower
+from export.weights import WeightStore
+from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
+from runtime.engines import EngineRunner, open_engine
+from runtime.latency import measure
+from tocom.schedule import ScheduleFamily
+from tocom.vit import ReducedViT, schedule_for
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parent.parent
+STRIDED = "strided:3"
+OURS = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of a group, as measured.
+
+    Attributes:
+        contender: Who.
+        schedule: How its tokens are removed; "-" without merging.
+        ms: Median of one call.
+        low: 25th percentile.
+        high: 75th percentile.
+        own_ms: Median of the same contender without merging.
+        bound_ms: Median of its slice bound; None for peers.
+        ideal: Speed-up by multiplications.
+    """
+
+    contender: str
+    schedule: str
+    ms: float
+    low: float
+    high: float
+    own_ms: float
+    bound_ms: float | None
+    ideal: float
+
+    @property
+    def speed_up(self) -> float:
+        """Over the same contender without merging."""
+        return self.own_ms / self.ms
+
+    @property
+    def tax(self) -> float | None:
+        """What merging takes beyond dropping tokens unseen."""
+        return None if self.bound_ms is None else self.ms / self.bound_ms - 1
+
+
+class TorchRunner(EngineRunner):
+    """A torch module as an engine."""
+
+    backend = "torch"
+
+    def __init__(self, model: nn.Module, classes: int, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.model, self.classes, self.input_size, self._dtype = model, classes, size, dtype
+
+    @torch.inference_mode()
+    def _infer(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self.model(torch.from_numpy(pixel_values).to(self._dtype)).float().numpy()
+
+    def _close(self) -> None:
+        del self.model
+
+
+class Bench:
+    """One model, with what was lowered and exported of it."""
+
+    def __init__(self, name: str, work: Path) -> None:
+        self.name, self.folder = name, work / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        self.model = timm.create_model(name).eval().requires_grad_(False)
+        self.store = WeightStore(self.folder)
+
+    def reduced(self, degree: int, schedule: str = "constant") -> ReducedViT:
+        """The PyTorch reference at a degree."""
+        return ReducedViT(self.model, schedule_for(self.model, degree, ScheduleFamily(schedule))).eval()
+
+    def graph(self, degree: int, schedule: str) -> OnnxGraph:
+        """Our graph of a degree."""
+        made_of = FusedCheckpoint(self.model.state_dict(), self.name, degree, 0, None, "random", None)
+        planned = schedule_for(self.model, degree, ScheduleFamily(schedule))
+        name = f"{degree}-{schedule.replace(':', '')}.onnx"
+        graph = lower(self.model, planned, made_of, self.store, name)
+        gc.collect()
+        return graph
+
+    def plain_export(self, degree: int) -> Path:
+        """What torch.onnx.export makes of the reference, without our operator; of the timm model at degree 0."""
+        file = self.folder / f"plain-{degree}.onnx"
+        if not file.exists():
+            network = self.reduced(degree) if degree else self.model
+            sample = torch.zeros(2, 3, *self.model.patch_embed.img_size)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                program = torch.onnx.export(
+                    network, (sample,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False,
+                    dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},), opset_version=20,
+                )  # fmt: skip
+            program.save(file, external_data=True)
+            gc.collect()
+        return file
+
+
+def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row]:
+    """Times all contenders at one batch size and degree, in turn."""
+    with ExitStack() as stack:
+        runners: dict[tuple[str, str], EngineRunner] = {}
+
+        def add(contender: str, schedule: str, runner: EngineRunner) -> None:
+            runners[contender, schedule] = stack.enter_context(runner)
+
+        graphs = {"-": bench.graph(0, "constant")}
+        graphs |= {schedule: bench.graph(degree, schedule) for schedule in ("constant", STRIDED)}
+        for backend, precision in OURS:
+            name = f"ours, {_NAMES[backend]} {precision}"
+            for schedule, graph in graphs.items():
+                engine = build(graph, backend=backend, precision=precision)
+                add(name, schedule, open_engine(engine.file, backend, precision=precision, batch=batch))
+                if schedule != "-":
+                    with slice_bound(graph.file) as file:
+                        bound = open_engine(file, backend, precision=precision, batch=batch)
+                    add(name, f"{schedule} bound", bound)
+        for schedule, at in (("-", 0), ("constant", degree)):
+            _add_peers(bench, batch, at, lambda name, runner, schedule=schedule: add(name, schedule, runner))
+        names = {f"{contender}|{schedule}": (contender, schedule) for contender, schedule in runners}
+        times = measure({key: runners[name] for key, name in names.items()}, batch, seconds=seconds, min_rounds=15)
+    found = {names[key]: each for key, each in times.items()}
+    macs = {"-": count_gmacs(bench.reduced(0))}
+    macs |= {schedule: count_gmacs(bench.reduced(degree, schedule)) for schedule in ("constant", STRIDED)}
+    return [
+        Row(contender, schedule, each.p50, each.p25, each.p75, found[contender, "-"].p50,
+            found[contender, f"{schedule} bound"].p50 if (contender, f"{schedule} bound") in found else None,
+            macs["-"] / macs[schedule])
+        for (contender, schedule), each in found.items()
+        if not schedule.endswith("bound")
+    ]  # fmt: skip
+
+
+def _add_peers(bench: Bench, batch: int, degree: int, add: Callable[[str, EngineRunner], None]) -> None:
+    network = bench.reduced(degree) if degree else bench.model
+    classes, size = bench.model.num_classes, (3, *bench.model.patch_embed.img_size)
+    add("torch eager fp32", TorchRunner(network, classes, size, torch.float32))
+    half = copy.deepcopy(network).to(torch.bfloat16)
+    compiled = torch.compile(half, dynamic=False)
+    add("torch.compile bf16", TorchRunner(compiled, classes, size, torch.bfloat16))
+    plain = bench.plain_export(degree)
+    add("plain export, ONNX Runtime fp32", open_engine(plain, "onnxruntime", batch=batch))
+    for precision in ("fp32", "bf16"):
+        add(f"plain export, OpenVINO {precision}", open_engine(plain, "openvino", precision=precision, batch=batch))
+
+
+def main(
+    models: Annotated[str, typer.Option(help="timm names.")] = "deit_small_patch16_224,deit_base_patch16_224",
+    batches: Annotated[str, typer.Option(help="Images per call.")] = "1,8",
+    degrees: Annotated[str, typer.Option(help="Degrees beside 0.")] = "4,8,12,16",
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each group for, at least 15 rounds.")] = 60.0,
+    work: Annotated[Path, typer.Option(help="Graphs and finished groups.")] = ROOT / "build" / "bench" / "cpu",
+    out: Annotated[Path, typer.Option(help="Page; its plots lie beside it.")] = ROOT / "bench" / "results" / "cpu.md",
+) -> None:
+    """Measures every group that is not there yet, and writes the page and the plots."""
+    groups: dict[tuple[str, int], dict[int, list[Row]]] = {}
+    for name in models.split(","):
+        bench = None
+        for batch in map(int, batches.split(",")):
+            for degree in map(int, degrees.split(",")):
+                file = work / f"{name}-{batch}-{degree}.json"
+                if not file.exists():
+                    began = time.monotonic()
+                    print(f"{name}, batch {batch}, r = {degree} ...", file=sys.stderr, flush=True)
+                    bench = bench or Bench(name, work)
+                    rows = run_group(bench, batch, degree, seconds)
+                    torch.compiler.reset()
+                    write_atomically(file, json.dumps([asdict(row) for row in rows], indent=1).encode())
+                    print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                rows = [Row(**row) for row in json.loads(file.read_text())]
+                groups.setdefault((name, batch), {})[degree] = rows
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, _page(groups, out).encode())
+    print(f"wrote {out}")
+
+
+def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) -> str:
+    parts = [f"# Engines on a CPU\n\nWritten by `make bench` ([bench/cpu.py](../cpu.py)), {date.today().isoformat()}: "
+             f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU; {_versions()}.\n\nRandomly initialized "
+             "weights, real sizes. For each model, batch size and degree all contenders took turns in one process: "
+             "ratios within a block of rows are comparable. ms: median of one call, and its quartiles. Speed-up: over "
+             "the same contender without merging. Ideal: by multiplications. Tax: beyond the same engine that drops "
+             "the last r tokens unseen."]  # fmt: skip
+    for (name, batch), degrees in groups.items():
+        picture = out.with_name(f"cpu-{name.split('_patch')[0]}-{batch}.png")
+        _draw(f"{name}, batch {batch}", degrees, picture)
+        parts.append(
+            f"## {name}, batch {batch}\n\n![latency against degree]({picture.name})\n\n" + _table(batch, degrees)
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(batch: int, degrees: Mapping[int, list[Row]]) -> str:
+    lines = ["| r | contender | schedule | ms | quartiles | images/s | speed-up | of ideal | tax |",
+             "|---:|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for degree, rows in degrees.items():
+        for row in sorted(rows, key=lambda row: (row.schedule == "-", row.ms)):
+            merged = row.schedule != "-"
+            cells = (str(degree if merged else 0), row.contender, row.schedule, f"{row.ms:.1f}",
+                     f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
+                     f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
+                     "" if row.tax is None or not merged else f"{row.tax:+.1%}")  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _draw(title: str, degrees: Mapping[int, list[Row]], file: Path) -> None:
+    """Latency against degree, each as a share of its own time without merging, with slice bounds and the ideal."""
+    with pyplot.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
+        figure, axis = pyplot.subplots(figsize=(7, 4))
+        for contender in dict.fromkeys(row.contender for rows in degrees.values() for row in rows):
+            for schedule in ("constant", STRIDED):
+                points = [(degree, row) for degree, rows in degrees.items() for row in rows
+                          if (row.contender, row.schedule) == (contender, schedule)]  # fmt: skip
+                if not points:
+                    continue
+                style = "-" if contender.startswith("ours") else ":"
+                label = contender if schedule == "constant" else f"{contender}, {schedule}"
+                xs = [0, *(degree for degree, _ in points)]
+                (line,) = axis.plot(xs, [1, *(1 / row.speed_up for _, row in points)], style, marker="o", markersize=3,
+                                    label=label)  # fmt: skip
+                if points[0][1].bound_ms is not None:
+                    bounds = [1, *(row.bound_ms / row.own_ms for _, row in points)]
+                    axis.plot(xs, bounds, "--", color=line.get_color(), linewidth=0.8, alpha=0.6)
+        ideal = [1, *(1 / next(row.ideal for row in rows if row.schedule == "constant") for rows in degrees.values())]
+        axis.plot([0, *degrees], ideal, color="black", linewidth=1, label="by multiplications")
+        axis.set(title=f"{title} (dashed: slice bounds)", xlabel="degree r", ylabel="time / own time at r = 0")
+        axis.legend(fontsize=6, loc="lower left")
+        figure.tight_layout()
+        figure.savefig(file, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    return f"{found or platform.machine()} ({', '.join(known)})"
+
+
+def _versions() -> str:
+    names = ("torch", "timm", "onnxruntime-gpu", "openvino")
+    return ", ".join(f"{name} {version(name)}" for name in names) + f", Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
