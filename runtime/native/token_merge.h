@@ -169,7 +169,7 @@ class Merger {
             const float* b = units_b_.data() + at;
             for (std::size_t d = 0; d < depth; ++d, b += padded_) {
                 Vector column;
-                std::memcpy(&column, b, sizeof column);
+                load(b, column);
                 for (std::size_t row = 0; row < kRows; ++row) {
                     sums[row] += a[row * depth + d] * column;
                 }
@@ -180,16 +180,32 @@ class Merger {
         }
     }
 
-    static void first_best(const float* scores, std::size_t count, float& best, std::size_t& pick) {
-        best = scores[0];
-        pick = 0;
-        for (std::size_t j = 1; j < count; ++j) {
-            if (above(scores[j], best)) {
-                best = scores[j];
-                pick = j;
-            }
+    // The highest of `count` scores and where it stands first; the padding behind them is overwritten.
+    void first_best(float* scores, std::size_t count, float& best, std::size_t& pick) const {
+        std::fill(scores + count, scores + padded_, -std::numeric_limits<float>::infinity());
+        Vector top, next;
+        load(scores, top);
+        auto unordered = top != top;
+        for (std::size_t at = kLanes; at < padded_; at += kLanes) {
+            load(scores + at, next);
+            unordered |= next != next;
+            top = next > top ? next : top;
         }
+        bool strange = false;
+        best = top[0];
+        for (std::size_t lane = 0; lane < kLanes; ++lane) {
+            strange |= unordered[lane] != 0;
+            best = top[lane] > best ? top[lane] : best;
+        }
+        const auto found = std::find_if(scores, scores + count, [&](float score) {
+            return strange ? std::isnan(score) : score == best;
+        });
+        pick = static_cast<std::size_t>(found - scores);
+        best = *found;
     }
+
+    // By reference: a vector returned by value would be passed in another way on another processor.
+    static void load(const float* from, Vector& into) { std::memcpy(&into, from, sizeof into); }
 
     // A total order: NaN above every number.
     static bool above(float one, float other) { return one > other || (std::isnan(one) && !std::isnan(other)); }
