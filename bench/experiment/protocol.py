@@ -72,8 +72,9 @@ class Protocol:
 PRESETS = {
     "small": Protocol(),
     "quick": Protocol(
-        name="quick", pretraining_steps=1000, distill_steps=600, finetune_steps=250, tasks=("board",), seeds=(0,),
-        targets=(0, 4, 8, 12, 16), methods=("constant", "strided"), test_sheets=1024,
+        name="quick", pretraining_steps=900, distill_steps=500, finetune_steps=250, tasks=("board",), seeds=(0,),
+        targets=(0, 4, 8, 12, 16), methods=("constant", "strided"), val_sheets=384,
+        test_sheets=1024,
     ),
     "large": Protocol(
         name="large", model={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},

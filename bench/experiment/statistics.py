@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+_NOISE = 0.98
+
 Outcomes = Mapping[str, Sequence[Mapping[str, float]]]
 """Name of an assessment, "task-source-seed-method" -> its outcomes."""
 
@@ -82,7 +84,8 @@ def gain_over_checkpoints(assessed: Sequence[Sequence[Mapping[str, Any]]], sourc
 def at_equal_latency(latency: Sequence[float], accuracy: Sequence[float], times: Sequence[float]) -> list[float | None]:
     """Accuracy of one family of engines at given times, linear between its neighbours; None outside what it reaches.
 
-    Only engines on the family's own frontier count: none that is both slower and less accurate than another.
+    Only engines on the family's own frontier count: none that is both slower and less accurate than another. A time
+    within 2% of the fastest one counts as reached: so much is noise.
     """
     points = sorted(zip(latency, accuracy, strict=True))
     frontier: list[tuple[float, float]] = []
@@ -90,4 +93,4 @@ def at_equal_latency(latency: Sequence[float], accuracy: Sequence[float], times:
         if not frontier or share > frontier[-1][1]:
             frontier.append((time, share))
     xs, ys = zip(*frontier, strict=True)
-    return [float(np.interp(time, xs, ys)) if xs[0] <= time else None for time in times]
+    return [float(np.interp(time, xs, ys)) if _NOISE * xs[0] <= time else None for time in times]
