@@ -60,7 +60,10 @@ def compile_command(
     ] = None,
     precision: Annotated[str, typer.Option(help="Number format: fp32; openvino also has bf16.")] = "fp32",
     backend: Annotated[
-        str, typer.Option(help="Engine library: onnxruntime or openvino; auto takes the fastest.")
+        str,
+        typer.Option(
+            help="Engine library: onnxruntime or openvino; auto takes the fastest one here.", envvar="TOCOM_BACKEND"
+        ),
     ] = "auto",
     images: Images = None,
     limit: Limit = 5000,

@@ -64,7 +64,7 @@ class CompileOptions:
     source_degree: int | None = None
     delta_scale: float | None = None
     precision: str = "fp32"
-    backend: str = "auto"
+    backend: str = "onnxruntime"
     images: Path | None = None
     limit: int = 5000
     num_classes: int | None = None

@@ -29,6 +29,7 @@ from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
+os.environ["TOCOM_BACKEND"] = "onnxruntime"  # trying every engine library is tested once
 
 CLASSES = 10
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES}

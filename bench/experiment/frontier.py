@@ -38,6 +38,7 @@ def measure_frontier(bench: Bench, name: str, methods: tuple[str, ...] = ("const
                     compensator=bench.work / f"compensator-{method}.safetensors",
                     source_degree=0,
                     schedule=METHODS[method].schedule,
+                    backend="onnxruntime",
                 )
             ).family
             for entry in family.engines:

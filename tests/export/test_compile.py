@@ -251,7 +251,7 @@ def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypa
 def test_auto_takes_the_fastest_backend_that_passes_and_stays_with_it(
     options: CompileOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(options, degrees=(4,), images=None)
+    options = replace(options, degrees=(4,), images=None, backend="auto")
     fast = "openvino"
 
     def invented(runners, **_):

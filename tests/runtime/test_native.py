@@ -140,6 +140,7 @@ def test_what_is_not_a_number_ranks_first_as_in_pytorch_and_never_crashes(run_dr
             ]
 
 
+@pytest.mark.full
 def test_the_library_is_built_once_and_again_when_forced(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.native, "BUILT", tmp_path / "built")
     assert library() is None
