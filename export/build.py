@@ -20,7 +20,7 @@ AUTO = "auto"
 _EXPANDS_FUNCTIONS = ("onnxruntime",)
 
 
-def build(graph: OnnxGraph, *, backend: str, precision: str = "fp32") -> Engine:
+def build(graph: OnnxGraph, *, backend: str = "onnxruntime", precision: str = "fp32") -> Engine:
     """Builds the engine of a graph.
 
     Args:

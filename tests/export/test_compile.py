@@ -234,13 +234,13 @@ def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, mon
 
 def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(options, degrees=(4,), images=None)
-    for backend in ("openvino", "onnxruntime"):
-        result = compile_family(replace(options, backend=backend))
-        assert not result.reused and not result.failed
-        assert [entry.backend for entry in result.family.engines] == [backend] * 2
-        assert require_sound(options.out) == (0, 4)
-        needed = {name for entry in result.family.engines for name in entry.sha256}
-        assert {file.name for file in options.out.iterdir() if file.suffix in (".onnx", ".bin")} == needed
+    compile_family(options)
+    result = compile_family(replace(options, backend="openvino"))
+    assert not result.reused and not result.failed
+    assert [entry.backend for entry in result.family.engines] == ["openvino"] * 2
+    assert require_sound(options.out) == (0, 4)
+    needed = {name for entry in result.family.engines for name in entry.sha256}
+    assert {file.name for file in options.out.iterdir() if file.suffix in (".onnx", ".bin")} == needed
     monkeypatch.setattr("runtime.engines.ov.library", lambda: None)  # the operator is gone: another engine is needed
     result = compile_family(replace(options, backend="openvino"))
     assert {name for name in result.family.entry(4).sha256 if ".inlined." in name} == {result.family.entry(4).engine}
@@ -261,14 +261,12 @@ def test_auto_takes_the_fastest_backend_that_passes_and_stays_with_it(
     assert [entry.backend for entry in compile_family(options).family.engines] == ["openvino"] * 2
     fast = "onnxruntime"  # what is finished is not built again because a measurement came out otherwise
     assert compile_family(options).reused == (0, 4)
-    other = replace(options, out=options.out.with_name("other"))
-    assert [entry.backend for entry in compile_family(other).family.engines] == ["onnxruntime"] * 2
     proven = export.auto.validate
 
     def only_openvino(engine, *given):
         report = proven(engine, *given)
         return replace(report, passed=engine.backend == "openvino")
 
-    monkeypatch.setattr("export.auto.validate", only_openvino)
-    another = replace(options, out=options.out.with_name("another"))
-    assert [entry.backend for entry in compile_family(another).family.engines] == ["openvino"] * 2
+    monkeypatch.setattr("export.auto.validate", only_openvino)  # the fastest one does not pass
+    another = replace(options, degrees=(), out=options.out.with_name("another"))
+    assert [entry.backend for entry in compile_family(another).family.engines] == ["openvino"]
