@@ -33,7 +33,7 @@ import numpy as np
 import timm
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from export.build import build
 from export.latency import slice_bound
@@ -42,6 +42,7 @@ from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
 from runtime.engines import EngineRunner, open_engine
 from runtime.latency import measure
+from tocom.merging import Matching, cosine_scores, first_positions, merge
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -106,6 +107,27 @@ class TorchRunner(EngineRunner):
         del self.model
 
 
+class PlainToMe(nn.Module):
+    """Token merging as one would write it for torch.onnx.export: the reference's order is stable, which it cannot do."""
+
+    def __init__(self, reference: ReducedViT) -> None:
+        super().__init__()
+        self.reference = reference
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits."""
+        return self.reference(pixel_values, self._step)
+
+    def _step(self, _block: int, x: Tensor, token_size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        protected = self.reference.model.num_prefix_tokens
+        first_a, first_b = first_positions(protected)
+        best, pick = cosine_scores(metric, protected).max(dim=-1)
+        ranked = best.argsort(dim=-1, descending=True)
+        src, unm = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
+        dst = first_b + 2 * pick.gather(-1, src)
+        return merge(x, token_size, Matching(first_a + 2 * src, dst, first_a + 2 * unm, protected))
+
+
 class Bench:
     """One model, with what was lowered and exported of it."""
 
@@ -133,7 +155,7 @@ class Bench:
         """What torch.onnx.export makes of the reference, without our operator; of the timm model at degree 0."""
         file = self.folder / f"plain-{degree}.onnx"
         if not file.exists():
-            network = self.reduced(degree) if degree else self.model
+            network = PlainToMe(self.reduced(degree)) if degree else self.model
             sample = torch.zeros(2, 3, *self.model.patch_embed.img_size)
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -182,7 +204,7 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row
 
 
 def _add_peers(bench: Bench, batch: int, degree: int, add: Callable[[str, EngineRunner], None]) -> None:
-    network = bench.reduced(degree) if degree else bench.model
+    network = PlainToMe(bench.reduced(degree)) if degree else bench.model
     classes, size = bench.model.num_classes, (3, *bench.model.patch_embed.img_size)
     add("torch eager fp32", TorchRunner(network, classes, size, torch.float32))
     half = copy.deepcopy(network).to(torch.bfloat16)
