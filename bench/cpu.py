@@ -108,7 +108,7 @@ class TorchRunner(EngineRunner):
 
 
 class PlainToMe(nn.Module):
-    """Token merging as one would write it for torch.onnx.export: the reference's order is stable, which it cannot do."""
+    """Token merging as one would write it for torch.onnx.export, which has no stable order as the reference does."""
 
     def __init__(self, reference: ReducedViT) -> None:
         super().__init__()
