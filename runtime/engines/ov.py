@@ -89,7 +89,6 @@ class OpenVinoRunner(EngineRunner):
                                  "`make native`, or compile the family again here") from error  # fmt: skip
             raise InputError(f"{self._name} is not a graph that OpenVINO loads: {_reason(error)}") from error
         self.input_size, self.classes = self._contract(model)
-        streams = None
         if settings.batch is not None and not settings.throughput:
             model.reshape([settings.batch, *self.input_size])
         self._merges = _fuse_around_native(model, half=settings.precision == "bf16")
