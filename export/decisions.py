@@ -201,8 +201,7 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> di
     """The engine's decisions by block, from the outputs of its debug copy."""
     operator, judge = operator_of(reference.reduction), judge_of(reference.reduction)
     found = {}
-    for block, removed in enumerate(reference.schedule.removed):
-        if removed:
-            positions = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
-            found[block] = judge.read(positions, reference.model.num_prefix_tokens)
+    for block in reference.deciding_blocks:
+        positions = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
+        found[block] = judge.read(positions, reference.model.num_prefix_tokens)
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.operators import DOMAIN, VERSION, operator_of
+from export.projection import FACTORS, projections
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
 from tocom.reduction import MERGE, Reduction
@@ -25,6 +28,7 @@ from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
 
 OPSET = 20
+_PROJECTION = re.compile(r"projections\.(\d+)\.([qkv])_(\w+)")
 INPUT, OUTPUT = "pixel_values", "logits"
 
 
@@ -50,7 +54,7 @@ def lower(
         The graph, and the weight files it needs.
     """
     reference = reference_model(model, schedule, fused, reduction)
-    graph_model = _export(reference)
+    graph_model = _export(reference, projections(reference.model, model, fused))
     _name_values(graph_model, reference)
     weight_files = store.place(graph_model)
     proto = ir.to_proto(graph_model)
@@ -89,44 +93,55 @@ def inline(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Exportable(nn.Module):
-    """The reference with the operator in place of its reduction; names the graph's input."""
+    """The reference with the operator in place of its reduction, less what nobody reads; names the graph's input."""
 
-    def __init__(self, reference: ReducedViT) -> None:
+    def __init__(self, reference: ReducedViT, projections: nn.ModuleList) -> None:
         super().__init__()
         self.reference = reference
+        self.projections = projections
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        operator = operator_of(self.reference.reduction)
-        return self.reference(pixel_values, operator.symbolic_step(self.reference.model))
+        def project(block: int, x: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+            return self.projections[block](x, queries)
+
+        reduce_step = operator_of(self.reference.reduction).symbolic_step(self.reference.model)
+        return self.reference(pixel_values, reduce_step, project, skip_unread=True)
 
 
-def _export(reference: ReducedViT) -> ir.Model:
+def _export(reference: ReducedViT, projections: nn.ModuleList) -> ir.Model:
     sample = torch.zeros(2, 3, *reference.model.patch_embed.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's deprecations of its own parts
         program = torch.onnx.export(
-            _Exportable(reference),
+            _Exportable(reference, projections),
             (sample,),
             dynamo=True,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
             opset_version=OPSET,
+            optimize=False,
             verbose=False,
         )
     model = program.model
-    if any(reference.schedule.removed):
+    optimizer.optimize_ir(model, should_fold=lambda node: False if _reads_factor(node) else None)
+    if reference.deciding_blocks:
         function = ir.from_proto(operator_of(reference.reduction).function_proto())
         model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = VERSION
     return model
 
 
+def _reads_factor(node: ir.Node) -> bool:
+    """Whether a node computes with what degrees share: folded, it would be another weight for each of them."""
+    return any(value is not None and (value.name or "").endswith(FACTORS) for value in node.inputs)
+
+
 def _name_values(model: ir.Model, reference: ReducedViT) -> None:
     """Gives decisions and weights names that do not depend on the exporter's bookkeeping."""
     operator = operator_of(reference.reduction)
-    blocks = [index for index, removed in enumerate(reference.schedule.removed) if removed]
+    blocks = reference.deciding_blocks
     reductions = [node for node in model.graph if node.domain == DOMAIN]
     for block, node in zip(blocks, reductions, strict=True):
         node.name = f"block.{block}.{reference.reduction.name}"
@@ -135,6 +150,8 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
     for name, value in list(model.graph.initializers.items()):
         if "reference.model." in name:
             value.name = name.replace("reference.model.", "")
+        elif match := _PROJECTION.fullmatch(name):
+            value.name = "blocks.{}.attn.{}.{}".format(*match.groups())
     model.graph.doc_string = ""
     for node in model.graph:
         node.metadata_props.clear()  # stack traces with paths of the machine that compiled
@@ -146,7 +163,7 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
 def _ensure_contract(file: Path, proto: onnx.ModelProto, reference: ReducedViT) -> None:
     onnx.checker.check_model(file)  # by path, so that it also looks at the weight files
     operator = operator_of(reference.reduction).name
-    expected = [(operator, removed) for removed in reference.schedule.removed if removed]
+    expected = [(operator, reference.schedule.removed[block]) for block in reference.deciding_blocks]
     found = [
         (node.op_type, next(attr.i for attr in node.attribute if attr.name == "r"))
         for node in proto.graph.node

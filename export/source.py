@@ -26,7 +26,7 @@ from tocom.reduction import Reduction, reduction_named
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import schedule_for
 
-PIPELINE = 2  # part of every recipe; raised when the same inputs begin to make other engines
+PIPELINE = 3  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
 _ENGINE_LIBRARIES = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # backend -> its distribution
@@ -106,11 +106,12 @@ class Source:
     def fused(self, degree: int, delta_scale: float | None = None) -> FusedCheckpoint:
         """The weights of one degree, at its own scale or another: the plain ones at 0 or without a compensator."""
         weights = self.loaded.model.state_dict()
-        scale = None
+        scale = compensation = None
         if self.compensator is not None:
             scale = self.scales[degree] if delta_scale is None else delta_scale
             if scale:
-                weights = fuse(weights, self.compensator.between(self.options.source_degree, degree, scale))
+                compensation = self.compensator.between(self.options.source_degree, degree, scale)
+                weights = fuse(weights, compensation)
         return FusedCheckpoint(
             weights=weights,
             model=self.loaded.architecture,
@@ -119,6 +120,7 @@ class Source:
             delta_scale=scale,
             checkpoint_sha256=self.loaded.checkpoint_sha256,
             compensator_sha256=self.compensator_sha256,
+            compensation=compensation,
         )
 
     def recipe(self, degree: int) -> str:

@@ -142,7 +142,7 @@ def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
 def replay(
     reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision]
 ) -> tuple[Tensor, dict[int, AnyDecision], dict[int, Tensor]]:
-    """Runs the reference with given decisions forced on it.
+    """Runs the reference with given decisions forced on it; it decides itself where none are given.
 
     Returns:
         Its logits; what it would have decided in each block; and the signal that each block decided on.
@@ -154,7 +154,7 @@ def replay(
     def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
         natural[block] = reduction.decide(signal, r, reference.model)
         signals[block] = signal
-        return reduction.apply(x, token_size, signal, decisions[block])
+        return reduction.apply(x, token_size, signal, decisions.get(block, natural[block]))
 
     return reference(pixel_values, step), natural, signals
 

@@ -22,6 +22,7 @@ class FusedCheckpoint:
         delta_scale: Factor on the compensator's delta; None when nothing was folded in.
         checkpoint_sha256: Hash of the checkpoint file.
         compensator_sha256: Hash of the compensator file; None without one.
+        compensation: The change that was folded in, for a graph that keeps it as factors; None when nothing was.
     """
 
     weights: Mapping[str, Any]
@@ -31,6 +32,7 @@ class FusedCheckpoint:
     delta_scale: float | None
     checkpoint_sha256: str
     compensator_sha256: str | None
+    compensation: Any = None
 
 
 @dataclass(frozen=True)

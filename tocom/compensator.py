@@ -215,6 +215,20 @@ class Compensation:
 
         return torch.cat([path("q"), torch.zeros_like(x), path("v")], dim=-1)
 
+    def factors(self, block: int, which: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The change to a weight as factors, of which only the gate depends on degrees and scale.
+
+        Args:
+            block: Block index.
+            which: "q" or "v".
+
+        Returns:
+            up [C, G*k], gate times delta scale [G*k], down [G*k, C], in the compensator's precision:
+            `delta` is up . diag(gate) . down.
+        """
+        down, up = self._pair(block, which)
+        return up.detach(), self._scaled_gate(up.device, up.dtype), down.detach()
+
     def delta(self, block: int, which: str) -> Tensor:
         """The change to a weight: scale * up . diag(gate(target) - gate(source)) . down, float64 [C, C].
 

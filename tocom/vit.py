@@ -17,6 +17,10 @@ from tocom.schedule import CONSTANT, MergeSchedule, ScheduleFamily
 ReduceStep = Callable[[int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(block, x [B, N, C], token_size [B, N, 1], signal, r) -> the x and token_size that remain."""
 
+ProjectStep = Callable[[int, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
+"""(block, x [B, N, C], queries) -> q [B, H, Q, D] of the first `queries` tokens or of all, scaled; k and v
+[B, H, N, D]."""
+
 _POOLS = ("token", "avg", "avgmax", "max", "map")
 _MODEL_PARTS = {"patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "attn_pool", "fc_norm",
                 "head_drop", "head", "head_dist"}  # fmt: skip
@@ -98,13 +102,36 @@ class ReducedViT(nn.Module):
                              f"{made_for}.")  # fmt: skip
         self.compensation = compensation
 
-    def forward(self, pixel_values: Tensor, reduce_step: ReduceStep | None = None) -> Tensor:
+    @property
+    def read_tokens(self) -> int | None:
+        """How many of the last block's tokens, the first ones, the head reads; None for all of them."""
+        if self.model.global_pool != "token":
+            return None
+        return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
+
+    @property
+    def deciding_blocks(self) -> tuple[int, ...]:
+        """Blocks whose reduction the logits depend on: a head that reads protected tokens only ignores the last."""
+        removed = self.schedule.removed if self.read_tokens is None else self.schedule.removed[:-1]
+        return tuple(block for block, r in enumerate(removed) if r)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        reduce_step: ReduceStep | None = None,
+        project_step: ProjectStep | None = None,
+        *,
+        skip_unread: bool = False,
+    ) -> Tensor:
         """Classifies images.
 
         Args:
             pixel_values: Normalized images, [B, 3, H, W].
             reduce_step: Carries a reduction out; None decides and applies. Others record decisions, force them, or
                 emit an operator into a graph.
+            project_step: Computes queries, keys and values; None takes the model's `attn.qkv`.
+            skip_unread: Whether to leave out what the logits do not depend on: behind the last block's keys and values,
+                only the tokens that the head reads go on. The logits are the same.
 
         Returns:
             Logits, [B, classes].
@@ -115,9 +142,10 @@ class ReducedViT(nn.Module):
         x = model.norm_pre(x)
         token_size = None  # all ones until the first reduction, which needs no bias
         for index, (block, r) in enumerate(zip(model.blocks, self.schedule.removed, strict=True)):
-            attended, signal = self._attend(index, block.attn, block.norm1(x), token_size)
-            x = x + block.drop_path1(block.ls1(attended))
-            if r:
+            queries = self.read_tokens if skip_unread and index == len(model.blocks) - 1 else None
+            attended, signal = self._attend(index, block.norm1(x), token_size, project_step or self.project, queries)
+            x = (x if queries is None else x[:, :queries]) + block.drop_path1(block.ls1(attended))
+            if r and queries is None:
                 if token_size is None:
                     token_size = x.new_ones(x.shape[0], x.shape[1], 1)
                 x, token_size = reduce_step(index, x, token_size, signal, r)
@@ -129,29 +157,35 @@ class ReducedViT(nn.Module):
         decision = self.reduction.decide(signal, r, self.model)
         return self.reduction.apply(x, token_size, signal, decision)
 
-    def _attend(self, index: int, attn: Attention, x: Tensor, token_size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Proportional attention: [B, N, C] -> its output [B, N, C], and the reduction's signal."""
+    def project(self, block: int, x: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The plain project step: the model's `attn.qkv`, and the compensation where there is one."""
+        attn = self.model.blocks[block].attn
         batch, tokens, _ = x.shape
         qkv = attn.qkv(x)
         if self.compensation is not None:
-            qkv = qkv + self.compensation(index, x)
-        qkv = qkv.reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = attn.q_norm(q), attn.k_norm(k)
+            qkv = qkv + self.compensation(block, x)
+        q, k, v = qkv.reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         # q is scaled before the product: TensorRT fuses attention only then
-        q = q * attn.scale
+        return attn.q_norm(q[:, :, :queries]) * attn.scale, attn.k_norm(k), v
+
+    def _attend(
+        self, block: int, x: Tensor, token_size: Tensor | None, project: ProjectStep, queries: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Proportional attention: [B, N, C] -> its output for the queries [B, Q, C], and the reduction's signal."""
+        attn = self.model.blocks[block].attn
+        q, k, v = project(block, x, queries)
         bias = None if token_size is None else token_size.log().transpose(-2, -1).unsqueeze(1)
 
-        def weights(queries: Tensor) -> Tensor:
-            logits = queries @ k.transpose(-2, -1)
+        def weights(q: Tensor) -> Tensor:
+            logits = q @ k.transpose(-2, -1)
             return (logits if bias is None else logits + bias).softmax(dim=-1)
 
         out = attn.attn_drop(weights(q)) @ v
-        out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
+        out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:
-            out = out * attn.gate(x).sigmoid()
+            out = out * attn.gate(x[:, :queries]).sigmoid()
         # the class token's row is computed apart from the attention itself, which engines then still fuse
-        by_attention = self.reduction.signal == "attention" and self.schedule.removed[index] > 0
+        by_attention = self.reduction.signal == "attention" and self.schedule.removed[block] > 0
         signal = weights(q[:, :, :1]).mean(dim=1).squeeze(1) if by_attention else k.mean(dim=1)
         return attn.proj_drop(attn.proj(out)), signal
 

@@ -218,9 +218,8 @@ def _fuse_around_native(model: openvino.Model, *, half: bool) -> list[_Merge]:
             tuple(next(iter(port.get_names())) for port in decisions),
             tuple(port.get_partial_shape()[1].get_length() for port in decisions),
         ))  # fmt: skip
-        mean = node.input(2).get_source_output().get_node()
-        if mean.get_type_name() == "ReduceMean" and len(mean.get_input_partial_shape(0)) == 4:
-            node.input(2).replace_source_output(mean.input(0).get_source_output())
+        if (keys := _keys_behind(node.input(2).get_source_output().get_node())) is not None:
+            node.input(2).replace_source_output(keys)
         if half:
             for index in (0, 2):
                 port = node.input(index)
@@ -232,6 +231,16 @@ def _fuse_around_native(model: openvino.Model, *, half: bool) -> list[_Merge]:
                 reader.replace_source_output(widened)
     model.validate_nodes_and_infer_types()
     return merges
+
+
+def _keys_behind(mean: openvino.Node) -> openvino.Output | None:
+    """The keys [B, N, H, D] whose mean over heads a node takes, before they are turned for attention."""
+    if mean.get_type_name() != "ReduceMean":
+        return None
+    turned = mean.input_value(0).get_node()
+    if turned.get_type_name() != "Transpose" or list(turned.input_value(1).get_node().get_data()) != [0, 2, 1, 3]:
+        return None
+    return turned.input_value(0)
 
 
 def _reason(error: Exception) -> str:

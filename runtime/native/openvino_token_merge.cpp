@@ -39,7 +39,7 @@ struct Recorder {
 };
 
 // x [B, N, C], token_size [B, N, 1], metric [B, N, D] -> merged, merged_size, src, dst, unm; x and metric in float32 or
-// bfloat16, token_size in float32. In place of the metric it also takes the keys that it is the mean of, [B, H, N, D].
+// bfloat16, token_size in float32. In place of the metric it also takes the keys that it is the mean of, [B, N, H, D].
 class TokenMerge : public ov::op::Op {
   public:
     OPENVINO_OP("TokenMerge", "ai.tocom");
@@ -57,16 +57,16 @@ class TokenMerge : public ov::op::Op {
         NODE_VALIDATION_CHECK(this, get_input_size() == 3, "takes x, token_size and metric");
         NODE_VALIDATION_CHECK(this, x.rank() == 3 && x[1].is_static() && x[2].is_static(),
                               "x must be [batch, tokens, channels] with static tokens and channels, got ", x);
-        NODE_VALIDATION_CHECK(this, metric.rank() == 3 || (metric.rank() == 4 && metric[1].is_static()),
-                              "metric must be [batch, tokens, D] or [batch, heads, tokens, D], got ", metric);
+        NODE_VALIDATION_CHECK(this, metric.rank() == 3 || (metric.rank() == 4 && metric[2].is_static()),
+                              "metric must be [batch, tokens, D] or [batch, tokens, heads, D], got ", metric);
         const std::size_t rank = metric.size();
-        NODE_VALIDATION_CHECK(this, metric[rank - 2] == x[1] && metric[rank - 1].is_static(),
+        NODE_VALIDATION_CHECK(this, metric[1] == x[1] && metric[rank - 1].is_static(),
                               "metric must have as many tokens as x, got ", metric, " for ", x);
         NODE_VALIDATION_CHECK(this, is_real(0) && is_real(2) && get_input_element_type(1) == ov::element::f32,
                               "takes x and metric in f32 or bf16, token_size in f32");
         NODE_VALIDATION_CHECK(this, r_ >= 0 && protected_ >= 0, "r and protected must be 0 or more");
         const MergeShape shape = shape_of(x[1].get_length(), x[2].get_length(), metric[rank - 1].get_length(),
-                                          rank == 4 ? metric[1].get_length() : 1);
+                                          rank == 4 ? metric[2].get_length() : 1);
         NODE_VALIDATION_CHECK(this, shape.valid(), "cannot merge ", r_, " of ", shape.tokens, " tokens");
         const ov::Dimension batch = x[0];
         const auto extent = [](std::size_t count) { return ov::Dimension(static_cast<std::int64_t>(count)); };
@@ -118,7 +118,7 @@ class TokenMerge : public ov::op::Op {
     template <class T, class M> void run(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
         const auto& dims = inputs[0].get_shape();
         const auto& keys = inputs[2].get_shape();
-        const MergeShape shape = shape_of(dims[1], dims[2], keys.back(), keys.size() == 4 ? keys[1] : 1);
+        const MergeShape shape = shape_of(dims[1], dims[2], keys.back(), keys.size() == 4 ? keys[2] : 1);
         const std::size_t images = dims[0], tokens = shape.tokens, left = shape.remaining();
         const auto* x = static_cast<const T*>(inputs[0].data());
         const auto* size = static_cast<const float*>(inputs[1].data());

@@ -71,7 +71,7 @@ struct Decisions {
 class Merger {
   public:
     // Decides who merges into whom.
-    //   metric [H, N, D]
+    //   metric [N, H, D]
     template <class M> void match(const MergeShape& shape, const M* metric, const Decisions& out) {
         gather_units(shape, metric);
         pick_best(shape);
@@ -110,10 +110,10 @@ class Merger {
         units_b_.assign(padded_ * depth, 0.0f);
         row_.resize(depth);
         for (std::size_t i = 0; i < a; ++i) {
-            unit(shape, metric + (shape.first_a() + 2 * i) * depth, units_a_.data() + i * depth);
+            unit(shape, metric + (shape.first_a() + 2 * i) * shape.heads * depth, units_a_.data() + i * depth);
         }
         for (std::size_t j = 0; j < b; ++j) {
-            unit(shape, metric + (shape.first_b() + 2 * j) * depth, row_.data());
+            unit(shape, metric + (shape.first_b() + 2 * j) * shape.heads * depth, row_.data());
             for (std::size_t d = 0; d < depth; ++d) {
                 units_b_[d * padded_ + j] = row_[d];
             }
@@ -127,7 +127,7 @@ class Merger {
             out[d] = widen(row[d]);
         }
         for (std::size_t head = 1; head < shape.heads; ++head) {
-            row += shape.tokens * depth;
+            row += depth;
             for (std::size_t d = 0; d < depth; ++d) {
                 out[d] += widen(row[d]);
             }

@@ -7,13 +7,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.fuse import fuse
-from export.lower import lower
+from export.lower import lower, reference_model
 from export.weights import INLINE_BYTES, WeightStore
-from runtime.artifacts import FusedCheckpoint
-from tocom.vit import schedule_for
+from runtime.artifacts import FusedCheckpoint, OnnxGraph
+from runtime.engines import open_engine
+from tocom.vit import ReducedViT, schedule_for
 
 DRAW = np.random.default_rng(0)
 SHARED = DRAW.standard_normal((20, 20), dtype=np.float32)
@@ -55,6 +57,11 @@ def places(folder, name) -> dict[str, dict[str, str]]:
         for tensor in graph.graph.initializer
         if tensor.data_location == TensorProto.EXTERNAL
     }
+
+
+def files_of(folder, name) -> list[tuple[str, int, int]]:
+    """(file, offset, length) of what a graph reads."""
+    return [(each["location"], int(each["offset"]), int(each["length"])) for each in places(folder, name).values()]
 
 
 def contents(folder) -> dict[str, tuple[bytes, int]]:
@@ -138,14 +145,33 @@ def test_a_folder_can_be_moved(tmp_path):
     check_reads(tmp_path / "there", "one.onnx", shared=SHARED)
 
 
-def test_degrees_share_all_but_query_and_value(tmp_path, make_vit, make_compensator):
-    model = make_vit("deit3")
-    compensator, store = make_compensator(48, 2), WeightStore(tmp_path)
-    for degree in (0, 8):
-        weights = fuse(model.state_dict(), compensator.between(0, degree))
-        fused = FusedCheckpoint(weights, "tiny", degree, 0, 0.1, "a" * 64, "b" * 64)
-        lower(model, schedule_for(model, degree), fused, store, f"r{degree}.onnx")
-    r0, r8 = places(tmp_path, "r0.onnx"), places(tmp_path, "r8.onnx")
-    # under which name a matrix product stores its weight is the exporter's business: compare places
-    fresh = {tuple(sorted(place.items())) for place in r8.values()} - {tuple(sorted(p.items())) for p in r0.values()}
-    assert sorted(int(dict(place)["length"]) for place in fresh) == [3 * 48 * 48 * 4] * 2
+def lowered(folder, model, compensator) -> dict[int, OnnxGraph]:
+    graphs, store = {}, WeightStore(folder)
+    for degree in (0, 1, 8):
+        compensation = compensator.between(0, degree)
+        weights = fuse(model.state_dict(), compensation)
+        fused = FusedCheckpoint(weights, "tiny", degree, 0, 0.1, "a" * 64, "b" * 64, compensation)
+        graphs[degree] = lower(model, schedule_for(model, degree), fused, store, f"r{degree}.onnx")
+    return graphs
+
+
+def test_degrees_share_every_weight_and_differ_in_a_gate(tmp_path, make_vit, make_compensator):
+    model, compensator = make_vit("deit3"), make_compensator(48, 2)
+    lowered(tmp_path, model, compensator)
+    r0, r1, r8 = (set(files_of(tmp_path, f"r{degree}.onnx")) for degree in (0, 1, 8))
+    pair = 16 * compensator.info.rank * 48 * 4
+    assert {length for _, _, length in r1 - r0} == {pair} and len(r1 - r0) == 2 * 2 * 2  # down and up of q and v
+    assert r0 < r1 == r8
+
+
+def test_a_graph_computes_with_the_fused_weights(tmp_path, make_vit, make_compensator, noise):
+    """The factors in the graph against the weights that were fused in float64, on an engine and on the reference."""
+    model, compensator = make_vit("deit3"), make_compensator(48, 2)
+    for degree, graph in lowered(tmp_path, model, compensator).items():
+        reference = reference_model(model, schedule_for(model, degree), graph.source)
+        images = noise(2, 64, 64)
+        with torch.no_grad(), open_engine(graph.file, "onnxruntime") as engine:
+            expected = reference(torch.from_numpy(images)).numpy()
+            plain = ReducedViT(model, degree)(torch.from_numpy(images)).numpy()
+            np.testing.assert_allclose(engine.infer(images), expected, rtol=0, atol=1e-5)
+        assert (np.abs(plain - expected).max() > 1e-3) == (degree > 0)

@@ -1,6 +1,6 @@
 // Runs token_merge.h on cases from stdin, so that it can be tested without an engine and under sanitizers.
 //
-// A case: nine uint64 (N, C, D, H, r, protected, keep_order, half, parts), then x [N, C], size [N] and metric [H, N, D]
+// A case: nine uint64 (N, C, D, H, r, protected, keep_order, half, parts), then x [N, C], size [N] and metric [N, H, D]
 // in float32; with `half`, x and metric are rounded to bfloat16 first. Answers merged [N - r, C] and sizes [N - r] in
 // float32, then src, dst and unm in int64. The rows are merged in `parts` calls, as threads would.
 #include <cstdio>

@@ -42,10 +42,11 @@ class Case:
         return np.random.default_rng(self.seed + 1).integers(1, 30, self.tokens).astype(np.float32)
 
     def encoded(self) -> bytes:
+        metric = self.metric.transpose(1, 0, 2)  # [N, H, D], as keys leave their projection
         header = (self.tokens, self.x.shape[1], self.metric.shape[2], len(self.metric), self.r, self.protected,
                   self.keep_order, self.half, 1 + self.seed % 3)  # fmt: skip
         return b"".join(
-            [np.array(header, np.uint64).tobytes(), self.x.tobytes(), self.size.tobytes(), self.metric.tobytes()]
+            [np.array(header, np.uint64).tobytes(), self.x.tobytes(), self.size.tobytes(), metric.tobytes()]
         )
 
 
