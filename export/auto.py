@@ -12,7 +12,7 @@ from export.build import AUTO, backends_for, build
 from export.lower import reference_model
 from export.source import Source, validation_batches
 from export.validate import validate
-from runtime.artifacts import OnnxGraph
+from runtime.artifacts import OnnxGraph, Report
 from runtime.engines import open_engine
 from runtime.latency import measure
 from runtime.manifest import Family
@@ -28,7 +28,7 @@ def listed_backend(source: Source, family: Family) -> str | None:
     return entry.backend if entry.recipe == as_listed.recipe(degree) else None
 
 
-def fastest_backend(source: Source, graph: OnnxGraph) -> str:
+def fastest(source: Source, graph: OnnxGraph) -> Report:
     """Builds a graph for every candidate, proves the engines, and times those that pass side by side.
 
     Args:
@@ -36,21 +36,23 @@ def fastest_backend(source: Source, graph: OnnxGraph) -> str:
         graph: The highest degree, lowered.
 
     Returns:
-        The fastest; the first candidate where none passes, which the compile then reports.
+        What was found about the fastest; where none passes, about the first candidate.
     """
     precision = source.options.precision
-    names = backends_for(AUTO, precision)
     reference = reference_model(
         source.loaded.model, source.schedules[graph.source.degree], graph.source, source.reduction
     )
+    reports = [
+        validate(build(graph, backend=name, precision=precision), reference, validation_batches(source))
+        for name in backends_for(AUTO, precision)
+    ]
+    passed = {report.engine.backend: report for report in reports if report}
+    if len(passed) < 2:
+        return next(iter(passed.values()), reports[0])
     with ExitStack() as stack:
-        runners = {}
-        for name in names:
-            engine = build(graph, backend=name, precision=precision)
-            if validate(engine, reference, validation_batches(source)):
-                opened = open_engine(engine.file, name, precision=precision, batch=1)
-                runners[name] = stack.enter_context(opened)
-        if not runners:
-            return names[0]
+        runners = {
+            name: stack.enter_context(open_engine(report.engine.file, name, precision=precision, batch=1))
+            for name, report in passed.items()
+        }
         times = measure(runners, batch=1, min_rounds=20)
-    return min(times, key=lambda name: times[name].p50)
+    return passed[min(times, key=lambda name: times[name].p50)]

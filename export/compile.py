@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from calib.labelled import LabelledImages
-from export.auto import fastest_backend, listed_backend
+from export.auto import fastest, listed_backend
 from export.build import AUTO, backends_for, build
 from export.latency import BATCHES, measured
 from export.lock import locked
-from export.lower import lower, reference_model
+from export.lower import Lowering, reference_model
 from export.scales import at_chosen_scales
 from export.source import CompileOptions, Source, load_source, validation_batches
 from export.validate import validate
@@ -72,15 +72,17 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
     with locked(options.out):
         family = _listed(source)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
-        source, graphs = _with_backend(source, family, store, notify)
+        lowering = Lowering(source.loaded.model, store, source.reduction)
+        source, proven = _with_backend(source, family, lowering, notify)
         reused = _finished(source, family)
         failed: dict[int, Report] = {}
         for degree in source.schedules:
             if degree in reused:
                 notify(degree, "reused")
                 continue
-            graph = graphs.get(degree) or _lowered(source, degree, store, notify)
-            report = _proven(source, degree, graph, notify)
+            if degree not in proven:
+                proven[degree] = _proven(source, degree, _lowered(source, degree, lowering, notify), notify)
+            report = proven[degree]
             if not report:
                 failed[degree] = report
                 notify(degree, "FAILED")
@@ -175,28 +177,29 @@ def _finished(source: Source, family: Family) -> list[int]:
 
 
 def _with_backend(
-    source: Source, family: Family, store: WeightStore, notify: Notify
-) -> tuple[Source, dict[int, OnnxGraph]]:
-    """The source with a backend chosen, and the graphs that this took."""
+    source: Source, family: Family, lowering: Lowering, notify: Notify
+) -> tuple[Source, dict[int, Report]]:
+    """The source with a backend chosen, and what was proven for that."""
     if source.options.backend != AUTO:
         return source, {}
-    graphs: dict[int, OnnxGraph] = {}
+    proven: dict[int, Report] = {}
     names = backends_for(AUTO, source.options.precision)
     backend = names[0] if len(names) == 1 else listed_backend(source, family)
     if backend is None:
         degree = max(source.schedules)
-        graphs[degree] = _lowered(source, degree, store, notify)
+        graph = _lowered(source, degree, lowering, notify)
         notify(degree, f"choosing a backend: {' or '.join(names)}")
-        backend = fastest_backend(source, graphs[degree])
-    return replace(source, options=replace(source.options, backend=backend)), graphs
+        proven[degree] = fastest(source, graph)
+        backend = proven[degree].engine.backend
+    return replace(source, options=replace(source.options, backend=backend)), proven
 
 
-def _lowered(source: Source, degree: int, store: WeightStore, notify: Notify) -> OnnxGraph:
+def _lowered(source: Source, degree: int, lowering: Lowering, notify: Notify) -> OnnxGraph:
     notify(degree, "fusing")
     fused = source.fused(degree)
     notify(degree, "lowering to ONNX")
     name = f"r{degree:02d}-{source.graph_recipe(degree)[:12]}.onnx"
-    graph = lower(source.loaded.model, source.schedules[degree], fused, store, name, source.reduction)
+    graph = lowering.lower(source.schedules[degree], fused, name)
     gc.collect()  # the exporter leaves cycles that hold copies of the weights
     return graph
 

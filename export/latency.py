@@ -23,7 +23,7 @@ from runtime.manifest import EngineEntry
 BATCHES = (1, 8)
 SAVES = 0.02  # share of degree 0's time that a degree must save to pay; less is within the noise of a measurement
 
-_SECONDS, _ROUNDS = 1.0, 15
+_SECONDS, _ROUNDS = 2.0, 5
 _ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export.operators import DOMAIN, VERSION, operator_of
 from export.projection import FACTORS, projections
+from export.retarget import Template
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
 from tocom.reduction import MERGE, Reduction
@@ -32,6 +33,70 @@ _PROJECTION = re.compile(r"projections\.(\d+)\.([qkv])_(\w+)")
 INPUT, OUTPUT = "pixel_values", "logits"
 
 
+class Lowering:
+    """Lowers the degrees of one model, of which it traces those that no other one can be made from.
+
+    Args:
+        model: The plain timm model; untouched.
+        store: The family folder's weight files.
+        reduction: How tokens are removed.
+    """
+
+    def __init__(self, model: nn.Module, store: WeightStore, reduction: Reduction = MERGE) -> None:
+        self._model, self._store, self._reduction = model, store, reduction
+        self._templates: dict[tuple[tuple[int, ...], bool], tuple[Template, tuple[str, ...]]] = {}
+
+    def lower(self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str) -> OnnxGraph:
+        """Exports one degree.
+
+        Args:
+            schedule: Tokens removed per block.
+            fused: The weights of this degree.
+            name: File name of the graph, within the store's folder.
+
+        Returns:
+            The graph, and the weight files it needs.
+        """
+        reference = reference_model(self._model, schedule, fused, self._reduction)
+        proto, weight_files = self._graph(reference, fused)
+        file = self._store.folder / name
+        write_atomically(file, proto.SerializeToString())
+        _ensure_contract(file, proto, reference)
+        return OnnxGraph(
+            file=file,
+            files={part: sha256_file(self._store.folder / part) for part in (name, *weight_files)},
+            tokens=schedule.tokens,
+            gmacs=count_gmacs(reference),
+            source=fused,
+        )
+
+    def _graph(self, reference: ReducedViT, fused: FusedCheckpoint) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+        steps = projections(reference.model, self._model, fused)
+        gates = {
+            f"blocks.{block}.attn.{name.replace('_', '.')}": value.numpy()
+            for block, step in enumerate(steps)
+            for name, value in step.named_buffers()
+            if name.endswith("_gate")
+        }
+        alike = (reference.deciding_blocks, bool(gates))
+        shared = bool(gates) or self._has_own_weights(fused)
+        if shared and alike in self._templates:
+            template, weight_files = self._templates[alike]
+            return template.retargeted(reference, gates), weight_files
+        traced = _export(reference, steps)
+        _name_values(traced, reference)
+        weight_files = self._store.place(traced)
+        proto = ir.to_proto(traced)
+        if shared and reference.deciding_blocks and (template := Template.of(proto, reference)) is not None:
+            self._templates[alike] = template, weight_files
+        return proto, weight_files
+
+    def _has_own_weights(self, fused: FusedCheckpoint) -> bool:
+        """Whether the weights are the model's, with nothing folded in."""
+        own = self._model.state_dict()
+        return all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in fused.weights.items())
+
+
 def lower(
     model: nn.Module,
     schedule: MergeSchedule,
@@ -40,34 +105,8 @@ def lower(
     name: str,
     reduction: Reduction = MERGE,
 ) -> OnnxGraph:
-    """Exports one degree.
-
-    Args:
-        model: The plain timm model; untouched.
-        schedule: Tokens removed per block.
-        fused: The weights of this degree.
-        store: The family folder's weight files.
-        name: File name of the graph, within the store's folder.
-        reduction: How tokens are removed.
-
-    Returns:
-        The graph, and the weight files it needs.
-    """
-    reference = reference_model(model, schedule, fused, reduction)
-    graph_model = _export(reference, projections(reference.model, model, fused))
-    _name_values(graph_model, reference)
-    weight_files = store.place(graph_model)
-    proto = ir.to_proto(graph_model)
-    file = store.folder / name
-    write_atomically(file, proto.SerializeToString())
-    _ensure_contract(file, proto, reference)
-    return OnnxGraph(
-        file=file,
-        files={part: sha256_file(store.folder / part) for part in (name, *weight_files)},
-        tokens=schedule.tokens,
-        gmacs=count_gmacs(reference),
-        source=fused,
-    )
+    """Exports one degree by itself; see `Lowering`, which exports several faster."""
+    return Lowering(model, store, reduction).lower(schedule, fused, name)
 
 
 def reference_model(

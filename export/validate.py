@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,8 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
         return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule, reduction=reference.reduction)
 
     shipped = open_engine(engine.file, engine.backend, precision=engine.precision)
-    with shipped, debug_copy(engine) as debugged:
+    # a native operator tells its decisions as it is, so no copy is needed
+    with shipped, nullcontext(shipped) if engine.native else debug_copy(engine) as debugged:
         for pixel_values in batches:
             _compare(shipped, debugged, reference, exact, pixel_values, findings)
     return Report(engine=engine, passed=findings.passed, findings=findings.to_json())
@@ -113,14 +114,7 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
 
 @contextmanager
 def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
-    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
-
-    A native operator tells its decisions as it is, so no copy is needed.
-    """
-    if engine.native:
-        with open_engine(engine.file, engine.backend, precision=engine.precision) as runner:
-            yield runner
-        return
+    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched."""
     graph = onnx.load(engine.source.file, load_external_data=False)
     for node in graph.graph.node:
         if node.domain == DOMAIN:

@@ -12,7 +12,7 @@ import numpy as np
 from runtime.engines import EngineRunner
 from runtime.errors import InputError
 
-_WARM_UP_CALLS = 3
+_WARM_UP_CALLS = 1
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,15 @@ class EngineSettings:
         threads: CPU threads for one call; the library's choice by default.
         batch: Images of most calls, where that is known: an engine may prepare for it. Any other number still works.
         throughput: Whether many images a second matter more than the time of one call.
+        share_weights: Whether memory matters more than speed: weights that several engines of a process have in common
+            are held once, by libraries that can (ONNX Runtime).
     """
 
     precision: str = "fp32"
     threads: int | None = None
     batch: int | None = None
     throughput: bool = False
+    share_weights: bool = False
 
 
 class EngineRunner(ABC):
@@ -145,6 +148,7 @@ def open_engine(
     threads: int | None = None,
     batch: int | None = None,
     throughput: bool = False,
+    share_weights: bool = False,
 ) -> EngineRunner:
     """Loads an engine.
 
@@ -155,6 +159,7 @@ def open_engine(
         threads: Likewise.
         batch: Likewise.
         throughput: Likewise.
+        share_weights: Likewise.
 
     Raises:
         InputError: The backend is unknown or not installed, a number is below 1, or the file is not a usable engine.
@@ -168,7 +173,7 @@ def open_engine(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"an engine must be a file, got {one_line(path)}, which is not one: compile it again")
-    return module.open_engine(path, EngineSettings(precision, threads, batch, throughput))
+    return module.open_engine(path, EngineSettings(precision, threads, batch, throughput, share_weights))
 
 
 def precisions(backend: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
+from runtime.engines.ort_weights import return_freed_memory, shared_weights
 from runtime.errors import InputError, one_line
 
 CPU = "CPUExecutionProvider"
@@ -28,7 +29,7 @@ def native_operators() -> frozenset[str]:
 
 def open_engine(path: Path, settings: EngineSettings) -> OrtRunner:
     """Loads an ONNX file on the CPU; see `OrtRunner`. It prepares for no batch and knows one way to be fast."""
-    return OrtRunner(path, threads=settings.threads)
+    return OrtRunner(path, threads=settings.threads, share_weights=settings.share_weights)
 
 
 class OrtRunner(EngineRunner):
@@ -36,24 +37,31 @@ class OrtRunner(EngineRunner):
 
     backend = "onnxruntime"
 
-    def __init__(self, path: Path | str, *, threads: int | None = None, provider: str = CPU) -> None:
+    def __init__(
+        self, path: Path | str, *, threads: int | None = None, provider: str = CPU, share_weights: bool = False
+    ) -> None:
         """Loads the file.
 
         Args:
             path: The graph; its external data lie in the same folder or below.
             threads: CPU threads for one call; ONNX Runtime's choice by default.
             provider: The execution provider that has to run the graph.
+            share_weights: Whether to read weights from memory that all such runners of the process share, rather than
+                packing them: see `runtime.engines.ort_weights`.
 
         Raises:
             InputError: The file is not a graph this class runs, or the provider does not work here.
         """
         self._name = one_line(path)
-        self._session = self._load(Path(path), threads, provider)
+        self._weights: dict[str, onnxruntime.OrtValue] = {}
+        self._session = self._load(Path(path), threads, provider, share_weights)
         if self._session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU without raising
             raise InputError(f"provider {provider} does not work here: ONNX Runtime fell back to {CPU}; ask for {CPU}")
         self.input_size, self.classes = self._contract()
 
-    def _load(self, path: Path, threads: int | None, provider: str) -> onnxruntime.InferenceSession:
+    def _load(
+        self, path: Path, threads: int | None, provider: str, share_weights: bool
+    ) -> onnxruntime.InferenceSession:
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise InputError(f"provider must be one this build has ({', '.join(available)}), got {one_line(provider)}")
@@ -66,8 +74,16 @@ class OrtRunner(EngineRunner):
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
+            if share_weights:
+                self._weights = shared_weights(path)
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                for name, value in self._weights.items():
+                    options.add_initializer(name, value)
             # CPU after it: a few operators, such as shape arithmetic, are only implemented there.
-            return onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
+            session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
+            if share_weights:
+                return_freed_memory()
+            return session
         except Exception as error:  # ONNX Runtime's exceptions have no common base class below Exception
             raise InputError(f"{self._name} is not a graph that ONNX Runtime loads: {one_line(error)}") from error
 
@@ -105,4 +121,4 @@ class OrtRunner(EngineRunner):
             raise InputError(f"{self._name}: {message}") from error
 
     def _close(self) -> None:
-        del self._session  # frees its weights and thread pool
+        del self._session, self._weights  # frees them and the thread pool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -15,6 +17,8 @@ from export.lower import lower, reference_model
 from export.weights import INLINE_BYTES, WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph
 from runtime.engines import open_engine
+from runtime.engines.ort_weights import _mapped, shared_weights
+from runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 
 DRAW = np.random.default_rng(0)
@@ -175,3 +179,39 @@ def test_a_graph_computes_with_the_fused_weights(tmp_path, make_vit, make_compen
             plain = ReducedViT(model, degree)(torch.from_numpy(images)).numpy()
             np.testing.assert_allclose(engine.infer(images), expected, rtol=0, atol=1e-5)
         assert (np.abs(plain - expected).max() > 1e-3) == (degree > 0)
+
+
+def test_engines_that_share_weights_hold_each_once_and_let_go_of_it(tmp_path, make_vit, make_compensator, noise):
+    graphs = lowered(tmp_path, make_vit("deit3"), make_compensator(48, 2))
+    distinct = {place for degree in graphs for place in files_of(tmp_path, f"r{degree}.onnx")}
+    images, before = noise(2, 64, 64), len(_mapped)
+    for graph in graphs.values():
+        with open_engine(graph.file, "onnxruntime") as packed, contextlib.ExitStack() as stack:
+            sharing = [
+                stack.enter_context(open_engine(each.file, "onnxruntime", share_weights=True))
+                for each in graphs.values()
+            ]
+            assert len(_mapped) - before == len(distinct)
+            found = sharing[list(graphs.values()).index(graph)].infer(images)
+            np.testing.assert_allclose(found, packed.infer(images), rtol=0, atol=1e-5)
+        assert len(_mapped) == before
+
+
+def test_weights_outside_the_folder_are_not_shared_but_refused(tmp_path):
+    """A graph that points elsewhere is nothing to read, whoever opens it."""
+    (tmp_path / "family").mkdir()
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(SHARED.tobytes())
+    model = graph_of(shared=SHARED)
+    proto = ir.to_proto(model)
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "../outside.bin", "offset": "0", "length": str(SHARED.nbytes)}.items():
+        tensor.external_data.add(key=key, value=value)
+    file = tmp_path / "family" / "graph.onnx"
+    file.write_bytes(proto.SerializeToString())
+    assert shared_weights(file) == {}
+    for share in (False, True):
+        with pytest.raises(InputError, match="not a graph that ONNX Runtime loads"):
+            open_engine(file, "onnxruntime", share_weights=share)
