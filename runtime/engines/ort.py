@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
-from runtime.engines.ort_weights import return_freed_memory, shared_weights
+from runtime.engines.mapped_weights import mapped_weights, return_freed_memory
 from runtime.errors import InputError, one_line
 
 CPU = "CPUExecutionProvider"
@@ -46,8 +46,8 @@ class OrtRunner(EngineRunner):
             path: The graph; its external data lie in the same folder or below.
             threads: CPU threads for one call; ONNX Runtime's choice by default.
             provider: The execution provider that has to run the graph.
-            share_weights: Whether to read weights from memory that all such runners of the process share, rather than
-                packing them: see `runtime.engines.ort_weights`.
+            share_weights: Whether to read weights from memory that all such runners of the process share, instead of
+                packing them, which is faster.
 
         Raises:
             InputError: The file is not a graph this class runs, or the provider does not work here.
@@ -75,10 +75,11 @@ class OrtRunner(EngineRunner):
             options.intra_op_num_threads = threads
         try:
             if share_weights:
-                self._weights = shared_weights(path)
+                # packed for its products, a weight would be in memory once more for every session
                 options.add_session_config_entry("session.disable_prepacking", "1")
-                for name, value in self._weights.items():
-                    options.add_initializer(name, value)
+                for name, array in mapped_weights(path).items():
+                    self._weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                    options.add_initializer(name, self._weights[name])
             # CPU after it: a few operators, such as shape arithmetic, are only implemented there.
             session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
             if share_weights:

@@ -17,7 +17,7 @@ from export.lower import lower, reference_model
 from export.weights import INLINE_BYTES, WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph
 from runtime.engines import open_engine
-from runtime.engines.ort_weights import _mapped, shared_weights
+from runtime.engines.mapped_weights import _mapped, mapped_weights
 from runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 
@@ -211,7 +211,7 @@ def test_weights_outside_the_folder_are_not_shared_but_refused(tmp_path):
         tensor.external_data.add(key=key, value=value)
     file = tmp_path / "family" / "graph.onnx"
     file.write_bytes(proto.SerializeToString())
-    assert shared_weights(file) == {}
+    assert mapped_weights(file) == {}
     for share in (False, True):
         with pytest.raises(InputError, match="not a graph that ONNX Runtime loads"):
             open_engine(file, "onnxruntime", share_weights=share)

@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "runtime").rglob("*.py"))
 
 # Library -> the only module that may import it.
-ENGINE_LIBRARIES = {"onnxruntime": "runtime/engines/ort.py", "openvino": "runtime/engines/ov.py"}
+ENGINE_LIBRARIES = {
+    "onnxruntime": "runtime/engines/ort.py",
+    "openvino": "runtime/engines/ov.py",
+    "google": "runtime/engines/mapped_weights.py",  # protobuf, which ONNX Runtime needs itself
+}
 ALLOWED = {"numpy", "PIL", "runtime", *sys.stdlib_module_names}
 
 # What the engine libraries need besides numpy.
