@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from export.fuse import fuse
 from export.lower import lower, reference_model
@@ -149,29 +150,31 @@ def test_a_folder_can_be_moved(tmp_path):
     check_reads(tmp_path / "there", "one.onnx", shared=SHARED)
 
 
-def lowered(folder, model, compensator) -> dict[int, OnnxGraph]:
-    graphs, store = {}, WeightStore(folder)
+@pytest.fixture(scope="module")
+def compensated(make_vit, make_compensator, tmp_path_factory) -> tuple[nn.Module, dict[int, OnnxGraph]]:
+    """A model, and its graphs at three degrees, each traced by itself."""
+    model, compensator = make_vit("deit3"), make_compensator(48, 2)
+    store, graphs = WeightStore(tmp_path_factory.mktemp("compensated")), {}
     for degree in (0, 1, 8):
         compensation = compensator.between(0, degree)
         weights = fuse(model.state_dict(), compensation)
         fused = FusedCheckpoint(weights, "tiny", degree, 0, 0.1, "a" * 64, "b" * 64, compensation)
         graphs[degree] = lower(model, schedule_for(model, degree), fused, store, f"r{degree}.onnx")
-    return graphs
+    return model, graphs
 
 
-def test_degrees_share_every_weight_and_differ_in_a_gate(tmp_path, make_vit, make_compensator):
-    model, compensator = make_vit("deit3"), make_compensator(48, 2)
-    lowered(tmp_path, model, compensator)
-    r0, r1, r8 = (set(files_of(tmp_path, f"r{degree}.onnx")) for degree in (0, 1, 8))
-    pair = 16 * compensator.info.rank * 48 * 4
+def test_degrees_share_every_weight_and_differ_in_a_gate(compensated):
+    graphs = compensated[1]
+    r0, r1, r8 = (set(files_of(graph.file.parent, graph.file.name)) for graph in graphs.values())
+    pair = 16 * graphs[8].source.compensation.compensator.info.rank * 48 * 4
     assert {length for _, _, length in r1 - r0} == {pair} and len(r1 - r0) == 2 * 2 * 2  # down and up of q and v
     assert r0 < r1 == r8
 
 
-def test_a_graph_computes_with_the_fused_weights(tmp_path, make_vit, make_compensator, noise):
+def test_a_graph_computes_with_the_fused_weights(compensated, noise):
     """The factors in the graph against the weights that were fused in float64, on an engine and on the reference."""
-    model, compensator = make_vit("deit3"), make_compensator(48, 2)
-    for degree, graph in lowered(tmp_path, model, compensator).items():
+    model, graphs = compensated
+    for degree, graph in graphs.items():
         reference = reference_model(model, schedule_for(model, degree), graph.source)
         images = noise(2, 64, 64)
         with torch.no_grad(), open_engine(graph.file, "onnxruntime") as engine:
@@ -181,9 +184,9 @@ def test_a_graph_computes_with_the_fused_weights(tmp_path, make_vit, make_compen
         assert (np.abs(plain - expected).max() > 1e-3) == (degree > 0)
 
 
-def test_engines_that_share_weights_hold_each_once_and_let_go_of_it(tmp_path, make_vit, make_compensator, noise):
-    graphs = lowered(tmp_path, make_vit("deit3"), make_compensator(48, 2))
-    distinct = {place for degree in graphs for place in files_of(tmp_path, f"r{degree}.onnx")}
+def test_engines_that_share_weights_hold_each_once_and_let_go_of_it(compensated, noise):
+    graphs = compensated[1]
+    distinct = {place for graph in graphs.values() for place in files_of(graph.file.parent, graph.file.name)}
     images, before = noise(2, 64, 64), len(_mapped)
     for graph in graphs.values():
         with open_engine(graph.file, "onnxruntime") as packed, contextlib.ExitStack() as stack:
