@@ -99,7 +99,7 @@ class Merger {
 
   private:
     static constexpr std::size_t kLanes = 16;
-    static constexpr std::size_t kRows = 4;
+    static constexpr std::size_t kRows = 8;
     typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
     // Unit vectors: a-tokens as rows, b-tokens as columns padded to whole vectors.
@@ -132,16 +132,32 @@ class Merger {
                 out[d] += widen(row[d]);
             }
         }
-        float sum = 0.0f;
         for (std::size_t d = 0; d < depth; ++d) {
             out[d] /= static_cast<float>(shape.heads);
-            sum += out[d] * out[d];
         }
-        const float norm = std::sqrt(sum);
+        const float norm = std::sqrt(sum_of_squares(out, depth));
         const float floor = norm < 1e-12f ? 1e-12f : norm; // NaN stays NaN
         for (std::size_t d = 0; d < depth; ++d) {
             out[d] /= floor;
         }
+    }
+
+    // In lanes: one after the other, every addition would wait for the one before.
+    static float sum_of_squares(const float* values, std::size_t count) {
+        const std::size_t whole = count - count % kLanes;
+        Vector lanes = {}, next;
+        for (std::size_t at = 0; at < whole; at += kLanes) {
+            load(values + at, next);
+            lanes += next * next;
+        }
+        float sum = 0.0f;
+        for (std::size_t lane = 0; lane < kLanes; ++lane) {
+            sum += lanes[lane];
+        }
+        for (std::size_t at = whole; at < count; ++at) {
+            sum += values[at] * values[at];
+        }
+        return sum;
     }
 
     // Highest cosine of every a-token, and the first b-token that has it.
