@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -66,8 +66,10 @@ class Row:
         ms: Median of one call.
         low: 25th percentile.
         high: 75th percentile.
-        own_ms: Median of the same contender without merging.
-        bound_ms: Median of its slice bound; None for peers.
+        speed_up: Over the same contender without merging.
+        bound: Speed-up of its slice bound, likewise; None for peers.
+        tax: Time beyond its slice bound, as a share of it, 25th, 50th and 75th percentile; None for peers.
+        gain: Time of the plain export on the same library in the same precision over this one's, likewise.
         ideal: Speed-up by multiplications.
     """
 
@@ -76,19 +78,11 @@ class Row:
     ms: float
     low: float
     high: float
-    own_ms: float
-    bound_ms: float | None
+    speed_up: float
+    bound: float | None
+    tax: tuple[float, float, float] | None
+    gain: tuple[float, float, float] | None
     ideal: float
-
-    @property
-    def speed_up(self) -> float:
-        """Over the same contender without merging."""
-        return self.own_ms / self.ms
-
-    @property
-    def tax(self) -> float | None:
-        """What merging takes beyond dropping tokens unseen."""
-        return None if self.bound_ms is None else self.ms / self.bound_ms - 1
 
 
 class TorchRunner(EngineRunner):
@@ -194,13 +188,20 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row
     found = {names[key]: each for key, each in times.items()}
     macs = {"-": count_gmacs(bench.reduced(0))}
     macs |= {schedule: count_gmacs(bench.reduced(degree, schedule)) for schedule in ("constant", STRIDED)}
-    return [
-        Row(contender, schedule, each.p50, each.p25, each.p75, found[contender, "-"].p50,
-            found[contender, f"{schedule} bound"].p50 if (contender, f"{schedule} bound") in found else None,
-            macs["-"] / macs[schedule])
-        for (contender, schedule), each in found.items()
-        if not schedule.endswith("bound")
-    ]  # fmt: skip
+    rows = []
+    for (contender, schedule), each in found.items():
+        if schedule.endswith("bound"):
+            continue
+        base, bound = found[contender, "-"], found.get((contender, f"{schedule} bound"))
+        peer = found.get((contender.replace("ours", "plain export"), "-" if schedule == "-" else "constant"))
+        gain = None if peer in (None, each) else peer.ratio_to(each)
+        rows.append(Row(
+            contender, schedule, each.p50, each.p25, each.p75, base.ratio_to(each)[1],
+            None if bound is None else base.ratio_to(bound)[1],
+            None if bound is None else tuple(ratio - 1 for ratio in each.ratio_to(bound)),
+            gain, macs["-"] / macs[schedule],
+        ))  # fmt: skip
+    return rows
 
 
 def _add_peers(bench: Bench, batch: int, degree: int, add: Callable[[str, EngineRunner], None]) -> None:
@@ -250,9 +251,11 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) 
     parts = [f"# Engines on a CPU\n\nWritten by `make bench` ([bench/cpu.py](../cpu.py)), {date.today().isoformat()}: "
              f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU; {_versions()}.\n\nRandomly initialized "
              "weights, real sizes. For each model, batch size and degree all contenders took turns in one process: "
-             "ratios within a block of rows are comparable. ms: median of one call, and its quartiles. Speed-up: over "
-             "the same contender without merging. Ideal: by multiplications. Tax: beyond the same engine that drops "
-             "the last r tokens unseen."]  # fmt: skip
+             "ratios within a block of rows are comparable. ms: median of one call, and its quartiles. All ratios are "
+             "medians of ratios round by round. Speed-up: over the same contender without merging. Ideal: by "
+             "multiplications. Tax: beyond the same engine that drops the last r tokens unseen. Over plain export: the "
+             "plain export's time on the same library in the same precision, over this one's. In parentheses: "
+             "quartiles."]  # fmt: skip
     for (name, batch), degrees in groups.items():
         picture = out.with_name(f"cpu-{name.split('_patch')[0]}-{batch}.png")
         _draw(f"{name}, batch {batch}", degrees, picture)
@@ -263,17 +266,24 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) 
 
 
 def _table(batch: int, degrees: Mapping[int, list[Row]]) -> str:
-    lines = ["| r | contender | schedule | ms | quartiles | images/s | speed-up | of ideal | tax |",
-             "|---:|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = ["| r | contender | schedule | ms | quartiles | images/s | speed-up | of ideal | tax | over plain export |",
+             "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for degree, rows in degrees.items():
         for row in sorted(rows, key=lambda row: (row.schedule == "-", row.ms)):
             merged = row.schedule != "-"
             cells = (str(degree if merged else 0), row.contender, row.schedule, f"{row.ms:.1f}",
                      f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
                      f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
-                     "" if row.tax is None or not merged else f"{row.tax:+.1%}")  # fmt: skip
+                     _spread(row.tax, "{:+.1%}"), _spread(row.gain, "{:.2f}x"))  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _spread(quartiles: Sequence[float] | None, form: str) -> str:
+    if quartiles is None:
+        return ""
+    low, middle, high = map(form.format, quartiles)
+    return f"{middle} ({low} to {high})"
 
 
 def _draw(title: str, degrees: Mapping[int, list[Row]], file: Path) -> None:
@@ -291,8 +301,8 @@ def _draw(title: str, degrees: Mapping[int, list[Row]], file: Path) -> None:
                 xs = [0, *(degree for degree, _ in points)]
                 (line,) = axis.plot(xs, [1, *(1 / row.speed_up for _, row in points)], style, marker="o", markersize=3,
                                     label=label)  # fmt: skip
-                if points[0][1].bound_ms is not None:
-                    bounds = [1, *(row.bound_ms / row.own_ms for _, row in points)]
+                if points[0][1].bound is not None:
+                    bounds = [1, *(1 / row.bound for _, row in points)]
                     axis.plot(xs, bounds, "--", color=line.get_color(), linewidth=0.8, alpha=0.6)
         ideal = [1, *(1 / next(row.ideal for row in rows if row.schedule == "constant") for rows in degrees.values())]
         axis.plot([0, *degrees], ideal, color="black", linewidth=1, label="by multiplications")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Latency:
         rounds: Calls that were measured.
         p25: Lower quartile, in ms.
         p75: Upper quartile, in ms.
+        times_ms: Every call, in ms; engines that were measured together have theirs in the same rounds.
     """
 
     p50: float
@@ -32,6 +33,15 @@ class Latency:
     rounds: int
     p25: float = math.nan
     p75: float = math.nan
+    times_ms: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    def ratio_to(self, other: Latency) -> tuple[float, float, float]:
+        """Quartiles (25th, 50th, 75th percentile) of this time over another one, round by round.
+
+        What slows the machine for a while slows both calls of a round, so this is steadier than a ratio of medians.
+        """
+        ratios = np.asarray(self.times_ms) / np.asarray(other.times_ms)
+        return tuple(map(float, np.percentile(ratios, (25, 50, 75))))
 
 
 def measure(
@@ -83,5 +93,6 @@ def _random_images(runner: EngineRunner, batch: int) -> np.ndarray:
 
 
 def _summary(times_ns: list[int]) -> Latency:
-    p25, p50, p75, p99 = map(float, np.percentile(np.asarray(times_ns) / 1e6, (25, 50, 75, 99)))
-    return Latency(p50=p50, p99=p99, rounds=len(times_ns), p25=p25, p75=p75)
+    times_ms = np.asarray(times_ns) / 1e6
+    p25, p50, p75, p99 = map(float, np.percentile(times_ms, (25, 50, 75, 99)))
+    return Latency(p50=p50, p99=p99, rounds=len(times_ns), p25=p25, p75=p75, times_ms=tuple(map(float, times_ms)))

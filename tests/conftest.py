@@ -95,7 +95,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 OTHERS = {"two_patches": partial(tiny_vit, "deit_tiny_patch16_224", img_size=(8, 16))}
 WITHOUT_CLASS_TOKEN = ("gap", "map", "reg1_gap", "reg4_gap", "max")
 DEGREES = (0, 1, 4, 8, 13, 16)
-DEFAULT_DEGREES = {"deit_tiny": DEGREES, "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
+DEFAULT_DEGREES = {"deit_tiny": (0, 1, 8, 16), "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
 DEFAULT_PRUNED = {"deit_tiny": (8,), "reg4_dinov2": (13,)}
 
 
