@@ -224,6 +224,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds to measure each group for, at least 15 rounds.")] = 60.0,
     work: Annotated[Path, typer.Option(help="Graphs and finished groups.")] = ROOT / "build" / "bench" / "cpu",
     out: Annotated[Path, typer.Option(help="Page; its plots lie beside it.")] = ROOT / "bench" / "results" / "cpu.md",
+    finished: Annotated[bool, typer.Option("--finished", help="Measure nothing; write what is there.")] = False,
 ) -> None:
     """Measures every group that is not there yet, and writes the page and the plots."""
     groups: dict[tuple[str, int], dict[int, list[Row]]] = {}
@@ -232,6 +233,8 @@ def main(
         for batch in map(int, batches.split(",")):
             for degree in map(int, degrees.split(",")):
                 file = work / f"{name}-{batch}-{degree}.json"
+                if finished and not file.exists():
+                    continue
                 if not file.exists():
                     began = time.monotonic()
                     print(f"{name}, batch {batch}, r = {degree} ...", file=sys.stderr, flush=True)
