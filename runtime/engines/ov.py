@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import openvino
-from openvino import opset15
 from openvino.frontend import FrontEndManager
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
+from runtime.engines.ov_fusion import NATIVE, fuse
 from runtime.errors import InputError, one_line
 from runtime.native import library, record
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-NATIVE = "TokenMerge"
-
 _DEVICE = "CPU"
 
 
@@ -91,7 +88,7 @@ class OpenVinoRunner(EngineRunner):
         self.input_size, self.classes = self._contract(model)
         if settings.batch is not None and not settings.throughput:
             model.reshape([settings.batch, *self.input_size])
-        self._merges = _fuse_around_native(model, half=settings.precision == "bf16")
+        self._merges = fuse(model, half=settings.precision == "bf16")
         try:
             self._compiled = core.compile_model(model, _DEVICE, properties)
             streams = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -175,72 +172,6 @@ class OpenVinoRunner(EngineRunner):
 
     def _close(self) -> None:
         del self._requests, self._compiled
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """A native operator in the model.
-
-    Attributes:
-        names: Of its decisions.
-        counts: Positions that each of them holds per image.
-    """
-
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-
-    def split(self, call: np.ndarray, images: int) -> dict[str, np.ndarray]:
-        """One recorded call -> each decision, int64 [images, count]; images that were padding are left out."""
-        batch = len(call) // sum(self.counts)
-        ends = np.cumsum([batch * count for count in self.counts])[:-1]
-        parts = np.split(call, ends)
-        return {
-            name: part.reshape(batch, count)[:images]
-            for name, part, count in zip(self.names, parts, self.counts, strict=True)
-        }
-
-
-def _fuse_around_native(model: openvino.Model, *, half: bool) -> list[_Merge]:
-    """Lets the native operator take the keys themselves, and bfloat16 where the engine computes in it.
-
-    The mean of the keys over heads then is no pass of its own, and no conversion to float32 and back stands around the
-    operator.
-
-    Returns:
-        The operators, in the order in which they run.
-    """
-    merges = []
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != NATIVE:
-            continue
-        decisions = node.outputs()[2:]
-        merges.append(_Merge(
-            tuple(next(iter(port.get_names())) for port in decisions),
-            tuple(port.get_partial_shape()[1].get_length() for port in decisions),
-        ))  # fmt: skip
-        if (keys := _keys_behind(node.input(2).get_source_output().get_node())) is not None:
-            node.input(2).replace_source_output(keys)
-        if half:
-            for index in (0, 2):
-                port = node.input(index)
-                port.replace_source_output(opset15.convert(port.get_source_output(), "bf16").output(0))
-            tokens = node.output(0)
-            readers = list(tokens.get_target_inputs())
-            widened = opset15.convert(tokens, "f32").output(0)
-            for reader in readers:
-                reader.replace_source_output(widened)
-    model.validate_nodes_and_infer_types()
-    return merges
-
-
-def _keys_behind(mean: openvino.Node) -> openvino.Output | None:
-    """The keys [B, N, H, D] whose mean over heads a node takes, before they are turned for attention."""
-    if mean.get_type_name() != "ReduceMean":
-        return None
-    turned = mean.input_value(0).get_node()
-    if turned.get_type_name() != "Transpose" or list(turned.input_value(1).get_node().get_data()) != [0, 2, 1, 3]:
-        return None
-    return turned.input_value(0)
 
 
 def _reason(error: Exception) -> str:

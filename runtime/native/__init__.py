@@ -25,7 +25,7 @@ from runtime.errors import InputError, one_line
 SOURCE = Path(__file__).resolve().parent
 BUILT = SOURCE / "built"
 
-_FILES = ("openvino_token_merge.cpp", "token_merge.h")
+_FILES = ("openvino_operators.cpp", "token_merge.h", "rows.h", "number.h")
 _LIBRARIES = ("libopenvino", "libopenvino_onnx_frontend", "libtbb")
 # -march=native, because the library is made for the machine it is compiled on. NaN is among the inputs: no -ffast-math.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wall")

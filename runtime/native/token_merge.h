@@ -14,31 +14,10 @@
 #include <limits>
 #include <vector>
 
+#include "rows.h"
+#include "number.h"
+
 namespace tocom {
-
-// bfloat16 as engines store it: the upper half of a float.
-struct bf16 {
-    std::uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(bf16 value) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-inline void narrow(float value, float& out) { out = value; }
-
-// To the nearest, ties to even; NaN stays NaN.
-inline void narrow(float value, bf16& out) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out.bits = static_cast<std::uint16_t>(std::isnan(value) ? (bits >> 16) | 0x40u : rounded);
-}
 
 struct MergeShape {
     std::size_t tokens;     // N
@@ -67,6 +46,25 @@ struct Decisions {
     std::int64_t* unm; // [A - r]
 };
 
+// What enters.
+template <class T> struct Tokens {
+    const T* x;        // [N, C]
+    const T* addend;   // [N, C], added to x before anything else; null for nothing
+    const float* size; // [N]
+
+    void read(std::size_t token, std::size_t width, float* row) const {
+        read_row(x + token * width, addend == nullptr ? nullptr : addend + token * width, width, row);
+    }
+};
+
+// What remains.
+template <class T> struct Merged {
+    T* x;        // [N - r, C]
+    float* size; // [N - r]
+    T* normed;   // [N - r, C], the layer norm of x; null for none
+    T* log_size; // [N - r]; null for none
+};
+
 // Work space of one thread, kept between calls.
 class Merger {
   public:
@@ -79,28 +77,31 @@ class Merger {
     }
 
     // Merges as decided: rows first..last of what remains, so that threads can share an image.
-    //   x [N, C], size [N] -> merged [N - r, C], merged_size [N - r]
     template <class T>
-    void merge(const MergeShape& shape, const T* x, const float* size, const Decisions& decided, std::size_t first,
-               std::size_t last, T* merged, float* merged_size) {
+    void merge(const MergeShape& shape, const Tokens<T>& tokens, const LayerNorm& norm, const Decisions& decided,
+               std::size_t first, std::size_t last, const Merged<T>& merged) {
         link_sources(shape, decided);
+        row_.resize(shape.channels);
         const std::size_t width = shape.channels, kept = shape.protected_ + shape.unmerged();
         for (std::size_t row = first; row < last; ++row) {
-            T* out = merged + row * width;
-            if (row >= kept) {
-                merged_size[row] = merge_row(shape, x, size, row - kept, out);
-                continue;
+            const std::size_t from = origin(shape, decided, row);
+            tokens.read(from, width, row_.data());
+            merged.size[row] = tokens.size[from];
+            if (row >= kept && head_[row - kept] != kNone) {
+                merged.size[row] = take_in(tokens, width, head_[row - kept], tokens.size[from]);
             }
-            const auto from = row < shape.protected_ ? row : static_cast<std::size_t>(decided.unm[row - shape.protected_]);
-            std::memcpy(out, x + from * width, width * sizeof(T));
-            merged_size[row] = size[from];
+            write_row(row_.data(), width, merged.x + row * width);
+            if (norm.weight != nullptr) {
+                norm.apply(row_.data(), width, merged.normed + row * width);
+            }
+            if (merged.log_size != nullptr) {
+                narrow(std::log(merged.size[row]), merged.log_size[row]);
+            }
         }
     }
 
   private:
-    static constexpr std::size_t kLanes = 16;
     static constexpr std::size_t kRows = 8;
-    typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
     // Unit vectors: a-tokens as rows, b-tokens as columns padded to whole vectors.
     template <class M> void gather_units(const MergeShape& shape, const M* metric) {
@@ -109,13 +110,19 @@ class Merger {
         units_a_.resize((a + kRows) * depth);
         units_b_.assign(padded_ * depth, 0.0f);
         row_.resize(depth);
-        for (std::size_t i = 0; i < a; ++i) {
-            unit(shape, metric + (shape.first_a() + 2 * i) * shape.heads * depth, units_a_.data() + i * depth);
-        }
-        for (std::size_t j = 0; j < b; ++j) {
-            unit(shape, metric + (shape.first_b() + 2 * j) * shape.heads * depth, row_.data());
+        const std::size_t first = std::min(shape.first_a(), shape.first_b()), size = shape.heads * depth;
+        for (std::size_t token = first; token < shape.tokens; ++token) {
+            if (token + kAhead < shape.tokens) {
+                prefetch(metric + (token + kAhead) * size, size);
+            }
+            const std::size_t at = (token - first) / 2;
+            if ((token - shape.first_a()) % 2 == 0) {
+                unit(shape, metric + token * size, units_a_.data() + at * depth);
+                continue;
+            }
+            unit(shape, metric + token * size, row_.data());
             for (std::size_t d = 0; d < depth; ++d) {
-                units_b_[d * padded_ + j] = row_[d];
+                units_b_[d * padded_ + at] = row_[d];
             }
         }
     }
@@ -123,41 +130,28 @@ class Merger {
     // The mean over heads of one token's metric, divided by its length.
     template <class M> static void unit(const MergeShape& shape, const M* row, float* out) {
         const std::size_t depth = shape.metric;
-        for (std::size_t d = 0; d < depth; ++d) {
-            out[d] = widen(row[d]);
-        }
-        for (std::size_t head = 1; head < shape.heads; ++head) {
-            row += depth;
-            for (std::size_t d = 0; d < depth; ++d) {
-                out[d] += widen(row[d]);
+        std::size_t d = 0;
+        Vector sum, next;
+        for (; d + kLanes <= depth; d += kLanes) {
+            load(row + d, sum);
+            for (std::size_t head = 1; head < shape.heads; ++head) {
+                load(row + head * depth + d, next);
+                sum += next;
             }
+            store(sum / static_cast<float>(shape.heads), out + d);
         }
-        for (std::size_t d = 0; d < depth; ++d) {
-            out[d] /= static_cast<float>(shape.heads);
+        for (; d < depth; ++d) {
+            float one = widen(row[d]);
+            for (std::size_t head = 1; head < shape.heads; ++head) {
+                one += widen(row[head * depth + d]);
+            }
+            out[d] = one / static_cast<float>(shape.heads);
         }
-        const float norm = std::sqrt(sum_of_squares(out, depth));
+        const float norm = std::sqrt(sum_around<true>(0.0f, out, depth));
         const float floor = norm < 1e-12f ? 1e-12f : norm; // NaN stays NaN
         for (std::size_t d = 0; d < depth; ++d) {
             out[d] /= floor;
         }
-    }
-
-    // In lanes: one after the other, every addition would wait for the one before.
-    static float sum_of_squares(const float* values, std::size_t count) {
-        const std::size_t whole = count - count % kLanes;
-        Vector lanes = {}, next;
-        for (std::size_t at = 0; at < whole; at += kLanes) {
-            load(values + at, next);
-            lanes += next * next;
-        }
-        float sum = 0.0f;
-        for (std::size_t lane = 0; lane < kLanes; ++lane) {
-            sum += lanes[lane];
-        }
-        for (std::size_t at = whole; at < count; ++at) {
-            sum += values[at] * values[at];
-        }
-        return sum;
     }
 
     // Highest cosine of every a-token, and the first b-token that has it.
@@ -220,9 +214,6 @@ class Merger {
         best = *found;
     }
 
-    // By reference: a vector returned by value would be passed in another way on another processor.
-    static void load(const float* from, Vector& into) { std::memcpy(&into, from, sizeof into); }
-
     // A total order: NaN above every number.
     static bool above(float one, float other) { return one > other || (std::isnan(one) && !std::isnan(other)); }
 
@@ -265,38 +256,44 @@ class Merger {
         }
     }
 
-    // One b-token with what merges into it; returns its size.
-    template <class T> float merge_row(const MergeShape& shape, const T* x, const float* size, std::size_t b, T* out) {
-        const std::size_t width = shape.channels, at = shape.first_b() + 2 * b, first = head_[b];
-        const T* own = x + at * width;
-        if (first == kNone) {
-            std::memcpy(out, own, width * sizeof(T));
-            return size[at];
+    // Which token a row of what remains starts from.
+    static std::size_t origin(const MergeShape& shape, const Decisions& decided, std::size_t row) {
+        if (row < shape.protected_) {
+            return row;
         }
-        sums_.resize(width);
-        float total = size[at];
+        const std::size_t free = row - shape.protected_;
+        return free < shape.unmerged() ? static_cast<std::size_t>(decided.unm[free])
+                                       : shape.first_b() + 2 * (free - shape.unmerged());
+    }
+
+    // Merges a chain of sources into the token in row_; returns the size of all.
+    template <class T> float take_in(const Tokens<T>& tokens, std::size_t width, std::size_t first, float size) {
+        other_.resize(width);
+        float total = size;
         for (std::size_t c = 0; c < width; ++c) {
-            sums_[c] = widen(own[c]) * size[at];
+            row_[c] *= size;
         }
         for (std::size_t i = first; i != kNone; i = next_[i]) {
             const auto from = static_cast<std::size_t>(sources_[i]);
-            const T* other = x + from * width;
+            const float weight = tokens.size[from];
+            tokens.read(from, width, other_.data());
             for (std::size_t c = 0; c < width; ++c) {
-                sums_[c] += widen(other[c]) * size[from];
+                row_[c] += other_[c] * weight;
             }
-            total += size[from];
+            total += weight;
         }
         for (std::size_t c = 0; c < width; ++c) {
-            narrow(sums_[c] / total, out[c]);
+            row_[c] /= total;
         }
         return total;
     }
 
+    static constexpr std::size_t kAhead = 2; // tokens between asking for one and reading it
     static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
 
     std::size_t padded_ = 0;
     const std::int64_t* sources_ = nullptr;
-    std::vector<float> units_a_, units_b_, row_, scores_, best_, sums_;
+    std::vector<float> units_a_, units_b_, row_, other_, scores_, best_;
     std::vector<std::size_t> pick_, order_, head_, next_;
 };
 
