@@ -40,7 +40,7 @@ class Judge(ABC, Generic[Decision]):
 
     @abstractmethod
     def read(self, positions: Sequence[Tensor], protected: int) -> Decision:
-        """The decision that an operator's decision outputs hold, [B, ...] int64 each."""
+        """The decision that an operator's decision outputs hold, [B, count] int64 each."""
 
     @abstractmethod
     def is_valid(self, chosen: Decision, image: int, tokens: int) -> bool:
@@ -202,6 +202,6 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> di
     operator, judge = operator_of(reference.reduction), judge_of(reference.reduction)
     found = {}
     for block in reference.deciding_blocks:
-        positions = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
+        positions = [torch.from_numpy(outputs[name]).flatten(1) for name in operator.decision_names(block)]
         found[block] = judge.read(positions, reference.model.num_prefix_tokens)
     return found

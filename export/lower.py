@@ -166,7 +166,8 @@ def _export(reference: ReducedViT, projections: nn.ModuleList) -> ir.Model:
     model = program.model
     optimizer.optimize_ir(model, should_fold=lambda node: False if _reads_factor(node) else None)
     if reference.deciding_blocks:
-        function = ir.from_proto(operator_of(reference.reduction).function_proto())
+        operator = operator_of(reference.reduction)
+        function = ir.from_proto(operator.function_proto(operator.attributes(reference.model)))
         model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = VERSION
     return model

@@ -60,9 +60,9 @@ class Template:
         stage = 0
         for node in proto.graph.node:
             if node.domain == DOMAIN:
-                r = next(attribute for attribute in node.attribute if attribute.name == "r")
-                r.i = next(removed)
-                counts = operator.decision_counts(reference.model, tokens[stage], r.i)
+                attributes = {attribute.name: attribute for attribute in node.attribute}
+                attributes["tokens"].i, attributes["r"].i = tokens[stage], next(removed)
+                counts = operator.decision_counts(reference.model, tokens[stage], attributes["r"].i)
                 for name, count in zip(node.output[2:], counts, strict=True):
                     if name in shapes:
                         shapes[name].dim[1].dim_value = count
@@ -113,5 +113,5 @@ def _numbers(graph: onnx.GraphProto, reshapes: Mapping[str, int]) -> Iterable[in
             numbers = numpy_helper.to_array(initializer).ravel()
             yield from map(int, np.delete(numbers, 1) if initializer.name in reshapes else numbers)
     for node in graph.node:
-        for attribute in node.attribute:
+        for attribute in node.attribute if node.domain != DOMAIN else ():
             yield from (attribute.i, *attribute.ints)

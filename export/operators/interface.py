@@ -1,13 +1,15 @@
 """What the operators of the token reductions have in common: how they are called, and what they put out.
 
 Every operator takes (x [B, N, C], token_size [B, N, 1], the reduction's signal) and puts out the tokens and sizes that
-remain, then its decisions: positions among the N tokens, int64 [B, ...]. Bodies are free of scatters, of ties left to
-the engine's mood and of anything TensorRT's parser refuses: moving a token is a gather.
+remain, then its decisions: positions among the N tokens, int64 [B, count, 1], as a gather of tokens takes them. Bodies
+are free of scatters, of ties left to the engine's mood and of anything TensorRT's parser refuses: moving a token is a
+gather. N is also an attribute, tokens, so that engines compute once what follows from it alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import onnx
 import torch
@@ -30,8 +32,8 @@ class Operator(ABC):
     outputs: tuple[str, ...]
 
     @abstractmethod
-    def function_proto(self) -> onnx.FunctionProto:
-        """The definition, to be added to a model that uses it."""
+    def function_proto(self, attributes: Mapping[str, int]) -> onnx.FunctionProto:
+        """The definition, to be added to a model that uses it; all its nodes there have these attributes in common."""
 
     @abstractmethod
     def attributes(self, model: nn.Module) -> dict[str, int]:
@@ -60,9 +62,9 @@ class Operator(ABC):
             outputs = torch.onnx.ops.symbolic_multi_out(
                 f"{DOMAIN}::{self.name}",
                 [x, token_size, signal],
-                {"r": r, **attributes},
+                {"r": r, "tokens": tokens, **attributes},
                 dtypes=[x.dtype, token_size.dtype, *[torch.int64] * len(counts)],
-                shapes=[(batch, tokens - r, width), (batch, tokens - r, 1), *[(batch, count) for count in counts]],
+                shapes=[(batch, tokens - r, width), (batch, tokens - r, 1), *[(batch, count, 1) for count in counts]],
                 version=VERSION,
             )
             return outputs[0], outputs[1]

@@ -5,6 +5,8 @@ A product with a one-hot matrix adds the merged tokens up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 from onnxscript import opset20 as op
 from onnxscript import script
@@ -16,57 +18,53 @@ from tocom.merging import first_positions
 
 
 @script(Opset(DOMAIN, VERSION), default_opset=op)
-def TokenMerge(x, token_size, metric, r: int, protected: int, keep_order: int):  # noqa: N802
+def TokenMerge(x, token_size, metric, r: int, tokens: int, protected: int, keep_order: int):  # noqa: N802
     """Merges r tokens of every image (ToMe, section 3).
 
     x [B, N, C], token_size [B, N, 1], metric [B, N, D] -> merged [B, N - r, C], merged_size [B, N - r, 1], and the
-    decisions as positions among the N tokens: src [B, r], dst [B, r], unm [B, A - r] (int64). r must not exceed
-    (N - protected) // 2; protected prefix tokens stay first; keep_order 1 leaves unmerged tokens in position order.
+    decisions as positions among the N tokens: src [B, r, 1], dst [B, r, 1], unm [B, A - r, 1] (int64). tokens is N; r
+    must not exceed (N - protected) // 2; protected prefix tokens stay first; keep_order 1 leaves unmerged tokens in
+    position order.
     """
     zero, one, two = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     count = op.Reshape(op.Constant(value_int=r), one)
     prefix = op.Reshape(op.Constant(value_int=protected), one)
+    end = op.Reshape(op.Constant(value_int=tokens), one)
     odd = op.Mod(prefix, two)
     first_a = op.Add(prefix, odd)
     first_b = op.Sub(op.Add(prefix, one), odd)
-    end = op.Constant(value_ints=[9223372036854775807])
+    positions = op.Range(op.Squeeze(zero, zero), op.Squeeze(end, zero), op.Squeeze(one, zero))
+    a_positions = op.Slice(positions, first_a, end, zero, two)
+    b_positions = op.Slice(positions, first_b, end, zero, two)
+    a_count = op.Shape(a_positions)
 
     matched = op.Cast(metric, to=1)
-    norm = op.ReduceL2(matched, op.Constant(value_ints=[-1]), keepdims=1)
-    unit = op.Div(matched, op.Max(norm, op.Constant(value_float=1e-12)))
+    unit = op.LpNormalization(matched, axis=-1, p=2)
     a = op.Slice(unit, first_a, end, one, two)
     b = op.Slice(unit, first_b, end, one, two)
     scores = op.MatMul(a, op.Transpose(b, perm=[0, 2, 1]))
-    best = op.ReduceMax(scores, op.Constant(value_ints=[-1]), keepdims=0)
-    pick = op.ArgMax(scores, axis=-1, keepdims=0, select_last_index=0)
+    best = op.ReduceMax(scores, op.Constant(value_ints=[-1]), keepdims=1)
+    pick = op.Gather(b_positions, op.ArgMax(scores, axis=-1, keepdims=1, select_last_index=0))
 
-    _, ranked = op.TopK(best, op.Shape(best, start=1, end=2), axis=-1, largest=1, sorted=1)
+    _, ranked = op.TopK(best, a_count, axis=1, largest=1, sorted=1)
     src_rank = op.Slice(ranked, zero, count, one, one)
     unm_rank = op.Slice(ranked, count, end, one, one)
-    in_order, _ = op.TopK(op.Cast(unm_rank, to=1), op.Shape(unm_rank, start=1, end=2), axis=-1, largest=0, sorted=1)
+    in_order, _ = op.TopK(unm_rank, op.Sub(a_count, count), axis=1, largest=0, sorted=1)
     ordered = op.Equal(op.Reshape(op.Constant(value_int=keep_order), one), one)
-    unm_rank = op.Where(ordered, op.Cast(in_order, to=7), unm_rank)
-    slot = op.GatherElements(pick, src_rank, axis=1)
+    unm_rank = op.Where(ordered, in_order, unm_rank)
+    src, unm = op.Gather(a_positions, src_rank), op.Gather(a_positions, unm_rank)
+    dst = op.GatherND(pick, src_rank, batch_dims=1)
 
-    src = op.Add(op.Mul(src_rank, two), first_a)
-    dst = op.Add(op.Mul(slot, two), first_b)
-    unm = op.Add(op.Mul(unm_rank, two), first_a)
-    src_at = op.Unsqueeze(src, op.Constant(value_ints=[2]))
-    unm_at = op.Unsqueeze(unm, op.Constant(value_ints=[2]))
-
+    src_size = op.GatherND(token_size, src, batch_dims=1)
+    into = op.CastLike(op.Equal(op.Transpose(dst, perm=[0, 2, 1]), op.Unsqueeze(b_positions, one)), x)
     b_size = op.Slice(token_size, first_b, end, one, two)
-    src_size = op.GatherND(token_size, src_at, batch_dims=1)
-    slots = op.Range(
-        op.Constant(value_int=0), op.Squeeze(op.Shape(b_size, start=1, end=2), zero), op.Constant(value_int=1)
-    )
-    into = op.CastLike(op.Equal(op.Unsqueeze(slots, one), op.Unsqueeze(slot, one)), x)
     size = op.Add(b_size, op.MatMul(into, src_size))
-    moved = op.MatMul(into, op.Mul(op.GatherND(x, src_at, batch_dims=1), src_size))
+    moved = op.MatMul(into, op.Mul(op.GatherND(x, src, batch_dims=1), src_size))
     mean = op.Div(op.Add(op.Mul(op.Slice(x, first_b, end, one, two), b_size), moved), size)
 
-    merged = op.Concat(op.Slice(x, zero, prefix, one, one), op.GatherND(x, unm_at, batch_dims=1), mean, axis=1)
+    merged = op.Concat(op.Slice(x, zero, prefix, one, one), op.GatherND(x, unm, batch_dims=1), mean, axis=1)
     merged_size = op.Concat(
-        op.Slice(token_size, zero, prefix, one, one), op.GatherND(token_size, unm_at, batch_dims=1), size, axis=1
+        op.Slice(token_size, zero, prefix, one, one), op.GatherND(token_size, unm, batch_dims=1), size, axis=1
     )
     return merged, merged_size, src, dst, unm
 
@@ -77,9 +75,19 @@ class MergeOperator(Operator):
     name = "TokenMerge"
     outputs = ("merged", "merged_size", "src", "dst", "unm")
 
-    def function_proto(self) -> onnx.FunctionProto:
-        """The body above."""
-        return TokenMerge.to_function_proto()
+    def function_proto(self, attributes: Mapping[str, int]) -> onnx.FunctionProto:
+        """The body above, less the order of unmerged tokens that is not asked for."""
+        function = TokenMerge.to_function_proto()
+        (choice,) = [node for node in function.node if node.op_type == "Where"]
+        _, in_position_order, in_score_order = choice.input
+        chosen = in_position_order if attributes["keep_order"] else in_score_order
+        choice.op_type = "Identity"
+        choice.input[:] = [chosen]
+        for node in reversed(function.node):
+            read = {name for each in function.node for name in each.input}.union(function.output)
+            if not read & set(node.output):
+                function.node.remove(node)
+        return function
 
     def attributes(self, model: nn.Module) -> dict[str, int]:
         """The prefix, and whether unmerged tokens keep their order."""

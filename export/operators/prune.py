@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 from onnxscript import opset20 as op
 from onnxscript import script
@@ -12,20 +14,20 @@ from export.operators.interface import DOMAIN, VERSION, Operator
 
 
 @script(Opset(DOMAIN, VERSION), default_opset=op)
-def TokenPrune(x, token_size, attention, r: int, protected: int):  # noqa: N802
+def TokenPrune(x, token_size, attention, r: int, tokens: int, protected: int):  # noqa: N802
     """Fuses the r + 1 tokens that the class token attends least into one (EViT, section 3).
 
     x [B, N, C], token_size [B, N, 1], attention [B, N] -> pruned [B, N - r, C], pruned_size [B, N - r, 1], and the
-    decisions as positions among the N tokens, in position order: kept [B, N - protected - r - 1], dropped [B, r + 1]
-    (int64). r must not exceed N - protected - 1; protected prefix tokens stay first, the fused token stands last. Of
-    tokens attended equally, those at lower positions are kept.
+    decisions as positions among the N tokens, in position order: kept [B, N - protected - r - 1, 1], dropped
+    [B, r + 1, 1] (int64). tokens is N; r must not exceed N - protected - 1; protected prefix tokens stay first, the
+    fused token stands last. Of tokens attended equally, those at lower positions are kept.
     """
     zero, one, two = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     prefix = op.Reshape(op.Constant(value_int=protected), one)
-    end = op.Constant(value_ints=[9223372036854775807])
+    end = op.Reshape(op.Constant(value_int=tokens), one)
+    count = op.Sub(end, prefix)
 
     free = op.Slice(op.Cast(attention, to=1), prefix, end, one, one)
-    count = op.Shape(free, start=1, end=2)
     stay = op.Sub(count, op.Add(op.Reshape(op.Constant(value_int=r), one), one))
     _, ranked = op.TopK(free, count, axis=-1, largest=1, sorted=1)
     # one sort puts both kinds into position order: dropped tokens behind all kept ones
@@ -33,19 +35,18 @@ def TokenPrune(x, token_size, attention, r: int, protected: int):  # noqa: N802
     behind = op.Mul(op.Cast(op.GreaterOrEqual(ranks, stay), to=7), count)
     in_order, _ = op.TopK(op.Cast(op.Add(ranked, behind), to=1), count, axis=-1, largest=0, sorted=1)
     position = op.Add(op.Sub(op.Cast(in_order, to=7), behind), prefix)
-    kept = op.Slice(position, zero, stay, one, one)
-    dropped = op.Slice(position, stay, end, one, one)
-    kept_at, dropped_at = op.Unsqueeze(kept, two), op.Unsqueeze(dropped, two)
+    kept = op.Unsqueeze(op.Slice(position, zero, stay, one, one), two)
+    dropped = op.Unsqueeze(op.Slice(position, stay, end, one, one), two)
 
     floor = op.CastLike(op.Constant(value_float=1e-12), x)
-    weight = op.Add(op.GatherND(op.CastLike(attention, x), dropped_at, batch_dims=1), floor)
-    total = op.MatMul(op.Unsqueeze(weight, one), op.GatherND(x, dropped_at, batch_dims=1))
+    weight = op.Add(op.GatherND(op.CastLike(attention, x), dropped, batch_dims=1), floor)
+    total = op.MatMul(op.Unsqueeze(weight, one), op.GatherND(x, dropped, batch_dims=1))
     fused = op.Div(total, op.Unsqueeze(op.ReduceSum(weight, one, keepdims=1), one))
-    size = op.ReduceSum(op.GatherND(token_size, dropped_at, batch_dims=1), one, keepdims=1)
+    size = op.ReduceSum(op.GatherND(token_size, dropped, batch_dims=1), one, keepdims=1)
 
-    pruned = op.Concat(op.Slice(x, zero, prefix, one, one), op.GatherND(x, kept_at, batch_dims=1), fused, axis=1)
+    pruned = op.Concat(op.Slice(x, zero, prefix, one, one), op.GatherND(x, kept, batch_dims=1), fused, axis=1)
     pruned_size = op.Concat(
-        op.Slice(token_size, zero, prefix, one, one), op.GatherND(token_size, kept_at, batch_dims=1), size, axis=1
+        op.Slice(token_size, zero, prefix, one, one), op.GatherND(token_size, kept, batch_dims=1), size, axis=1
     )
     return pruned, pruned_size, kept, dropped
 
@@ -56,7 +57,7 @@ class PruneOperator(Operator):
     name = "TokenPrune"
     outputs = ("pruned", "pruned_size", "kept", "dropped")
 
-    def function_proto(self) -> onnx.FunctionProto:
+    def function_proto(self, attributes: Mapping[str, int]) -> onnx.FunctionProto:  # noqa: ARG002
         """The body above."""
         return TokenPrune.to_function_proto()
 

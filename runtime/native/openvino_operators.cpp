@@ -59,9 +59,9 @@ class TokenMerge : public ov::op::Op {
 
     TokenMerge() = default;
 
-    TokenMerge(const ov::OutputVector& inputs, std::int64_t r, std::int64_t prefix, std::int64_t keep_order,
-               float epsilon)
-        : Op(inputs), r_(r), protected_(prefix), keep_order_(keep_order), epsilon_(epsilon) {
+    TokenMerge(const ov::OutputVector& inputs, std::int64_t r, std::int64_t tokens, std::int64_t prefix,
+               std::int64_t keep_order, float epsilon)
+        : Op(inputs), r_(r), tokens_(tokens), protected_(prefix), keep_order_(keep_order), epsilon_(epsilon) {
         constructor_validate_and_infer_types();
     }
 
@@ -70,8 +70,8 @@ class TokenMerge : public ov::op::Op {
         const auto& metric = get_input_partial_shape(2);
         const auto& type = get_input_element_type(0);
         NODE_VALIDATION_CHECK(this, get_input_size() == 3 || fused(), "takes x, token_size and metric");
-        NODE_VALIDATION_CHECK(this, x.rank() == 3 && x[1].is_static() && x[2].is_static(),
-                              "x must be [batch, tokens, channels] with static tokens and channels, got ", x);
+        NODE_VALIDATION_CHECK(this, x.rank() == 3 && x[1] == tokens_ && x[2].is_static(),
+                              "x must be [batch, ", tokens_, ", channels] with static channels, got ", x);
         NODE_VALIDATION_CHECK(this, metric.rank() == 3 || (metric.rank() == 4 && metric[2].is_static()),
                               "metric must be [batch, tokens, D] or [batch, tokens, heads, D], got ", metric);
         const std::size_t rank = metric.size();
@@ -91,9 +91,9 @@ class TokenMerge : public ov::op::Op {
         const auto extent = [](std::size_t count) { return ov::Dimension(static_cast<std::int64_t>(count)); };
         set_output_type(0, type, {batch, extent(shape.remaining()), x[2]});
         set_output_type(1, ov::element::f32, {batch, extent(shape.remaining()), 1});
-        set_output_type(2, ov::element::i64, {batch, extent(shape.removed)});
-        set_output_type(3, ov::element::i64, {batch, extent(shape.removed)});
-        set_output_type(4, ov::element::i64, {batch, extent(shape.unmerged())});
+        set_output_type(2, ov::element::i64, {batch, extent(shape.removed), 1});
+        set_output_type(3, ov::element::i64, {batch, extent(shape.removed), 1});
+        set_output_type(4, ov::element::i64, {batch, extent(shape.unmerged()), 1});
         if (fused()) {
             set_output_type(5, type, get_output_partial_shape(0));
             set_output_type(6, type, {batch, 1, 1, extent(shape.remaining())});
@@ -101,11 +101,12 @@ class TokenMerge : public ov::op::Op {
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<TokenMerge>(inputs, r_, protected_, keep_order_, epsilon_);
+        return std::make_shared<TokenMerge>(inputs, r_, tokens_, protected_, keep_order_, epsilon_);
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("r", r_);
+        visitor.on_attribute("tokens", tokens_);
         visitor.on_attribute("protected", protected_);
         visitor.on_attribute("keep_order", keep_order_);
         visitor.on_attribute("epsilon", epsilon_);
@@ -188,7 +189,7 @@ class TokenMerge : public ov::op::Op {
         return merger;
     }
 
-    std::int64_t r_ = 0, protected_ = 1, keep_order_ = 1;
+    std::int64_t r_ = 0, tokens_ = 0, protected_ = 1, keep_order_ = 1;
     float epsilon_ = 0.0f;
 };
 

@@ -145,7 +145,7 @@ def one_wrong_token(graph):
 def highest_positions_first_on_ties(graph):
     """Ranks the tokens from the last to the first, so that the last of equals is kept."""
     rewire(
-        graph, "free", 1,
+        graph, "free", 0,
         helper.make_node("Constant", [], ["back"], value_ints=[-1]),
         helper.make_node("Constant", [], ["front"], value_ints=[-(1 << 40)]),
         helper.make_node("Slice", ["free", "back", "front", "one", "back"], ["reversed"]),
@@ -159,7 +159,7 @@ def highest_positions_first_on_ties(graph):
 
 def kept_backwards(graph):
     """Keeps the right tokens, the last of them first."""
-    body(graph, "Slice", 1).output[0] = "forwards"
+    body(graph, "Unsqueeze").output[0] = "forwards"
     rewire(
         graph, "kept", 0,
         helper.make_node("Constant", [], ["back"], value_ints=[-1]),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 
 import runtime.native
 from runtime.errors import InputError
@@ -27,6 +28,7 @@ class Case:
     keep_order: bool
     half: bool
     seed: int
+    fused: bool = False
 
     @property
     def tokens(self) -> int:
@@ -34,20 +36,31 @@ class Case:
 
     @property
     def x(self) -> np.ndarray:
-        width = 1 + self.seed % 37
-        return np.random.default_rng(self.seed).standard_normal((self.tokens, width), dtype=np.float32)
+        return self._normal(self.seed, self.tokens, 1 + self.seed % 37)
 
     @property
     def size(self) -> np.ndarray:
         return np.random.default_rng(self.seed + 1).integers(1, 30, self.tokens).astype(np.float32)
 
+    @property
+    def addend(self) -> np.ndarray:
+        return self._normal(self.seed + 2, *self.x.shape)
+
+    @property
+    def norm(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weight and bias."""
+        return self._normal(self.seed + 3, self.x.shape[1]), self._normal(self.seed + 4, self.x.shape[1])
+
+    @staticmethod
+    def _normal(seed: int, *shape: int) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
     def encoded(self) -> bytes:
         metric = self.metric.transpose(1, 0, 2)  # [N, H, D], as keys leave their projection
         header = (self.tokens, self.x.shape[1], self.metric.shape[2], len(self.metric), self.r, self.protected,
-                  self.keep_order, self.half, 1 + self.seed % 3)  # fmt: skip
-        return b"".join(
-            [np.array(header, np.uint64).tobytes(), self.x.tobytes(), self.size.tobytes(), metric.tobytes()]
-        )
+                  self.keep_order, self.half, 1 + self.seed % 3, self.fused)  # fmt: skip
+        around = (self.addend, *self.norm) if self.fused else ()
+        return b"".join(each.tobytes() for each in (np.array(header, np.uint64), self.x, self.size, metric, *around))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,8 @@ def run_driver(tmp_path_factory):
             left, width = case.tokens - case.r, case.x.shape[1]
             sources = len(range(case.protected + case.protected % 2, case.tokens, 2))
             parts = []
-            for count, kind in ((left * width, "f4"), (left, "f4"), (case.r, "i8"), (case.r, "i8"),
+            around = ((left * width, "f4"), (left, "f4")) if case.fused else ()
+            for count, kind in ((left * width, "f4"), (left, "f4"), *around, (case.r, "i8"), (case.r, "i8"),
                                 (sources - case.r, "i8")):  # fmt: skip
                 parts.append(np.frombuffer(done.stdout, kind, count, at))
                 at += parts[-1].nbytes
@@ -106,6 +120,30 @@ def test_equals_the_loop_with_exact_ties_and_zero_vectors(run_driver, naive, tie
         tokens, expected_sizes = naive.merge(x, case.size, expected, case.protected)
         np.testing.assert_allclose(merged, tokens, rtol=2**-8 if half else 1e-5, atol=1e-6)
         np.testing.assert_array_equal(sizes, expected_sizes)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_what_stands_around_a_merge_is_done_with_it(run_driver, naive, half):
+    """The residual before it, the layer norm behind it, and the logarithm of the sizes."""
+    cases = [
+        Case(np.random.default_rng(number).standard_normal((2, protected + free, 8), dtype=np.float32), r, protected,
+             keep_order, half, number, fused=True)
+        for number, protected, free, r, keep_order in shapes(150, seed=4)
+    ]  # fmt: skip
+    error = {"rtol": 2**-8, "atol": 2**-7} if half else {"rtol": 1e-5, "atol": 1e-5}
+    for case, (merged, sizes, normed, logs, *decisions) in zip(cases, run_driver(cases), strict=True):
+        x, addend = (rounded(each) if half else each for each in (case.x, case.addend))
+        tokens, expected_sizes = naive.merge(
+            x + addend, case.size, [each.tolist() for each in decisions], case.protected
+        )
+        np.testing.assert_allclose(merged, tokens, **error)
+        np.testing.assert_array_equal(sizes, expected_sizes)
+        np.testing.assert_allclose(logs, np.log(expected_sizes), **error)
+        weight, bias = (torch.from_numpy(each).double() for each in case.norm)
+        if case.x.shape[1] > 4:  # of two or three numbers the variance may be as small as the rounding
+            expected = layer_norm(torch.from_numpy(np.asarray(tokens)).double(), weight.shape, weight, bias, 1e-6)
+            scale = float(weight.abs().max() + bias.abs().max())
+            assert np.abs(normed.reshape(expected.shape) - expected.numpy()).max() < (2**-6 if half else 1e-4) * scale
 
 
 def test_the_mean_over_heads_is_what_tokens_are_matched_on(run_driver, naive):

@@ -18,26 +18,26 @@ operator = operator_of(MERGE)
 
 
 @cache
-def session(r: int, protected: int, keep_order: int) -> onnxruntime.InferenceSession:
+def session(**attributes: int) -> onnxruntime.InferenceSession:
     """A graph of the one node; every dimension dynamic."""
     node = helper.make_node(
-        operator.name, ["x", "token_size", "metric"], list(operator.outputs), domain=DOMAIN,
-        r=r, protected=protected, keep_order=keep_order,
-    )  # fmt: skip
+        operator.name, ["x", "token_size", "metric"], list(operator.outputs), domain=DOMAIN, **attributes
+    )
     inputs = [
         helper.make_tensor_value_info(name, FLOAT, ["B", "N", size])
         for name, size in (("x", "C"), ("token_size", 1), ("metric", "D"))
     ]
-    shapes = {"merged": ["B", "M", "C"], "merged_size": ["B", "M", 1], "src": ["B", "R"], "dst": ["B", "R"]}
+    shapes = {"merged": ["B", "M", "C"], "merged_size": ["B", "M", 1], "src": ["B", "R", 1], "dst": ["B", "R", 1]}
     outputs = [
         helper.make_tensor_value_info(
-            name, FLOAT if "merged" in name else TensorProto.INT64, shapes.get(name, ["B", "U"])
+            name, FLOAT if "merged" in name else TensorProto.INT64, shapes.get(name, ["B", "U", 1])
         )
         for name in operator.outputs
     ]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     graph = helper.make_graph([node], "one_merge", inputs, outputs)
-    model = helper.make_model(graph, functions=[operator.function_proto()], opset_imports=opsets, ir_version=10)
+    functions = [operator.function_proto(attributes)]
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -49,10 +49,11 @@ def check(naive, metric: np.ndarray, r: int, protected: int, keep_order: bool, s
     x = random.standard_normal((*metric.shape[:2], 7), dtype=np.float32)
     token_size = random.integers(1, 30, (*metric.shape[:2], 1)).astype(np.float32)
     feeds = {"x": x, "token_size": token_size, "metric": metric}
-    merged, sizes, src, dst, unm = session(r, protected, int(keep_order)).run(list(operator.outputs), feeds)
+    attributes = {"r": r, "tokens": metric.shape[1], "protected": protected, "keep_order": int(keep_order)}
+    merged, sizes, *decided = session(**attributes).run(list(operator.outputs), feeds)
     for image in range(len(metric)):
         decisions = naive.match(metric[image].tolist(), r, protected, keep_order)
-        assert [src[image].tolist(), dst[image].tolist(), unm[image].tolist()] == list(decisions)
+        assert [each[image, :, 0].tolist() for each in decided] == list(decisions)
         expected, expected_sizes = naive.merge(x[image], token_size[image, :, 0], decisions, protected)
         np.testing.assert_allclose(merged[image], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(sizes[image, :, 0], expected_sizes)
@@ -80,12 +81,14 @@ def test_everything_equally_similar_merges_in_position_order_into_the_first(naiv
     check(naive, np.zeros_like(metric), 5, 2, False, seed=0)
 
 
-def test_the_body_uses_standard_operators_that_targets_accept():
-    body = operator.function_proto()
+@pytest.mark.parametrize("keep_order", [0, 1])
+def test_the_body_uses_standard_operators_that_targets_accept(keep_order):
+    body = operator.function_proto({"keep_order": keep_order})
     assert {node.domain for node in body.node} == {""}
     assert not {node.op_type for node in body.node} & {"ScatterElements", "ScatterND", "NonZero", "Loop", "If"}
     assert list(body.output) == list(operator.outputs)
-    assert set(body.attribute) == {"r", "protected", "keep_order"}
+    assert set(body.attribute) == {"r", "tokens", "protected", "keep_order"}
+    assert sum(node.op_type == "TopK" for node in body.node) == 1 + keep_order  # no second sort where none is needed
 
 
 def test_operator_names_are_the_documented_ones():
