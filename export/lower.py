@@ -44,7 +44,7 @@ class Lowering:
 
     def __init__(self, model: nn.Module, store: WeightStore, reduction: Reduction = MERGE) -> None:
         self._model, self._store, self._reduction = model, store, reduction
-        self._templates: dict[tuple[tuple[int, ...], bool], tuple[Template, tuple[str, ...]]] = {}
+        self._templates: dict[tuple[int, ...], tuple[Template, tuple[str, ...]]] = {}  # by blocks that reduce
 
     def lower(self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str) -> OnnxGraph:
         """Exports one degree.
@@ -78,23 +78,23 @@ class Lowering:
             for name, value in step.named_buffers()
             if name.endswith("_gate")
         }
-        alike = (reference.deciding_blocks, bool(gates))
         shared = bool(gates) or self._has_own_weights(fused)
-        if shared and alike in self._templates:
-            template, weight_files = self._templates[alike]
-            return template.retargeted(reference, gates), weight_files
+        for blocks, (template, weight_files) in self._templates.items() if shared else ():
+            fits = reference.deciding_blocks in ((), blocks) and (template.compensated or not gates)
+            if fits and (proto := template.retargeted(reference, gates)) is not None:
+                return proto, weight_files
         traced = _export(reference, steps)
         _name_values(traced, reference)
         weight_files = self._store.place(traced)
         proto = ir.to_proto(traced)
         if shared and reference.deciding_blocks and (template := Template.of(proto, reference)) is not None:
-            self._templates[alike] = template, weight_files
+            self._templates[reference.deciding_blocks] = template, weight_files
         return proto, weight_files
 
     def _has_own_weights(self, fused: FusedCheckpoint) -> bool:
         """Whether the weights are the model's, with nothing folded in."""
         own = self._model.state_dict()
-        return all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in fused.weights.items())
+        return all(torch.equal(tensor, own[name]) for name, tensor in fused.weights.items())
 
 
 def lower(

@@ -2,7 +2,8 @@
 
 Tracing a model takes most of the time of a compile. Two degrees that reduce tokens behind the same blocks have the same
 nodes and weights: what differs is r, the compensator's gates, and token counts in the shapes. So one of them is traced
-and the others are copies with these numbers set. A graph in which a token count cannot be told from another number is
+and the others are copies with these numbers set; one that reduces nothing, or has no compensation, is a copy
+with nodes taken out. A graph in which a token count cannot be told from another number is
 not copied; its degree is traced like any other.
 """
 
@@ -16,6 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from export.operators import DOMAIN, operator_of
+from export.strip import is_compensated, strip_compensation, strip_reductions
 from tocom.vit import ReducedViT
 
 
@@ -28,11 +30,13 @@ class Template:
         tokens: Tokens before its first reduction, behind it, behind its second, ...
         reshapes: Name of a constant that reshapes read, with the tokens as its second number -> how many reductions
             stand before them.
+        compensated: Whether a compensation is added to its weights.
     """
 
     proto: onnx.ModelProto
     tokens: tuple[int, ...]
     reshapes: Mapping[str, int]
+    compensated: bool
 
     @classmethod
     def of(cls, proto: onnx.ModelProto, reference: ReducedViT) -> Template | None:
@@ -43,22 +47,38 @@ class Template:
         reshapes = _reshapes_by_stage(own.graph, tokens)
         attention = reference.model.blocks[0].attn
         numbers = {attention.num_heads, attention.head_dim, *_numbers(own.graph, reshapes)}
-        return None if numbers & set(tokens[1:]) else cls(own, tokens, reshapes)
+        return None if numbers & set(tokens[1:]) else cls(own, tokens, reshapes, is_compensated(own.graph))
 
-    def retargeted(self, reference: ReducedViT, gates: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-        """The graph of another degree.
+    def retargeted(self, reference: ReducedViT, gates: Mapping[str, np.ndarray]) -> onnx.ModelProto | None:
+        """The graph of another degree; None if nodes would have to be taken out and cannot be.
 
         Args:
-            reference: Of that degree; it reduces behind the same blocks.
-            gates: Name of an initializer -> its value; names that the graph does not have are left out.
+            reference: Of that degree; it reduces behind the same blocks, or not at all.
+            gates: Name of an initializer -> its value, and names that the graph does not have; none where nothing is
+                compensated.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        tokens, operator = _tokens(reference), operator_of(reference.reduction)
-        shapes = {value.name: value.type.tensor_type.shape for value in proto.graph.value_info}
-        removed = iter(reference.schedule.removed[block] for block in reference.deciding_blocks)
+        self._set_numbers(proto.graph, reference, gates)
+        if self.compensated and not gates:
+            strip_compensation(proto.graph)
+        if not reference.deciding_blocks:
+            if not strip_reductions(proto.graph):
+                return None
+            kept = [function for function in proto.functions if function.domain != DOMAIN]
+            del proto.functions[:]
+            proto.functions.extend(kept)
+            proto.opset_import.remove(next(opset for opset in proto.opset_import if opset.domain == DOMAIN))
+        return proto
+
+    def _set_numbers(self, graph: onnx.GraphProto, reference: ReducedViT, gates: Mapping[str, np.ndarray]) -> None:
+        removed = [reference.schedule.removed[block] for block in reference.deciding_blocks]
+        removed = iter(removed or [0] * (len(self.tokens) - 1))
+        operator = operator_of(reference.reduction)
+        tokens = _tokens(reference) if reference.deciding_blocks else self.tokens[:1] * len(self.tokens)
+        shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
         stage = 0
-        for node in proto.graph.node:
+        for node in graph.node:
             if node.domain == DOMAIN:
                 attributes = {attribute.name: attribute for attribute in node.attribute}
                 attributes["tokens"].i, attributes["r"].i = tokens[stage], next(removed)
@@ -72,14 +92,13 @@ class Template:
                     if stage and dim.dim_value == self.tokens[stage]:
                         dim.dim_value = tokens[stage]
         values = dict(gates)
-        for initializer in proto.graph.initializer:
+        for initializer in graph.initializer:
             if (at := self.reshapes.get(initializer.name)) is not None:
                 shape = numpy_helper.to_array(initializer).copy()
                 shape[1] = tokens[at]
                 values[initializer.name] = shape
             if initializer.name in values:
                 initializer.CopyFrom(numpy_helper.from_array(values[initializer.name], initializer.name))
-        return proto
 
 
 def _tokens(reference: ReducedViT) -> tuple[int, ...]:

@@ -50,7 +50,9 @@ def test_a_fused_graph_gives_the_logits_of_the_graph_it_was(exported, noise, mon
     fused = _read(exported("deit_distilled", 8).file)
     fuse(fused, half=False)
     images = noise(3, 64, 64)
-    np.testing.assert_allclose(logits(fused, images), logits(_read(exported("deit_distilled", 8).file), images), atol=2e-5)
+    np.testing.assert_allclose(
+        logits(fused, images), logits(_read(exported("deit_distilled", 8).file), images), atol=2e-5
+    )
     monkeypatch.setattr(runtime.engines.ov_fusion, "library", lambda: None)
     alone = _read(exported("deit_distilled", 0).file)
     assert fuse(alone, half=False) == [] and kinds(alone)["AddLayerNorm"] == 0
