@@ -1,4 +1,4 @@
-"""Does a degree pay? Every engine of a family against degree 0 and its slice bound, in one interleaved run.
+"""Does a degree pay? Every engine of a family against degree 0 and its slice bound, in interleaved runs.
 
 The slice bound is the same engine whose blocks simply drop the last r tokens: the same products, no matching. What an
 engine takes beyond it is the price of deciding and merging.
@@ -6,7 +6,8 @@ engine takes beyond it is the price of deciding and merging.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,12 @@ BATCHES = (1, 8)
 SAVES = 0.02  # share of degree 0's time that a degree must save to pay; less is within the noise of a measurement
 
 _SECONDS, _ROUNDS = 2.0, 5
+_TOGETHER = 4  # degrees that are open beside 0, each with its slice bound: all of a large family would fill the memory
 _ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
 
 def measured(entries: Sequence[EngineEntry], folder: Path, batches: Sequence[int] = BATCHES) -> list[EngineEntry]:
-    """Fills in latencies, all engines and slice bounds side by side, and at which batch sizes a degree pays.
+    """Fills in latencies, engines and slice bounds side by side with degree 0, and at which batch sizes a degree pays.
 
     Args:
         entries: Engines of one family, degree 0 among them.
@@ -36,20 +38,29 @@ def measured(entries: Sequence[EngineEntry], folder: Path, batches: Sequence[int
         batches: Images per call.
     """
     found = {entry.degree: entry for entry in entries}
+    (base,) = [entry for entry in entries if entry.degree == 0]
+    others = [entry for entry in entries if entry.degree]
+    groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
     for batch in batches:
-        times = _times(entries, folder, batch)
-        base = times["0"].p50
-        for degree, entry in found.items():
-            own, bound = times[str(degree)], times.get(_bound_of(degree))
-            figures = {"p50": round(own.p50, 4), "p99": round(own.p99, 4)}
-            if bound is not None:
-                figures["slice_bound"] = round(bound.p50, 4)
-            found[degree] = replace(
-                entry,
-                latency_ms={**entry.latency_ms, str(batch): figures},
-                pays={**entry.pays, str(batch): degree == 0 or own.p50 <= (1 - SAVES) * base},
-            )
+        runs = [(group, _times([base, *group], folder, batch)) for group in groups]
+        typical = statistics.median(times["0"].p50 for _, times in runs)
+        for group, times in runs:
+            scale = typical / times["0"].p50  # a slow minute slows degree 0 of its group as well
+            for degree in [0, *(entry.degree for entry in group)]:
+                found[degree] = _with_times(found[degree], batch, times, scale)
     return list(found.values())
+
+
+def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], scale: float) -> EngineEntry:
+    own, bound = times[str(entry.degree)], times.get(_bound_of(entry.degree))
+    figures = {"p50": round(own.p50 * scale, 4), "p99": round(own.p99 * scale, 4)}
+    if bound is not None:
+        figures["slice_bound"] = round(bound.p50 * scale, 4)
+    return replace(
+        entry,
+        latency_ms={**entry.latency_ms, str(batch): figures},
+        pays={**entry.pays, str(batch): entry.degree == 0 or own.p50 <= (1 - SAVES) * times["0"].p50},
+    )
 
 
 def _times(entries: Sequence[EngineEntry], folder: Path, batch: int) -> dict[str, Latency]:

@@ -61,6 +61,21 @@ def test_a_degree_pays_where_it_saves_more_than_noise(tmp_path, monkeypatch):
     assert EngineEntry.from_json(replace(middle, sha256={"g.onnx": "a" * 64}).to_json()).pays == middle.pays
 
 
+def test_a_large_family_is_measured_in_groups_that_a_slow_minute_does_not_set_apart(tmp_path, monkeypatch):
+    groups = []
+
+    def invented(entries, folder, batch):
+        groups.append([entry.degree for entry in entries])
+        slow = len(groups)  # every group takes longer than the one before
+        return {str(entry.degree): Latency(slow * (20.0 - entry.degree), slow * 30.0, 12) for entry in entries}
+
+    monkeypatch.setattr(export.latency, "_times", invented)
+    found = measured([entry(degree) for degree in range(10)], tmp_path, batches=(1,))
+    assert groups == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9]]
+    assert [each.latency_ms["1"]["p50"] for each in found] == [2 * (20.0 - degree) for degree in range(10)]
+    assert found[0].pays == {"1": True} and found[9].pays == {"1": True}
+
+
 def test_every_engine_and_every_bound_is_measured(exported):
     engine = exported("deit_tiny", 8)
     merged = replace(entry(8), onnx="model.onnx", engine="model.onnx")
