@@ -3,7 +3,7 @@
 - Between its products a block adds, merges and normalizes. With the native library that is one pass: `TokenMerge` takes
   the residual that is added before it and the layer norm behind it, and `AddLayerNorm` does the rest. Keys are averaged
   over heads inside the operator, and the logarithm of the sizes, which attention adds, comes out of it.
-- The patch embedding is a product: a convolution whose stride is its kernel is slower.
+- The patch embedding is a product: `CutPatches` lays pixels out as it needs them, in one pass.
 - For bfloat16 the graph itself is made bfloat16. Left in float32 with a hint, as OpenVINO has it, every native operator
   stands between conversions that copy.
 """
@@ -23,7 +23,7 @@ from runtime.native import library
 
 NATIVE = "TokenMerge"
 
-_NATIVE_OPERATORS = (NATIVE, "AddLayerNorm")
+_NATIVE_OPERATORS = (NATIVE, "AddLayerNorm", "CutPatches")
 _NORMED, _LOG_SIZE = 5, 6  # further outputs of a TokenMerge that takes a residual and a norm
 _IN_EITHER = frozenset({
     "Add", "Broadcast", "Concat", "Constant", "Convolution", "Divide", "Gather", "Gelu", "Log", "MVN", "MatMul",
@@ -77,8 +77,10 @@ def fuse(model: openvino.Model, *, half: bool) -> list[Merge]:
     Returns:
         The native merge operators, in the order in which they run.
     """
-    embed_patches_by_product(model)
-    merges = _fuse_native(model) if library() is not None else []
+    merges = []
+    if library() is not None:
+        embed_patches_by_product(model)
+        merges = _fuse_native(model)
     if half:
         narrow(model)
     model.validate_nodes_and_infer_types()
@@ -91,23 +93,27 @@ def embed_patches_by_product(model: openvino.Model) -> None:
         if node.get_type_name() != "Convolution":
             continue
         pixels, weight = node.input_values()
-        channels, *size = pixels.get_partial_shape()[1:]
-        width, _, *kernel = weight.get_partial_shape()
         attributes = node.get_attributes()
-        plain = attributes["strides"] == [side.get_length() for side in kernel] and attributes["dilations"] == [1, 1]
+        steps, size = attributes["strides"], list(pixels.get_partial_shape())[2:]
+        width, _, *kernel = (side.get_length() for side in weight.get_partial_shape())
+        apart = (
+            steps == kernel
+            and attributes["dilations"] == [1, 1]
+            and not any(
+                attributes["pads_begin"]
+                + attributes["pads_end"]
+                + [side.get_length() % step for side, step in zip(size, steps, strict=True)]
+            )
+        )
         biased = _only_reader(node.output(0), "Add")
         flat = None if biased is None else _only_reader(biased.output(0), "Reshape")
         turned = None if flat is None else _only_reader(flat.output(0), "Transpose")
         bias = None if turned is None else _reshaped_constant(biased.input_value(1))
-        if not plain or bias is None or any(attributes["pads_begin"] + attributes["pads_end"]):
+        if not apart or bias is None:
             continue
-        (channels, width), (down, across) = (each.get_length() for each in (channels, width)), attributes["strides"]
-        rows, columns = (side.get_length() // step for side, step in zip(size, (down, across), strict=True))
-        cut = opset15.reshape(pixels, np.array([-1, channels, rows, down, columns, across]), special_zero=False)
-        patches = opset15.transpose(cut, np.array([0, 2, 4, 1, 3, 5]))
-        patches = opset15.reshape(patches, np.array([-1, rows * columns, channels * down * across]), special_zero=False)
-        weight = opset15.reshape(weight, np.array([width, -1]), special_zero=False)
-        product = opset15.matmul(patches, weight, transpose_a=False, transpose_b=True)
+        patches = _create("CutPatches", [pixels], {"height": steps[0], "width": steps[1], "half": 0})
+        rows = opset15.reshape(weight, np.array([width, -1]), special_zero=False)
+        product = opset15.matmul(patches, rows, transpose_a=False, transpose_b=True)
         _replace(turned.output(0), opset15.add(product, bias).output(0))
 
 
@@ -132,6 +138,9 @@ def narrow(model: openvino.Model) -> None:
     kept = {name for name, _ in logs} | {value.get_node().get_name() for node in nodes for value in node.outputs()
                                          if _key(value) in sizes and node.get_type_name() != "TokenMerge"}  # fmt: skip
     for node in nodes:
+        if node.get_type_name() == "CutPatches":
+            cut = _create("CutPatches", node.input_values(), {**node.get_attributes(), "half": 1})
+            _replace(node.output(0), cut.output(0))
         if node.get_type_name() in (*_NATIVE_OPERATORS, "Constant", "Result") or node.get_name() in kept:
             continue
         for port in node.inputs():

@@ -43,6 +43,12 @@ struct Recorder {
 
 inline bool is_real(const ov::element::Type& type) { return type == ov::element::f32 || type == ov::element::bf16; }
 
+// Whether an input is [channels] in float32.
+inline bool is_parameter(const ov::Node& node, std::size_t input, const ov::Dimension& channels) {
+    return node.get_input_element_type(input) == ov::element::f32 &&
+           node.get_input_partial_shape(input).compatible(ov::PartialShape{channels});
+}
+
 template <class T> const T* data(const ov::Tensor& tensor) { return static_cast<const T*>(tensor.data()); }
 
 template <class T> T* data(ov::Tensor& tensor) { return static_cast<T*>(tensor.data()); }
@@ -81,8 +87,9 @@ class TokenMerge : public ov::op::Op {
                                         get_input_element_type(1) == ov::element::f32,
                               "takes x and metric in f32 or bf16, token_size in f32");
         NODE_VALIDATION_CHECK(this, !fused() || (get_input_element_type(3) == type &&
-                                                 get_input_partial_shape(3).compatible(x)),
-                              "addend must be like x");
+                                                 get_input_partial_shape(3).compatible(x) &&
+                                                 is_parameter(*this, 4, x[2]) && is_parameter(*this, 5, x[2])),
+                              "addend must be like x, weight and bias one f32 number per channel");
         NODE_VALIDATION_CHECK(this, r_ >= 0 && protected_ >= 0, "r and protected must be 0 or more");
         const MergeShape shape = shape_of(x[1].get_length(), x[2].get_length(), metric[rank - 1].get_length(),
                                           rank == 4 ? metric[2].get_length() : 1);
@@ -170,18 +177,13 @@ class TokenMerge : public ov::op::Op {
         const auto threads = static_cast<std::size_t>(tbb::this_task_arena::max_concurrency());
         if (images == 1 && threads > 1) {
             match_image(0);
-            tbb::parallel_for(
-                std::size_t{0}, threads, [&](std::size_t part) { merge_part(0, part, threads); },
-                tbb::static_partitioner());
+            tbb::parallel_for(std::size_t{0}, threads, [&](std::size_t part) { merge_part(0, part, threads); });
             return;
         }
-        tbb::parallel_for(
-            std::size_t{0}, images,
-            [&](std::size_t image) {
-                match_image(image);
-                merge_part(image, 0, 1);
-            },
-            tbb::static_partitioner());
+        tbb::parallel_for(std::size_t{0}, images, [&](std::size_t image) {
+            match_image(image);
+            merge_part(image, 0, 1);
+        });
     }
 
     static Merger& thread_merger() {
@@ -209,11 +211,13 @@ class AddLayerNorm : public ov::op::Op {
     void validate_and_infer_types() override {
         const auto& x = get_input_partial_shape(0);
         const auto& type = get_input_element_type(0);
-        NODE_VALIDATION_CHECK(this, get_input_size() == 4 && is_real(type) && get_input_element_type(1) == type &&
-                                        x.rank() == 3 && get_input_partial_shape(1).compatible(x),
+        NODE_VALIDATION_CHECK(this, get_input_size() == 4 && is_real(type) && get_input_element_type(1) == type,
                               "takes x, an addend like it, weight and bias");
-        NODE_VALIDATION_CHECK(this, x[1].is_static() && x[2].is_static() && tokens_ > 0 && tokens_ <= x[1].get_length(),
+        NODE_VALIDATION_CHECK(this, x.rank() == 3 && x[1].is_static() && x[2].is_static() && tokens_ > 0 &&
+                                        tokens_ <= x[1].get_length() && get_input_partial_shape(1).compatible(x),
                               "x must be [batch, tokens, channels] with at least ", tokens_, " tokens, got ", x);
+        NODE_VALIDATION_CHECK(this, is_parameter(*this, 2, x[2]) && is_parameter(*this, 3, x[2]),
+                              "weight and bias must be one f32 number per channel");
         for (std::size_t output = 0; output < 2; ++output) {
             set_output_type(output, type, {x[0], ov::Dimension(tokens_), x[2]});
         }
@@ -253,15 +257,82 @@ class AddLayerNorm : public ov::op::Op {
                 norm.apply(row.data(), width, normed + to);
             }
         };
-        // the same share for the same thread every time, as for the engine's own layers, whose results it has near by
-        tbb::parallel_for(tbb::blocked_range<std::size_t>(0, dims[0] * left, kGrain), normalize,
-                          tbb::static_partitioner());
+        tbb::parallel_for(tbb::blocked_range<std::size_t>(0, dims[0] * left, kGrain), normalize);
     }
 
     static constexpr std::size_t kGrain = 32; // tokens that are worth a task
 
     std::int64_t tokens_ = 1;
     float epsilon_ = 0.0f;
+};
+
+// pixels [B, 3, H, W] in float32 -> patches of height x width pixels, row by row, [B, count, 3 * height * width] in
+// float32, or if half in bfloat16; within a patch the pixels lie as the weights of a convolution do.
+class CutPatches : public ov::op::Op {
+  public:
+    OPENVINO_OP("CutPatches", "ai.tocom");
+
+    CutPatches() = default;
+
+    CutPatches(const ov::OutputVector& inputs, std::int64_t height, std::int64_t width, std::int64_t half)
+        : Op(inputs), height_(height), width_(width), half_(half) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        const auto& pixels = get_input_partial_shape(0);
+        NODE_VALIDATION_CHECK(this, get_input_size() == 1 && get_input_element_type(0) == ov::element::f32,
+                              "takes pixels in f32");
+        NODE_VALIDATION_CHECK(this, height_ > 0 && width_ > 0, "patches must have a size");
+        NODE_VALIDATION_CHECK(this, pixels.rank() == 4 && pixels[1].is_static() && pixels[2].is_static() &&
+                                        pixels[3].is_static() && pixels[2].get_length() % height_ == 0 &&
+                                        pixels[3].get_length() % width_ == 0,
+                              "pixels must be [batch, channels, H, W] of whole patches, got ", pixels);
+        const auto count = pixels[2].get_length() / height_ * (pixels[3].get_length() / width_);
+        set_output_type(0, half_ != 0 ? ov::element::bf16 : ov::element::f32,
+                        {pixels[0], count, pixels[1].get_length() * height_ * width_});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<CutPatches>(inputs, height_, width_, half_);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("height", height_);
+        visitor.on_attribute("width", width_);
+        visitor.on_attribute("half", half_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        half_ != 0 ? run<bf16>(outputs, inputs) : run<float>(outputs, inputs);
+        return true;
+    }
+
+  private:
+    template <class T> void run(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+        const auto& dims = inputs[0].get_shape();
+        const std::size_t height = static_cast<std::size_t>(height_), width = static_cast<std::size_t>(width_);
+        const std::size_t rows = dims[2] / height, columns = dims[3] / width, patch = dims[1] * height * width;
+        const auto cut = [&](const tbb::blocked_range<std::size_t>& range) {
+            for (std::size_t at = range.begin(); at < range.end(); ++at) { // a row of patches
+                const std::size_t image = at / rows, row = at % rows;
+                T* out = data<T>(outputs[0]) + at * columns * patch;
+                for (std::size_t line = 0; line < dims[1] * height; ++line) { // of pixels, channel by channel
+                    const std::size_t channel = line / height, y = row * height + line % height;
+                    const float* pixels = data<float>(inputs[0]) + ((image * dims[1] + channel) * dims[2] + y) * dims[3];
+                    for (std::size_t column = 0; column < columns; ++column) {
+                        write_row(pixels + column * width, width, out + column * patch + line * width);
+                    }
+                }
+            }
+        };
+        tbb::parallel_for(tbb::blocked_range<std::size_t>(0, dims[0] * rows), cut);
+    }
+
+    std::int64_t height_ = 1, width_ = 1, half_ = 0;
 };
 
 } // namespace tocom
@@ -288,6 +359,7 @@ extern "C" const std::int64_t* tocom_recorded(std::size_t call, std::size_t* cou
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<tocom::TokenMerge>>(),
     std::make_shared<ov::OpExtension<tocom::AddLayerNorm>>(),
+    std::make_shared<ov::OpExtension<tocom::CutPatches>>(),
     std::make_shared<ov::frontend::onnx::OpExtension<tocom::TokenMerge>>(
         "TokenMerge", "ai.tocom", std::map<std::string, std::string>{},
         std::map<std::string, ov::Any>{{"epsilon", 0.0f}}),

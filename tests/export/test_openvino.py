@@ -53,6 +53,13 @@ def test_the_native_operator_passes_the_whole_grid(case, prove):
     assert report, report.findings
 
 
+def test_every_graph_answers_in_bfloat16(case, exported):
+    """Its numbers are made bfloat16 one by one: a mixture would not compile."""
+    if "no bf16" in runtime.engines.ov.describe():
+        pytest.skip("this processor has no bf16 instructions")
+    build(exported(*case).source, backend="openvino", precision="bf16")
+
+
 @has_native
 @pytest.mark.parametrize("family", ["deit_tiny", pytest.param("map", marks=pytest.mark.full), "reg4_dinov2"])
 def test_the_native_operator_decides_and_computes_as_the_reference(prove, precision, family):
