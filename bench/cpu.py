@@ -72,6 +72,7 @@ class Row:
         tax: Time beyond its slice bound, as a share of it, 25th, 50th and 75th percentile; None for peers.
         gain: Time of the plain export on the same library in the same precision over this one's, likewise.
         ideal: Speed-up by multiplications.
+        rounds: Calls that were measured; 0 where it was not written down.
     """
 
     contender: str
@@ -84,6 +85,7 @@ class Row:
     tax: tuple[float, float, float] | None
     gain: tuple[float, float, float] | None
     ideal: float
+    rounds: int = 0
 
 
 class TorchRunner(EngineRunner):
@@ -184,8 +186,8 @@ class Bench:
         return file
 
 
-def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row]:
-    """Times all contenders at one batch size and degree, in turn."""
+def run_group(bench: Bench, batch: int, degree: int, seconds: float, only: str = "") -> list[Row]:
+    """Times the contenders whose names hold a text at one batch size and degree, in turn."""
     with ExitStack() as stack:
         runners: dict[tuple[str, str], EngineRunner] = {}
 
@@ -196,7 +198,7 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row
         graphs |= {schedule: bench.graph(degree, schedule) for schedule in ("constant", STRIDED)}
         for backend, precision in OURS:
             name = f"ours, {_NAMES[backend]} {precision}"
-            for schedule, graph in graphs.items():
+            for schedule, graph in graphs.items() if only in name else ():
                 engine = build(graph, backend=backend, precision=precision)
                 add(name, schedule, open_engine(engine.file, backend, precision=precision, batch=batch))
                 if schedule != "-":
@@ -204,7 +206,9 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row
                         bound = open_engine(file, backend, precision=precision, batch=batch)
                     add(name, f"{schedule} bound", bound)
         for schedule, at in (("-", 0), ("constant", degree)):
-            _add_peers(bench, batch, at, lambda name, runner, schedule=schedule: add(name, schedule, runner))
+            for name, make in _peers(bench, batch, at).items():
+                if only in name:
+                    add(name, schedule, make())
         names = {f"{contender}|{schedule}": (contender, schedule) for contender, schedule in runners}
         times = measure({key: runners[name] for key, name in names.items()}, batch, seconds=seconds, min_rounds=15)
     found = {names[key]: each for key, each in times.items()}
@@ -221,22 +225,30 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float) -> list[Row
             contender, schedule, each.p50, each.p25, each.p75, base.ratio_to(each)[1],
             None if bound is None else base.ratio_to(bound)[1],
             None if bound is None else tuple(ratio - 1 for ratio in each.ratio_to(bound)),
-            gain, macs["-"] / macs[schedule],
+            gain, macs["-"] / macs[schedule], each.rounds,
         ))  # fmt: skip
     return rows
 
 
-def _add_peers(bench: Bench, batch: int, degree: int, add: Callable[[str, EngineRunner], None]) -> None:
+def _peers(bench: Bench, batch: int, degree: int) -> dict[str, Callable[[], EngineRunner]]:
+    """What a user would pick instead, by name."""
     network = PlainToMe(bench.reduced(degree)) if degree else bench.model
     classes, size = bench.model.num_classes, (3, *bench.model.patch_embed.img_size)
-    add("torch eager fp32", TorchRunner(network, classes, size, torch.float32))
-    half = copy.deepcopy(network).to(torch.bfloat16)
-    compiled = torch.compile(half, dynamic=False)
-    add("torch.compile bf16", TorchRunner(compiled, classes, size, torch.bfloat16))
-    plain = bench.plain_export(degree)
-    add("plain export, ONNX Runtime fp32", open_engine(plain, "onnxruntime", batch=batch))
-    for precision in ("fp32", "bf16"):
-        add(f"plain export, OpenVINO {precision}", OpenVinoPeer(plain, precision, batch, classes, size))
+
+    def compiled() -> EngineRunner:
+        half = copy.deepcopy(network).to(torch.bfloat16)
+        return TorchRunner(torch.compile(half, dynamic=False), classes, size, torch.bfloat16)
+
+    def by_openvino(precision: str) -> EngineRunner:
+        return OpenVinoPeer(bench.plain_export(degree), precision, batch, classes, size)
+
+    return {
+        "torch eager fp32": lambda: TorchRunner(network, classes, size, torch.float32),
+        "torch.compile bf16": compiled,
+        "plain export, ONNX Runtime fp32": lambda: open_engine(bench.plain_export(degree), "onnxruntime", batch=batch),
+        "plain export, OpenVINO fp32": lambda: by_openvino("fp32"),
+        "plain export, OpenVINO bf16": lambda: by_openvino("bf16"),
+    }
 
 
 def main(
@@ -247,6 +259,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Graphs and finished groups.")] = ROOT / "build" / "bench" / "cpu",
     out: Annotated[Path, typer.Option(help="Page; its plots lie beside it.")] = ROOT / "bench" / "results" / "cpu.md",
     finished: Annotated[bool, typer.Option("--finished", help="Measure nothing; write what is there.")] = False,
+    only: Annotated[str, typer.Option(help="Only contenders with this in their names: fewer, so more rounds.")] = "",
 ) -> None:
     """Measures every group that is not there yet, and writes the page and the plots."""
     groups: dict[tuple[str, int], dict[int, list[Row]]] = {}
@@ -254,14 +267,14 @@ def main(
         bench = None
         for batch in map(int, batches.split(",")):
             for degree in map(int, degrees.split(",")):
-                file = work / f"{name}-{batch}-{degree}.json"
+                file = work / f"{name}-{batch}-{degree}{f'-{only}' if only else ''}.json"
                 if finished and not file.exists():
                     continue
                 if not file.exists():
                     began = time.monotonic()
                     print(f"{name}, batch {batch}, r = {degree} ...", file=sys.stderr, flush=True)
                     bench = bench or Bench(name, work)
-                    rows = run_group(bench, batch, degree, seconds)
+                    rows = run_group(bench, batch, degree, seconds, only)
                     torch.compiler.reset()
                     write_atomically(file, json.dumps([asdict(row) for row in rows], indent=1).encode())
                     print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -282,7 +295,7 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) 
              "plain export's time on the same library in the same precision, over this one's. In parentheses: "
              "quartiles."]  # fmt: skip
     for (name, batch), degrees in groups.items():
-        picture = out.with_name(f"cpu-{name.split('_patch')[0]}-{batch}.png")
+        picture = out.with_name(f"{out.stem}-{name.split('_patch')[0]}-{batch}.png")
         _draw(f"{name}, batch {batch}", degrees, picture)
         parts.append(
             f"## {name}, batch {batch}\n\n![latency against degree]({picture.name})\n\n" + _table(batch, degrees)
@@ -291,13 +304,13 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) 
 
 
 def _table(batch: int, degrees: Mapping[int, list[Row]]) -> str:
-    lines = ["| r | contender | schedule | ms | quartiles | images/s | speed-up | of ideal | tax | over plain export |",
-             "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = ["| r | contender | schedule | rounds | ms | quartiles | images/s | speed-up | of ideal | tax "
+             "| over plain export |", "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for degree, rows in degrees.items():
         for row in sorted(rows, key=lambda row: (row.schedule == "-", row.ms)):
             merged = row.schedule != "-"
-            cells = (str(degree if merged else 0), row.contender, row.schedule, f"{row.ms:.1f}",
-                     f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
+            cells = (str(degree if merged else 0), row.contender, row.schedule, str(row.rounds or ""),
+                     f"{row.ms:.1f}", f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
                      f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
                      _spread(row.tax, "{:+.1%}"), _spread(row.gain, "{:.2f}x"))  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
