@@ -281,14 +281,15 @@ def main(
                 rows = [Row(**row) for row in json.loads(file.read_text())]
                 groups.setdefault((name, batch), {})[degree] = rows
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, _page(groups, out).encode())
+    write_atomically(out, _page(groups, out, only).encode())
     print(f"wrote {out}")
 
 
-def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path) -> str:
+def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path, only: str) -> str:
+    who = f'of those with "{only}" in their names all contenders' if only else "all contenders"
     parts = [f"# Engines on a CPU\n\nWritten by `make bench` ([bench/cpu.py](../cpu.py)), {date.today().isoformat()}: "
              f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU; {_versions()}.\n\nRandomly initialized "
-             "weights, real sizes. For each model, batch size and degree all contenders took turns in one process: "
+             f"weights, real sizes. For each model, batch size and degree {who} took turns in one process: "
              "ratios within a block of rows are comparable. ms: median of one call, and its quartiles. All ratios are "
              "medians of ratios round by round. Speed-up: over the same contender without merging. Ideal: by "
              "multiplications. Tax: beyond the same engine that drops the last r tokens unseen. Over plain export: the "
