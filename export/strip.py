@@ -47,7 +47,7 @@ def strip_compensation(graph: onnx.GraphProto) -> None:
     made_of_factors = set(factors)
     for node in graph.node:
         found = made_of_factors & set(node.input)
-        if found == set(node.input):
+        if found and found == set(node.input):
             made_of_factors.update(node.output)
         elif found:
             (weight,) = set(node.input) - found

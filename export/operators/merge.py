@@ -1,4 +1,4 @@
-"""Merging: `merged, merged_size, src, dst, unm = TokenMerge(x, token_size, metric; r, protected, keep_order)`.
+"""Merging: `merged, merged_size, src, dst, unm = TokenMerge(x, token_size, metric; r, tokens, protected, keep_order)`.
 
 A product with a one-hot matrix adds the merged tokens up.
 """

@@ -1,4 +1,4 @@
-"""Pruning: `pruned, pruned_size, kept, dropped = TokenPrune(x, token_size, attention; r, protected)`."""
+"""Pruning: `pruned, pruned_size, kept, dropped = TokenPrune(x, token_size, attention; r, tokens, protected)`."""
 
 from __future__ import annotations
 

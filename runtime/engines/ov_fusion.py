@@ -135,8 +135,7 @@ def narrow(model: openvino.Model) -> None:
     sizes |= {_key(node.output(1)) for node in nodes if node.get_type_name() == "TokenMerge"}
     logs = {_key(node.output(0)) for node in nodes
             if node.get_type_name() == "Log" and _key(node.input_value(0)) in sizes}  # fmt: skip
-    kept = {name for name, _ in logs} | {value.get_node().get_name() for node in nodes for value in node.outputs()
-                                         if _key(value) in sizes and node.get_type_name() != "TokenMerge"}  # fmt: skip
+    kept = {name for name, _ in logs | sizes}
     for node in nodes:
         if node.get_type_name() == "CutPatches":
             cut = _create("CutPatches", node.input_values(), {**node.get_attributes(), "half": 1})
@@ -211,7 +210,7 @@ def _fuse_merge(node: Node, norm: _Norm | None) -> None:
         _replace(norm.output, made.output(_NORMED))
         if (log_size := _log_of(node.output(1))) is not None:
             _replace(log_size, made.output(_LOG_SIZE))
-    for old, new in zip(node.outputs(), made.outputs(), strict=False):
+    for old, new in zip(node.outputs(), made.outputs()[:_NORMED], strict=True):
         _replace(old, new)
 
 
