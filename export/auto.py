@@ -29,21 +29,23 @@ def listed_backend(source: Source, family: Family) -> str | None:
     return entry.backend if entry.recipe == as_listed.recipe(degree) else None
 
 
-def fastest(source: Source, graph: OnnxGraph) -> Report:
-    """Builds a graph for every candidate, times the engines side by side, and proves them, the fastest first.
+def fastest(source: Source, graphs: Mapping[str, OnnxGraph]) -> Report:
+    """Builds the engine of every candidate, times them side by side, and proves them, the fastest first.
 
     Args:
         source: What is compiled.
-        graph: The highest degree, lowered.
+        graphs: Candidate -> the highest degree, lowered for it.
 
     Returns:
         What was found about the fastest that passes; where none does, about the fastest.
     """
     precision = source.options.precision
-    engines = {name: build(graph, backend=name, precision=precision) for name in backends_for(AUTO, precision)}
-    reference = reference_model(
-        source.loaded.model, source.schedules[graph.source.degree], graph.source, source.reduction
-    )
+    engines = {
+        name: build(graph, backend=name, precision=precision, plan=source.options.plan)
+        for name, graph in graphs.items()
+    }
+    fused = next(iter(graphs.values())).source
+    reference = reference_model(source.loaded.model, source.schedules[fused.degree], fused, source.reduction)
     first = None
     for name in _by_speed(engines, precision):
         report = validate(engines[name], reference, validation_batches(source))

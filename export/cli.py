@@ -22,11 +22,15 @@ from export.cli_options import (
     Model,
     ModelArgs,
     NumClasses,
+    PlanBatch,
+    PlanOption,
+    PlanTarget,
     ReductionName,
     Schedule,
     SourceDegree,
     read_degrees,
     read_model_args,
+    read_plan_options,
 )
 from export.console import complain, open_console, stages
 from runtime.errors import GateError
@@ -58,13 +62,21 @@ def compile_command(
             "choose-scale`, else the scale the compensator was trained with."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Number format: fp32; openvino also has bf16.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(help="Number format: fp32, fp16 (onnxruntime, tensorrt) or bf16 (openvino, tensorrt)."),
+    ] = "fp32",
     backend: Annotated[
         str,
         typer.Option(
-            help="Engine library: onnxruntime or openvino; auto takes the fastest one here.", envvar="TOCOM_BACKEND"
+            help="Engine library: onnxruntime, openvino, tensorrt or tensorrt-rtx (TensorRT for RTX, whose plans are "
+            "also built without a GPU); auto takes the fastest one that runs here.",
+            envvar="TOCOM_BACKEND",
         ),
     ] = "auto",
+    batch: PlanBatch = "1:8:32",
+    target: PlanTarget = "",
+    plan_option: PlanOption = None,
     images: Images = None,
     limit: Limit = 5000,
     num_classes: NumClasses = None,
@@ -91,7 +103,7 @@ def compile_command(
         model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,
         source_degree=source_degree, delta_scale=scale, precision=precision, backend=backend, images=images,
         limit=limit, num_classes=num_classes, model_args=arguments, schedule=schedule,
-        reduction=reduction, replace=replace,
+        reduction=reduction, replace=replace, plan=read_plan_options(batch, target, plan_option or ()),
     )  # fmt: skip
     with stages(len({0, *wanted})) as notify:
         result = compile_family(options, notify)

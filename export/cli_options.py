@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from export.tensorrt import PlanOptions
 
 Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json, weights).")]
 Checkpoint = Annotated[
@@ -41,6 +45,23 @@ Images = Annotated[
     Path | None,
     typer.Option(help="Folder of images to validate on; with one folder per class, top-1 is measured too."),
 ]
+PlanBatch = Annotated[
+    str, typer.Option("--batch", metavar="MIN:OPT:MAX", help="Batch sizes that a TensorRT plan takes and is best at.")
+]
+PlanTarget = Annotated[
+    str,
+    typer.Option(
+        "--target", metavar="SM,...", help="GPUs that tensorrt-rtx builds for. Default: sm80,sm86,sm89,sm120."
+    ),
+]
+PlanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plan-option",
+        help="For tensorrt: hardware-compatible (also later GPUs), version-compatible (also later minor versions), "
+        "stripped (without weights); repeatable.",
+    ),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Measure top-1 on at most this many images, evenly spread.")]
 
 
@@ -65,6 +86,28 @@ def read_degrees(text: str) -> tuple[int, ...]:
             raise InputError(f"degree r must be 0 or more tokens per block, got {degrees[-1]}. "
                                             "Use 0 to export without merging.")  # fmt: skip
     return tuple(degrees)
+
+
+def read_plan_options(batch: str, target: str, names: Sequence[str]) -> PlanOptions:
+    """Reads how plans are to be built.
+
+    Raises:
+        InputError: If a text cannot be read.
+
+    >>> read_plan_options("1:4:8", "sm80,sm89", ["stripped"]).targets
+    ('sm80', 'sm89')
+    """
+    from export.tensorrt import PlanOptions
+
+    parts = batch.split(":")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise InputError(f"batch must be MIN:OPT:MAX, like 1:8:32, got {batch!r}.")
+    known = {"hardware-compatible", "version-compatible", "stripped"}
+    if unknown := sorted(set(names) - known):
+        raise InputError(f"a plan option must be one of {', '.join(sorted(known))}, got {unknown[0]!r}.")
+    chosen = {name.replace("-", "_"): True for name in names}
+    targets = tuple(part.strip().lower() for part in target.split(",")) if target else ()
+    return PlanOptions(batch=tuple(map(int, parts)), targets=targets, **chosen)
 
 
 def read_model_args(pairs: list[str] | None) -> dict[str, object]:

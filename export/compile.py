@@ -17,7 +17,7 @@ import torch
 
 from calib.labelled import LabelledImages
 from export.auto import fastest, listed_backend
-from export.build import AUTO, backends_for, build
+from export.build import AUTO, backends_for, build, graph_precision, why_unrunnable
 from export.latency import BATCHES, measured
 from export.lock import locked
 from export.lower import Lowering, reference_model
@@ -31,10 +31,12 @@ from runtime.errors import InputError
 from runtime.manifest import FILE_NAME, EngineEntry, Family
 from tocom.vit import ReducedViT
 
-_GRAPH, _WEIGHTS = r"r\d+-[0-9a-f]{12}(\.inlined)?\.onnx", r"weights-[0-9a-f]{16}\.bin"
-_OURS = re.compile(
-    rf"{_GRAPH}|{_WEIGHTS}|\.({_GRAPH}|{_WEIGHTS}|family\.json)\.\d+\.tmp|\.r\d+-[0-9a-f]{{12}}(\.inlined)?\.(debug|slice)\.onnx"
-)
+_DEGREE = r"r\d+-[0-9a-f]{12}"
+_PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
+_BESIDE_PLAN = r"(\.log|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
+_FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
+_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|\.{_DEGREE}(\.inlined)?\.(debug|slice|plan)\.(onnx|plan)"
+_OURS = re.compile(rf"{_FILES}|{_PASSING}")
 
 Notify = Callable[[int | None, str], None]
 """(degree, stage) as work goes on; degree is None for work on the whole family."""
@@ -123,9 +125,16 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
         listed.check_files(options.out, entry)
         notify(degree, "validating")
         fused = source.fused(degree, entry.scale)
-        graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused)
+        graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused, entry.precision)
         engine = Engine(
-            options.out / entry.engine, entry.backend, entry.precision, entry.sha256, graph, native=entry.native
+            file=options.out / entry.engine,
+            backend=entry.backend,
+            precision=entry.precision,
+            files=entry.sha256,
+            source=graph,
+            native=entry.native,
+            build=entry.build,
+            unrunnable=why_unrunnable(entry, options.out),
         )
         reference = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
         reports[degree] = validate(engine, reference, validation_batches(source))
@@ -187,26 +196,28 @@ def _with_backend(
     backend = names[0] if len(names) == 1 else listed_backend(source, family)
     if backend is None:
         degree = max(source.schedules)
-        graph = _lowered(source, degree, lowering, notify)
+        graphs = {name: _lowered(source, degree, lowering, notify, name) for name in names}
         notify(degree, f"choosing a backend: {' or '.join(names)}")
-        proven[degree] = fastest(source, graph)
+        proven[degree] = fastest(source, graphs)
         backend = proven[degree].engine.backend
     return replace(source, options=replace(source.options, backend=backend)), proven
 
 
-def _lowered(source: Source, degree: int, lowering: Lowering, notify: Notify) -> OnnxGraph:
+def _lowered(source: Source, degree: int, lowering: Lowering, notify: Notify, backend: str | None = None) -> OnnxGraph:
     notify(degree, "fusing")
     fused = source.fused(degree)
     notify(degree, "lowering to ONNX")
-    name = f"r{degree:02d}-{source.graph_recipe(degree)[:12]}.onnx"
-    graph = lowering.lower(source.schedules[degree], fused, name)
+    name = f"r{degree:02d}-{source.graph_recipe(degree, backend)[:12]}.onnx"
+    precision = graph_precision(backend or source.options.backend, source.options.precision)
+    graph = lowering.lower(source.schedules[degree], fused, name, precision)
     gc.collect()  # the exporter leaves cycles that hold copies of the weights
     return graph
 
 
 def _proven(source: Source, degree: int, graph: OnnxGraph, notify: Notify) -> Report:
     notify(degree, "building")
-    engine: Engine = build(graph, backend=source.options.backend, precision=source.options.precision)
+    options = source.options
+    engine: Engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
     notify(degree, "validating")
     reference = reference_model(source.loaded.model, source.schedules[degree], graph.source, source.reduction)
     return validate(engine, reference, validation_batches(source))
@@ -230,12 +241,15 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
         latency_ms={},
         accuracy={},
         native=engine.native,
+        build=engine.build,
     )
 
 
 def _measure(source: Source, family: Family, notify: Notify) -> Family:
     """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
     wanted = [entry for entry in family.engines if entry.degree in source.schedules]
+    if any(entry.validation.get("run", entry.backend) is None for entry in wanted):
+        return family  # plans for other machines
     if any(str(batch) not in entry.pays for entry in wanted for batch in BATCHES):
         notify(None, "measuring latency")
         for entry in measured(wanted, source.options.out):
@@ -267,5 +281,6 @@ def _sweep(out: Path) -> None:
     listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
     needed = {name for entry in listed for name in entry.sha256}
     for file in out.iterdir():
-        if file.name not in needed and _OURS.fullmatch(file.name):
+        of_plan = re.fullmatch(rf"({_PLAN}){_BESIDE_PLAN}", file.name)
+        if (of_plan[1] if of_plan else file.name) not in needed and _OURS.fullmatch(file.name):
             file.unlink()

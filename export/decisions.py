@@ -20,10 +20,11 @@ from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Decision, Reduction
 from tocom.vit import ReducedViT
 
-# Precision -> how much worse a decision may be by rounding alone. In float32 of the scores themselves, in bfloat16 of
-# the tokens that they are computed from (8 bits, and a few of them are lost on the way through the blocks).
-MERGE_MARGIN = {"fp32": 1e-6, "bf16": 2e-2}  # cosine
-PRUNE_MARGIN = {"fp32": 1e-5, "bf16": 2e-2}  # share of the range of logits
+# Precision -> how much worse a decision may be by rounding alone. In float32 of the scores themselves, in a narrow
+# format of the tokens that they are computed from (11 or 8 bits, and a few of them are lost on the way through the
+# blocks).
+MERGE_MARGIN = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}  # cosine
+PRUNE_MARGIN = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 2e-2}  # share of the range of logits
 
 
 AnyDecision = Matching | Pruning
@@ -205,3 +206,12 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> di
         positions = [torch.from_numpy(outputs[name]).flatten(1) for name in operator.decision_names(block)]
         found[block] = judge.read(positions, reference.model.num_prefix_tokens)
     return found
+
+
+def tokens_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, Tensor]:
+    """The tokens that remain behind each block's reduction, [B, N - r, C], where an engine's debug copy tells them."""
+    names = [name for name, value in outputs.items() if value.ndim == 3 and value.dtype.kind == "f"]
+    return {
+        block: torch.from_numpy(outputs[name]).float()
+        for block, name in zip(reference.deciding_blocks, names, strict=False)
+    }

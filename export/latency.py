@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.build import as_engine
 from export.operators import DOMAIN
 from runtime.engines import open_engine
 from runtime.latency import Latency, measure
@@ -71,7 +72,8 @@ def _times(entries: Sequence[EngineEntry], folder: Path, batch: int) -> dict[str
             engine = open_engine(folder / entry.engine, entry.backend, **settings)
             runners[str(entry.degree)] = stack.enter_context(engine)
             if any(entry.schedule):
-                with slice_bound(folder / entry.onnx) as file:  # once it is open, its file is not needed any more
+                # once it is open, its file is not needed any more
+                with slice_bound(folder / entry.onnx) as graph, as_engine(graph, entry.backend, entry.build) as file:
                     bound = open_engine(file, entry.backend, **settings)
                 runners[_bound_of(entry.degree)] = stack.enter_context(bound)
         return measure(runners, batch=batch, seconds=_SECONDS, min_rounds=_ROUNDS)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.operators import DOMAIN, VERSION, operator_of
+from export.precision import precision_of, typed
 from export.projection import FACTORS, projections
 from export.retarget import Template
 from export.weights import WeightStore
@@ -46,19 +47,21 @@ class Lowering:
         self._model, self._store, self._reduction = model, store, reduction
         self._templates: dict[tuple[int, ...], tuple[Template, tuple[str, ...]]] = {}  # by blocks that reduce
 
-    def lower(self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str) -> OnnxGraph:
+    def lower(self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str, precision: str = "fp32") -> OnnxGraph:
         """Exports one degree.
 
         Args:
             schedule: Tokens removed per block.
             fused: The weights of this degree.
             name: File name of the graph, within the store's folder.
+            precision: Number format that stands in the graph, one of `export.precision.FORMATS`.
 
         Returns:
             The graph, and the weight files it needs.
         """
         reference = reference_model(self._model, schedule, fused, self._reduction)
         proto, weight_files = self._graph(reference, fused)
+        proto = typed(proto, precision)
         file = self._store.folder / name
         write_atomically(file, proto.SerializeToString())
         _ensure_contract(file, proto, reference)
@@ -68,6 +71,7 @@ class Lowering:
             tokens=schedule.tokens,
             gmacs=count_gmacs(reference),
             source=fused,
+            precision=precision_of(proto),
         )
 
     def _graph(self, reference: ReducedViT, fused: FusedCheckpoint) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -127,7 +131,7 @@ def count_gmacs(reference: ReducedViT) -> float:
 
 
 def inline(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without model-local functions, for engines that do not expand them (TensorRT-RTX, OpenVINO)."""
+    """A copy without model-local functions, for engines that do not expand them (TensorRT, OpenVINO)."""
     return onnx.inliner.inline_local_functions(graph)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from calib.labelled import LabelledImages
-from export.build import backends_for
+from export.build import PLANNED, backends_for, graph_precision
 from export.fuse import fuse
+from export.tensorrt import PlanOptions, plan_recipe
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
 from runtime.engines import native_operators
@@ -26,10 +27,10 @@ from tocom.reduction import Reduction, reduction_named
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import schedule_for
 
-PIPELINE = 4  # part of every recipe; raised when the same inputs begin to make other engines
+PIPELINE = 5  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
-_ENGINE_LIBRARIES = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # backend -> its distribution
+_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # of the engine libraries
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class CompileOptions:
         schedule: Name of the schedule family: how a degree is spread over the blocks.
         reduction: Name of the token reduction.
         replace: Whether a family of another checkpoint in the folder may be overwritten.
+        plan: How plans are built, for backends that have them.
     """
 
     model: str
@@ -72,6 +74,7 @@ class CompileOptions:
     schedule: str = "constant"
     reduction: str = "merge"
     replace: bool = False
+    plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 @dataclass(frozen=True)
@@ -128,17 +131,24 @@ class Source:
         backend = self.options.backend
         parts = {
             "graph": self.graph_recipe(degree),
-            "library": version(_ENGINE_LIBRARIES[backend]),
+            "library": version(_DISTRIBUTIONS[backend]) if backend in _DISTRIBUTIONS else None,
+            "plan": plan_recipe(backend, self.options.plan) if backend in PLANNED else None,
             "precision": self.options.precision,
             "backend": backend,
             "native": sorted(native_operators(backend)),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def graph_recipe(self, degree: int) -> str:
-        """Hash of everything that decides what the graph of a degree is, which every backend shares."""
+    def graph_recipe(self, degree: int, backend: str | None = None) -> str:
+        """Hash of everything that decides what the graph of a degree is, which backends share if they can.
+
+        Args:
+            degree: Which.
+            backend: The one that it is for; None takes the options'.
+        """
         parts = {
             "pipeline": PIPELINE,
+            "precision": graph_precision(backend or self.options.backend, self.options.precision),
             "libraries": {name: version(name) for name in _LIBRARIES},
             "model": self.loaded.architecture,
             "model_args": {name: repr(value) for name, value in self.options.model_args.items()},

@@ -11,6 +11,10 @@ from calib.scales_file import ScaleChoices, Trial
 from runtime.manifest import EngineEntry, Family
 
 _MIB = 1 << 20
+_ABOUT_TIMES = (
+    "ms: batch 1 on this machine, all degrees measured in one interleaved run; tax: beyond the same network that drops "
+    "tokens unseen; MiB: all files the degree reads."
+)
 _ALONE = {"merge": "merging", "prune": "pruning"}
 
 
@@ -27,7 +31,14 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     compensated = family.compensator_sha256 is not None
     table = Table(title=_title(family, entries))
     scaled = len({entry.scale for entry in entries}) > 1
-    names = ("tokens", "GMACs", "MiB", "ms p50", "p99", "speed-up", "tax", "logit error", "agreement")
+    planned = any(entry.build for entry in entries)
+    timed = any(entry.latency_ms for entry in entries) or not planned
+    names = (
+        *("tokens", "GMACs", "MiB"),
+        *(("plan MiB", "build s", "layers") if planned else ()),
+        *(("ms p50", "p99", "speed-up", "tax") if timed else ()),
+        *("logit error", "agreement"),
+    )
     for name in ("degree", "scale", *names) if scaled else ("degree", *names):
         table.add_column(name, justify="right")
     if labelled and compensated:
@@ -37,13 +48,18 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         table.add_column("top-1", justify="right")
     baseline = next((entry for entry in family.engines if entry.degree == 0), None)
     for entry in entries:
-        degree, *cells = _row(entry, baseline, folder)
+        cells = [
+            *_size(entry, folder),
+            *(_plan(entry) if planned else ()),
+            *(_times(entry, baseline) if timed else ()),
+            *_proof(entry),
+        ]
+        degree = str(entry.degree)
         scale = [_scale(entry, family)] if scaled else []
         table.add_row(degree, *scale, *cells, *(_accuracy(entry, compensated) if labelled else ()))
-    notes = [
-        "ms: batch 1 on this machine, all degrees measured in one interleaved run; tax: beyond the same network that "
-        "drops tokens unseen; MiB: all files the degree reads."
-    ]
+    notes = [_ABOUT_TIMES if timed else "MiB: all files of the degree, also the graph that its plan was built from."]
+    if planned:
+        notes.append(_about_plans(entries))
     if idle := _idle(entries):
         notes.append(f"Not faster than degree 0 here: {idle}.")
     stored = {name for entry in family.engines for name in entry.sha256}
@@ -100,19 +116,45 @@ def _title(family: Family, entries: Sequence[EngineEntry]) -> str:
     return ", ".join(parts)
 
 
-def _row(entry: EngineEntry, baseline: EngineEntry | None, folder: Path) -> list[str]:
-    time = entry.latency_ms.get("1", {})
-    base = baseline.latency_ms.get("1", {}) if baseline else {}
-    found = entry.validation
+def _size(entry: EngineEntry, folder: Path) -> list[str]:
     return [
-        str(entry.degree),
         f"{entry.tokens[0]} -> {entry.tokens[-1]}",
         f"{entry.gmacs:.3g}",
         f"{_mib(folder, entry.sha256):.1f}",
+    ]
+
+
+def _plan(entry: EngineEntry) -> list[str]:
+    build = entry.build
+    return [f"{build['bytes'] / _MIB:.1f}", f"{build['seconds']:.1f}", str(sum(build["layers"].values()))]
+
+
+def _about_plans(entries: Sequence[EngineEntry]) -> str:
+    """For what and by what the plans were built, and what was proven of them."""
+    build = next(entry.build for entry in entries if entry.build)
+    smallest, best, largest = build["options"]["batch"]
+    made_for = ", ".join(build["options"]["targets"]) or build.get("gpu", "the library's default targets")
+    by = f"{entries[0].backend} {build['library']}"
+    text = f"Plans by {by} for {made_for}; batch {smallest} to {largest}, best at {best}."
+    if any(entry.validation.get("run", entry.backend) is None for entry in entries):
+        text += "\nNot run here: proven are their graphs, which ONNX Runtime carried out with every rounding in them."
+    return text
+
+
+def _times(entry: EngineEntry, baseline: EngineEntry | None) -> list[str]:
+    time = entry.latency_ms.get("1", {})
+    base = baseline.latency_ms.get("1", {}) if baseline else {}
+    return [
         f"{time['p50']:.2f}" if "p50" in time else "-",
         f"{time['p99']:.2f}" if "p99" in time else "-",
         _speed_up(entry, time, base),
         f"{time['p50'] / time['slice_bound'] - 1:.0%}" if "slice_bound" in time else "-",
+    ]
+
+
+def _proof(entry: EngineEntry) -> list[str]:
+    found = entry.validation
+    return [
         f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
         f"{found['agreement']:.2%}" if found.get("decisions") else "-",
     ]

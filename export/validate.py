@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,71 +21,17 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.build import needs_inlining
-from export.decisions import AnyDecision, decisions_of, judge_of
+from export.build import as_engine, needs_inlining
+from export.decisions import AnyDecision, decisions_of, judge_of, tokens_of
+from export.findings import Findings
 from export.lower import OUTPUT, inline
 from export.operators import DOMAIN
+from export.rounding import rounded
 from runtime.artifacts import Engine, Report
 from runtime.engines import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
-LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # by precision; times the largest logit where that exceeds 1
-DEBUG_TOLERANCE = 1e-6  # the debug copy may be optimized differently, not compute something else
-
-
-@dataclass
-class Findings:
-    """What was compared, over all images so far.
-
-    Attributes:
-        precision: What the engine computes in: rounding is judged by it.
-    """
-
-    precision: str = "fp32"
-    images: int = 0
-    decisions: int = 0
-    equal_decisions: int = 0
-    explained: int = 0
-    unexplained: int = 0
-    largest_margin: float = 0.0
-    max_logit_error: float = 0.0
-    max_logit: float = 0.0
-    top1_equal: int = 0
-    debug_copy_error: float = 0.0
-    blocks_with_unexplained: set[int] = field(default_factory=set)
-
-    @property
-    def agreement(self) -> float:
-        """Share of decisions (who merges into whom, who is dropped) equal to the reference's; 1 where nothing goes."""
-        return self.equal_decisions / self.decisions if self.decisions else 1.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether every gate holds."""
-        tolerance = LOGIT_TOLERANCE[self.precision] * max(1.0, self.max_logit)
-        return (
-            self.unexplained == 0
-            and self.max_logit_error <= tolerance
-            and self.debug_copy_error <= DEBUG_TOLERANCE * max(1.0, self.max_logit)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest and for machines."""
-        return {
-            "passed": self.passed,
-            "precision": self.precision,
-            "images": self.images,
-            "decisions": self.decisions,
-            "agreement": self.agreement,
-            "explained": self.explained,
-            "unexplained": self.unexplained,
-            "largest_margin": self.largest_margin,
-            "max_logit_error": self.max_logit_error,
-            "max_logit": self.max_logit,
-            "debug_copy_error": self.debug_copy_error,
-            "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
-            "blocks_with_unexplained": sorted(self.blocks_with_unexplained),
-        }
+_SMALLEST = 1e-12  # nothing is divided by less
 
 
 def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray]) -> Report:
@@ -104,53 +51,100 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
     def exact() -> ReducedViT:
         return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule, reduction=reference.reduction)
 
-    shipped = open_engine(engine.file, engine.backend, precision=engine.precision)
-    # a native operator tells its decisions as it is, so no copy is needed
-    with shipped, nullcontext(shipped) if engine.native else debug_copy(engine) as debugged:
+    with _runners(engine) as (shipped, debugged):
         for pixel_values in batches:
             _compare(shipped, debugged, reference, exact, pixel_values, findings)
-    return Report(engine=engine, passed=findings.passed, findings=findings.to_json())
+    found = {**findings.to_json(), "run": None if engine.unrunnable else engine.backend}
+    return Report(engine=engine, passed=findings.passed, findings=found)
+
+
+@contextmanager
+def _runners(engine: Engine) -> Iterator[tuple[EngineRunner, EngineRunner]]:
+    """What is shipped, and what also tells its decisions.
+
+    A native operator tells them as it is. What cannot be run here is proven by its graph, on ONNX Runtime.
+    """
+    if engine.native or engine.unrunnable:
+        opened = debug_copy(engine) if engine.unrunnable else open_engine(**_opened_as(engine, engine.file))
+        with opened as runner:
+            yield runner, runner
+    else:
+        with open_engine(**_opened_as(engine, engine.file)) as shipped, debug_copy(engine) as debugged:
+            yield shipped, debugged
+
+
+def _opened_as(engine: Engine, file: Path) -> dict[str, Any]:
+    return {"path": file, "backend": engine.backend, "precision": engine.precision}
 
 
 @contextmanager
 def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
-    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched."""
+    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
+
+    Where the engine cannot be run, ONNX Runtime carries the copy out, with every rounding that stands in the graph.
+    """
     graph = onnx.load(engine.source.file, load_external_data=False)
+    values = {value.name: value for value in graph.graph.value_info}
     for node in graph.graph.node:
         if node.domain == DOMAIN:
             for name in node.output[2:]:
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-    if needs_inlining(graph, engine.backend):
+            if engine.source.precision != "fp32":  # the formats are the graph's, so that this changes none
+                graph.graph.output.append(values[node.output[0]])
+    backend, precision = engine.backend, engine.precision
+    if engine.unrunnable:
+        graph, backend, precision = rounded(graph), "onnxruntime", "fp32"
+    elif needs_inlining(graph, backend):
         graph = inline(graph)
     # beside the original, because its weight files are found relative to the graph
-    file = engine.file.with_name(f".{engine.file.stem}.debug.onnx")
+    file = engine.source.file.with_name(f".{engine.source.file.stem}.debug.onnx")
     try:
         file.write_bytes(graph.SerializeToString())
-        with open_engine(file, engine.backend, precision=engine.precision) as runner:
+        with (
+            as_engine(file, backend, engine.build) as opened,
+            open_engine(opened, backend, precision=precision) as runner,
+        ):
             yield runner
     finally:
         file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Replay:
+    """What the reference does with decisions forced on it.
+
+    Attributes:
+        logits: [B, classes].
+        natural: Block -> what it would have decided itself.
+        signals: Block -> what it decided on.
+        tokens: Block -> the tokens that remained, [B, N - r, C].
+    """
+
+    logits: Tensor
+    natural: Mapping[int, AnyDecision]
+    signals: Mapping[int, Tensor]
+    tokens: Mapping[int, Tensor]
+
+
 @torch.no_grad()
-def replay(
-    reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision]
-) -> tuple[Tensor, dict[int, AnyDecision], dict[int, Tensor]]:
+def replay(reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision]) -> Replay:
     """Runs the reference with given decisions forced on it; it decides itself where none are given.
 
     Returns:
-        Its logits; what it would have decided in each block; and the signal that each block decided on.
+        What it found.
     """
     reduction = reference.reduction
     natural: dict[int, AnyDecision] = {}
     signals: dict[int, Tensor] = {}
+    tokens: dict[int, Tensor] = {}
 
     def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
         natural[block] = reduction.decide(signal, r, reference.model)
         signals[block] = signal
-        return reduction.apply(x, token_size, signal, decisions.get(block, natural[block]))
+        tokens[block], size = reduction.apply(x, token_size, signal, decisions.get(block, natural[block]))
+        return tokens[block], size
 
-    return reference(pixel_values, step), natural, signals
+    return Replay(reference(pixel_values, step), natural, signals, tokens)
 
 
 def _compare(
@@ -168,14 +162,24 @@ def _compare(
     findings.images += len(images)
     invalid = _blocks_with_none(decisions, reference, len(images))
     if invalid:
-        findings.unexplained += len(invalid)
-        findings.blocks_with_unexplained |= invalid
+        for block in invalid:
+            findings.block(block).unexplained += 1
         findings.largest_margin = findings.max_logit_error = float("inf")
         return  # there is nothing to replay
-    expected, natural, _ = replay(reference, images, decisions)
+    forced = replay(reference, images, decisions)
+    expected = forced.logits
     _compare_decisions(
-        decisions, natural, len(images), reference, lambda: replay(exact(), images.double(), decisions)[2], findings
+        decisions,
+        forced.natural,
+        len(images),
+        reference,
+        lambda: replay(exact(), images.double(), decisions).signals,
+        findings,
     )
+    for block, tokens in tokens_of(outputs, reference).items():
+        largest = float(forced.tokens[block].abs().max())
+        error = _largest_difference(tokens, forced.tokens[block]) / max(largest, _SMALLEST)
+        findings.block(block).token_error = max(findings.block(block).token_error or 0.0, error)
     findings.max_logit_error = max(findings.max_logit_error, _largest_difference(logits, expected))
     findings.max_logit = max(findings.max_logit, float(expected.abs().max()))
     findings.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
@@ -198,25 +202,25 @@ def _compare_decisions(
     natural: Mapping[int, AnyDecision],
     images: int,
     reference: ReducedViT,
-    exact_signals: Callable[[], dict[int, Tensor]],
+    exact_signals: Callable[[], Mapping[int, Tensor]],
     findings: Findings,
 ) -> None:
     judge = judge_of(reference.reduction)
-    signals: dict[int, Tensor] | None = None
+    signals: Mapping[int, Tensor] | None = None
     for block, chosen in decisions.items():
+        found = findings.block(block)
         for image in range(images):
-            findings.decisions += judge.count(chosen)
-            findings.equal_decisions += judge.count_equal(natural[block], chosen, image)
+            found.decisions += judge.count(chosen)
+            found.equal += judge.count_equal(natural[block], chosen, image)
             if judge.is_equal(natural[block], chosen, image):
                 continue
             signals = signals or exact_signals()
             margin = judge.margin(signals[block], chosen, image, reference.model)
             findings.largest_margin = max(findings.largest_margin, margin)
             if margin < judge.bounds[findings.precision]:
-                findings.explained += 1
+                found.explained += 1
             else:
-                findings.unexplained += 1
-                findings.blocks_with_unexplained.add(block)
+                found.unexplained += 1
 
 
 def _largest_difference(one: Tensor, other: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +45,7 @@ class OnnxGraph:
         tokens: Tokens entering each block, then tokens leaving the last one; L + 1 numbers.
         gmacs: Multiply-accumulates of one image, in units of 1e9.
         source: What the graph was lowered from.
+        precision: Number format of its products: "fp32" also where an engine is to choose another one itself.
     """
 
     file: Path
@@ -52,6 +53,7 @@ class OnnxGraph:
     tokens: tuple[int, ...]
     gmacs: float
     source: FusedCheckpoint
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Engine:
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.
         native: Whether the backend removes tokens with an operator of its own instead of the function body.
+        build: JSON-ready, what is known of a plan that was built; empty where the graph itself is opened.
+        unrunnable: Why it cannot be run here, so that its graph is proven instead; None where it can.
     """
 
     file: Path
@@ -73,6 +77,8 @@ class Engine:
     files: Mapping[str, str]
     source: OnnxGraph
     native: bool = False
+    build: Mapping[str, Any] = field(default_factory=dict)
+    unrunnable: str | None = None
 
 
 @dataclass(frozen=True)

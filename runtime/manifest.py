@@ -107,6 +107,7 @@ class EngineEntry:
         accuracy: Measured shares such as "top1", and how many "images" they rest on; may be empty.
         native: Whether the backend's own operator removes the tokens, instead of the function body.
         pays: Batch size -> whether the engine was faster than degree 0 in the same run.
+        build: What is known of a plan that was built: library, options, seconds, bytes, layers; empty for a graph.
     """
 
     degree: int
@@ -125,6 +126,7 @@ class EngineEntry:
     accuracy: Mapping[str, float | None]
     native: bool = False
     pays: Mapping[str, bool] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "engine") -> EngineEntry:
@@ -151,6 +153,7 @@ class EngineEntry:
             accuracy=node.key("accuracy").mapping(_number_or_null),
             native=node.key_or("native", False).boolean(),
             pays=node.key_or("pays", {}).mapping(Json.boolean),
+            build=node.key_or("build", {}).mapping(Json.plain),
         )
         if len(entry.tokens) != len(entry.schedule) + 1:
             node.key("tokens").refuse(f"one number more than the schedule's {len(entry.schedule)}")
@@ -170,6 +173,7 @@ class EngineEntry:
             "latency_ms": {batch: dict(times) for batch, times in self.latency_ms.items()},
             "accuracy": dict(self.accuracy),
             "pays": dict(self.pays),
+            "build": dict(self.build),
         }
 
 

@@ -39,7 +39,13 @@ def test_imports_follow_the_arrows(room: str) -> None:
 
 
 def test_an_engine_library_is_imported_by_its_own_modules_only() -> None:
-    libraries = {"onnxruntime": ("ort.py",), "openvino": ("ov.py", "ov_fusion.py")}
+    libraries = {
+        "onnxruntime": ("ort.py",),
+        "openvino": ("ov.py", "ov_fusion.py"),
+        "tensorrt": ("tensorrt_nvidia.py",),
+        "tensorrt_rtx": ("tensorrt_rtx.py", "trt.py", "lane.py"),  # the last two for its types only
+        "cuda": ("device.py",),
+    }
     for file in (ROOT / "runtime").rglob("*.py"):
         for library in imported(file) & libraries.keys():
             assert file.name in libraries[library] and file.parent.name == "engines"

@@ -56,11 +56,14 @@ def TokenMerge(x, token_size, metric, r: int, tokens: int, protected: int, keep_
     dst = op.GatherND(pick, src_rank, batch_dims=1)
 
     src_size = op.GatherND(token_size, src, batch_dims=1)
-    into = op.CastLike(op.Equal(op.Transpose(dst, perm=[0, 2, 1]), op.Unsqueeze(b_positions, one)), x)
+    into = op.CastLike(op.Equal(op.Transpose(dst, perm=[0, 2, 1]), op.Unsqueeze(b_positions, one)), token_size)
     b_size = op.Slice(token_size, first_b, end, one, two)
     size = op.Add(b_size, op.MatMul(into, src_size))
-    moved = op.MatMul(into, op.Mul(op.GatherND(x, src, batch_dims=1), src_size))
-    mean = op.Div(op.Add(op.Mul(op.Slice(x, first_b, end, one, two), b_size), moved), size)
+    # weights of the mean, not its sum: no number grows, so that x may be of a narrow format
+    own = op.CastLike(op.Div(b_size, size), x)
+    weights = op.CastLike(op.Div(op.Mul(into, op.Transpose(src_size, perm=[0, 2, 1])), size), x)
+    moved = op.MatMul(weights, op.GatherND(x, src, batch_dims=1))
+    mean = op.Add(op.Mul(op.Slice(x, first_b, end, one, two), own), moved)
 
     merged = op.Concat(op.Slice(x, zero, prefix, one, one), op.GatherND(x, unm, batch_dims=1), mean, axis=1)
     merged_size = op.Concat(

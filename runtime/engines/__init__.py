@@ -15,8 +15,17 @@ from runtime.errors import InputError, one_line
 
 # Backend -> the module that alone imports its library. Each module has `describe() -> str` (one line: version and
 # devices), `PRECISIONS`, `native_operators() -> frozenset[str]` (operators of this project that it runs without their
-# function bodies) and `open_engine(path, settings) -> EngineRunner`.
-BACKENDS: dict[str, str] = {"onnxruntime": "runtime.engines.ort", "openvino": "runtime.engines.ov"}
+# function bodies) and `open_engine(path, settings) -> EngineRunner`. One whose library may be there without anything
+# to run on also has `unusable() -> str | None`: why no engine can run here, which `describe` then tells too.
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "runtime.engines.ort",
+    "openvino": "runtime.engines.ov",
+    "tensorrt": "runtime.engines.tensorrt_nvidia",
+    "tensorrt-rtx": "runtime.engines.tensorrt_rtx",
+}
+
+# Backend -> its library's module and package, where they are not named like it.
+_LIBRARIES = {"tensorrt": ("tensorrt", "tensorrt-cu13"), "tensorrt-rtx": ("tensorrt_rtx", "'tensorrt-rtx-cu13'")}
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "logits"
@@ -162,9 +171,12 @@ def open_engine(
         share_weights: Likewise.
 
     Raises:
-        InputError: The backend is unknown or not installed, a number is below 1, or the file is not a usable engine.
+        InputError: The backend is unknown, not installed or cannot run here, a number is below 1, or the file is not a
+            usable engine.
     """
     module = _module(backend)
+    if (why := _unusable(module)) is not None:
+        raise InputError(f"backend {backend} cannot run here, {why}")
     for name, number in (("threads", threads), ("batch", batch)):
         if number is not None and number < 1:
             raise InputError(f"{name} must be 1 or more, got {number}")
@@ -210,12 +222,18 @@ def available() -> list[BackendStatus]:
 
 def _status(name: str) -> BackendStatus:
     try:
-        return BackendStatus(name, True, importlib.import_module(BACKENDS[name]).describe())
+        module = importlib.import_module(BACKENDS[name])
     except ImportError as error:
         return BackendStatus(name, False, _why_not(name, error))
+    return BackendStatus(name, _unusable(module) is None, module.describe())
+
+
+def _unusable(module: ModuleType) -> str | None:
+    return module.unusable() if hasattr(module, "unusable") else None
 
 
 def _why_not(name: str, error: ImportError) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == name:
-        return f"not installed: pip install {name}"
+    library, package = _LIBRARIES.get(name, (name, name))
+    if isinstance(error, ModuleNotFoundError) and error.name == library:
+        return f"not installed: pip install {package}"
     return f"its library does not load: {one_line(error)}"

@@ -14,8 +14,9 @@ from onnx import helper, numpy_helper
 import export.validate
 from export.build import build
 from export.decisions import MERGE_MARGIN, PRUNE_MARGIN, decisions_of
+from export.findings import BlockFindings, Findings
 from export.lower import reference_model
-from export.validate import Findings, default_images, replay, validate
+from export.validate import default_images, replay, validate
 from runtime.engines import open_engine
 from runtime.errors import InputError
 from tocom.reduction import MERGE, PRUNE
@@ -107,13 +108,10 @@ def scrambled_ranking(graph):
 
 def unweighted_mean(graph):
     """Takes the sizes out of the sum, but not out of what it is divided by."""
-    product = next(
-        node for node in graph.functions[0].node if node.op_type == "Mul" and any("src_size" in i for i in node.input)
-    )
-    moved = next(i for i in product.input if "src_size" not in i)
-    product.op_type = "Identity"
-    del product.input[:]
-    product.input.append(moved)
+    weighted = next(node for node in graph.functions[0].node if node.op_type == "Mul" and "into" in node.input)
+    weighted.op_type = "Identity"
+    del weighted.input[:]
+    weighted.input.append("into")
 
 
 def rewire(graph, value, position, *nodes):
@@ -395,9 +393,10 @@ def test_replay_of_ones_own_decisions_changes_nothing(engine, reference):
     pixel_values = next(images())
     with export.validate.debug_copy(engine) as runner:
         decisions = decisions_of(runner.infer_all(pixel_values), reference)
-    logits, natural, signals = replay(reference, torch.from_numpy(pixel_values), decisions)
+    forced = replay(reference, torch.from_numpy(pixel_values), decisions)
+    logits = forced.logits
     assert torch.equal(logits, reference(torch.from_numpy(pixel_values)))
-    assert natural.keys() == signals.keys() == {0, 1, 2, 3}
+    assert forced.natural.keys() == forced.signals.keys() == forced.tokens.keys() == {0, 1, 2, 3}
     with open_engine(engine.file, engine.backend) as runner:
         assert np.abs(runner.infer(pixel_values) - logits.numpy()).max() <= 1e-4
 
@@ -414,8 +413,8 @@ def test_default_images_are_of_both_kinds_and_batches():
     ("change", "passed"),
     [
         ({}, True),
-        ({"unexplained": 1}, False),
-        ({"explained": 9}, True),
+        ({"blocks": {3: BlockFindings(unexplained=1)}}, False),
+        ({"blocks": {3: BlockFindings(explained=9)}}, True),
         ({"max_logit_error": 0.9e-4}, True),
         ({"max_logit_error": 1.1e-4}, False),
         ({"max_logit_error": 1.1e-4, "max_logit": 5.0}, True),

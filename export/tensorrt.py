@@ -1,0 +1,227 @@
+"""ONNX graph -> TensorRT plan, by NVIDIA's TensorRT or by TensorRT for RTX, which needs no GPU for that.
+
+Networks are strongly typed: every format stands in the graph (`export.precision`), and TF32 is off, which would flip
+decisions. What depends on weights alone is computed here, once: TensorRT for RTX would do it again in every call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+from onnxscript import optimizer
+
+from export.lower import INPUT, inline
+from runtime.artifacts import write_atomically
+from runtime.engines.trt import complaints, logger
+from runtime.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    import tensorrt_rtx as trt
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
+_TARGET = re.compile(r"sm\d+")
+_UNLIMITED = 1 << 62
+_ITERATIONS = 3  # of folding: what follows from a folded value is folded next
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How plans are built.
+
+    Attributes:
+        batch: Smallest, most frequent and largest batch.
+        targets: GPU architectures that a plan of TensorRT for RTX is for, like "sm89"; none takes `DEFAULT_TARGETS`.
+        hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
+        version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
+        stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
+
+    Raises:
+        InputError: If a value is not one of these.
+    """
+
+    batch: tuple[int, int, int] = (1, 8, 32)
+    targets: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    stripped: bool = False
+
+    def __post_init__(self) -> None:
+        smallest, best, largest = self.batch
+        if not 1 <= smallest <= best <= largest:
+            raise InputError(f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, like 1:8:32, got "
+                             f"{':'.join(map(str, self.batch))}.")  # fmt: skip
+        for target in self.targets:
+            if not _TARGET.fullmatch(target):
+                raise InputError(f"a target must be a GPU architecture like sm89, got {one_line(target)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """For recipes and the manifest."""
+        return {**asdict(self), "batch": list(self.batch), "targets": list(self.targets)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PlanOptions:
+        """What `to_json` gave."""
+        return cls(**{**value, "batch": tuple(value["batch"]), "targets": tuple(value["targets"])})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built plan.
+
+    Attributes:
+        content: The serialized engine.
+        seconds: What building it took.
+        layers: Layers of the network that was parsed, by type.
+        log: What the library said.
+    """
+
+    content: bytes
+    seconds: float
+    layers: dict[str, int]
+    log: tuple[str, ...]
+
+
+def library_of(backend: str) -> ModuleType:
+    """The library that builds a backend's plans.
+
+    Raises:
+        InputError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(LIBRARIES[backend])
+    except ImportError as error:
+        raise InputError(f"backend {backend} cannot build plans here: {one_line(error)}") from error
+
+
+def plan_recipe(backend: str, options: PlanOptions) -> dict[str, Any]:
+    """What decides a plan beside its graph."""
+    recipe = {"library": library_of(backend).__version__, "options": options.to_json()}
+    if backend == "tensorrt":
+        from runtime.engines import device
+
+        recipe["gpu"] = device.describe()
+    return recipe
+
+
+def build_plan(graph: Path, backend: str, options: PlanOptions, cache: Path | None = None) -> Plan:
+    """Builds a plan.
+
+    Args:
+        graph: Typed ONNX file of this project, with functions or without; its weights lie beside it.
+        backend: "tensorrt" or "tensorrt-rtx".
+        options: How.
+        cache: File of measured kernel times, which TensorRT reads and writes; TensorRT for RTX measures none.
+
+    Raises:
+        InputError: If the library is not installed, does not know a target, or refuses the graph; its own words follow.
+    """
+    library = library_of(backend)
+    with tempfile.TemporaryDirectory() as folder, complaints() as messages:
+        file = _folded(graph, Path(folder))
+        try:
+            return _built(library, file, graph.name, backend, options, messages, cache)
+        except RuntimeError as error:  # what pybind makes of C++ exceptions
+            raise InputError(f"{backend} fails on {graph.name}: {one_line(error)}") from error
+
+
+def _built(
+    library: ModuleType,
+    file: Path,
+    name: str,
+    backend: str,
+    options: PlanOptions,
+    messages: list[str],
+    cache: Path | None,
+) -> Plan:
+    builder: trt.Builder = library.Builder(logger(library))
+    flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: trt.INetworkDefinition = builder.create_network(flags)
+    parser: trt.OnnxParser = library.OnnxParser(network, logger(library))
+    if not parser.parse_from_file(str(file)):
+        errors = "; ".join(one_line(parser.get_error(index).desc()) for index in range(parser.num_errors))
+        raise InputError(f"{backend} refuses {name}: {errors}")
+    config = _config(library, builder, network, backend, options)
+    kept: trt.ITimingCache | None = None
+    if backend == "tensorrt" and cache is not None:
+        kept = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+        config.set_timing_cache(kept, ignore_mismatch=False)
+    began = time.monotonic()
+    memory: trt.IHostMemory | None = builder.build_serialized_network(network, config)
+    seconds = time.monotonic() - began
+    if memory is None:
+        raise InputError(f"{backend} cannot build {name}: {'; '.join(messages[-3:]) or 'it does not say why'}")
+    if kept is not None and cache is not None:
+        write_atomically(cache, bytes(kept.serialize()))
+    layers = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
+    return Plan(bytes(memory), seconds, dict(sorted(layers.items())), tuple(messages))
+
+
+def _config(
+    library: ModuleType,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    backend: str,
+    options: PlanOptions,
+) -> trt.IBuilderConfig:
+    config: trt.IBuilderConfig = builder.create_builder_config()
+    config.clear_flag(library.BuilderFlag.TF32)
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    if backend == "tensorrt-rtx":
+        known = {each.name.lower(): each for each in library.ComputeCapability.__members__.values()}
+        targets = options.targets or DEFAULT_TARGETS
+        for target in targets:
+            if target not in known or not _TARGET.fullmatch(target):
+                names = ", ".join(filter(_TARGET.fullmatch, known))
+                raise InputError(f"tensorrt-rtx {library.__version__} builds for {names}, got {target}.")
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(known[target], index)
+    elif options.targets:
+        raise InputError("targets are for tensorrt-rtx: tensorrt builds for the GPU it runs on. Leave out --target.")
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = library.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.version_compatible:
+        config.set_flag(library.BuilderFlag.VERSION_COMPATIBLE)
+    if options.stripped:
+        config.set_flag(library.BuilderFlag.STRIP_PLAN)
+        config.set_flag(library.BuilderFlag.REFIT_IDENTICAL)
+    profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+    image = tuple(network.get_input(0).shape)[1:]
+    smallest, best, largest = options.batch
+    profile.set_shape(INPUT, (smallest, *image), (best, *image), (largest, *image))
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _folded(graph: Path, folder: Path) -> Path:
+    """A copy without functions, in which everything that no input decides is a constant."""
+    flat = graph.with_name(f".{graph.stem.lstrip('.')}.plan.onnx")  # its weights are found beside it
+    try:
+        flat.write_bytes(inline(onnx.load(graph, load_external_data=False)).SerializeToString())
+        model = ir.load(flat)
+        optimizer.optimize_ir(
+            model, num_iterations=_ITERATIONS, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED
+        )
+        ir.save(model, folder / "graph.onnx", external_data="weights.bin")
+    finally:
+        flat.unlink(missing_ok=True)
+    return folder / "graph.onnx"
+
+
+def plan_name(graph: Path, recipe: dict[str, Any]) -> str:
+    """File name of the plan that is built from a graph in one way."""
+    return f"{graph.stem}.{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.plan"
