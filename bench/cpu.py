@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -34,8 +34,10 @@ import openvino
 import timm
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
+from bench.markdown import spread, table
+from bench.plain_tome import PlainToMe
 from export.build import build
 from export.latency import slice_bound
 from export.lower import INPUT, OUTPUT, count_gmacs, lower
@@ -43,7 +45,6 @@ from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
 from runtime.engines import EngineRunner, open_engine
 from runtime.latency import measure
-from tocom.merging import Matching, cosine_scores, first_positions, merge
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -123,27 +124,6 @@ class OpenVinoPeer(EngineRunner):
 
     def _close(self) -> None:
         del self._request
-
-
-class PlainToMe(nn.Module):
-    """Token merging as one would write it for torch.onnx.export, which has no stable order as the reference does."""
-
-    def __init__(self, reference: ReducedViT) -> None:
-        super().__init__()
-        self.reference = reference
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits."""
-        return self.reference(pixel_values, self._step)
-
-    def _step(self, _block: int, x: Tensor, token_size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        protected = self.reference.model.num_prefix_tokens
-        first_a, first_b = first_positions(protected)
-        best, pick = cosine_scores(metric, protected).max(dim=-1)
-        ranked = best.argsort(dim=-1, descending=True)
-        src, unm = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
-        dst = first_b + 2 * pick.gather(-1, src)
-        return merge(x, token_size, Matching(first_a + 2 * src, dst, first_a + 2 * unm, protected))
 
 
 class Bench:
@@ -305,24 +285,17 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path, 
 
 
 def _table(batch: int, degrees: Mapping[int, list[Row]]) -> str:
-    lines = ["| r | contender | schedule | rounds | ms | quartiles | images/s | speed-up | of ideal | tax "
-             "| over plain export |", "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    columns = ("r", "contender", "schedule", "rounds", "ms", "quartiles", "images/s", "speed-up", "of ideal", "tax",
+               "over plain export")  # fmt: skip
+    lines = []
     for degree, rows in degrees.items():
         for row in sorted(rows, key=lambda row: (row.schedule == "-", row.ms)):
             merged = row.schedule != "-"
-            cells = (str(degree if merged else 0), row.contender, row.schedule, str(row.rounds or ""),
-                     f"{row.ms:.1f}", f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
-                     f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
-                     _spread(row.tax, "{:+.1%}"), _spread(row.gain, "{:.2f}x"))  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(quartiles: Sequence[float] | None, form: str) -> str:
-    if quartiles is None:
-        return ""
-    low, middle, high = map(form.format, quartiles)
-    return f"{middle} ({low} to {high})"
+            lines.append((str(degree if merged else 0), row.contender, row.schedule, str(row.rounds or ""),
+                          f"{row.ms:.1f}", f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
+                          f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
+                          spread(row.tax, "{:+.1%}"), spread(row.gain, "{:.2f}x")))  # fmt: skip
+    return table(columns, lines, text=("contender", "schedule"))
 
 
 def _draw(title: str, degrees: Mapping[int, list[Row]], file: Path) -> None:

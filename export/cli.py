@@ -126,6 +126,9 @@ def validate_command(
     images: Images = None,
     num_classes: NumClasses = None,
     model_arg: ModelArgs = None,
+    per_block: Annotated[
+        bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
+    ] = False,
 ) -> None:
     """Prove the engines of a family once more, against the reference made from the original files.
 
@@ -134,6 +137,7 @@ def validate_command(
     wanted = read_degrees(degrees) if degrees else ()
     from export.compile import validate_family
     from export.source import CompileOptions
+    from export.table import block_table
 
     options = CompileOptions(
         model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
@@ -151,7 +155,10 @@ def validate_command(
             f"{found['agreement']:.2%}", str(found["explained"]), str(found["unexplained"]),
             f"{found['max_logit_error']:.1e}", f"{found['top1_agreement']:.0%}",
         )  # fmt: skip
-    open_console().print(table)
+    console = open_console()
+    console.print(table)
+    if per_block:
+        console.print(block_table(reports))
     if not all(reports.values()):
         raise typer.Exit(1)
 

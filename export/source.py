@@ -15,7 +15,7 @@ import numpy as np
 from calib.labelled import LabelledImages
 from export.build import PLANNED, backends_for, graph_precision
 from export.fuse import fuse
-from export.tensorrt import PlanOptions, plan_recipe
+from export.tensorrt import PlanOptions, plan_recipe, require_buildable
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
 from runtime.engines import native_operators
@@ -172,6 +172,8 @@ def load_source(options: CompileOptions) -> Source:
         tocom.errors.InputError: Likewise.
     """
     backends_for(options.backend, options.precision)
+    if options.backend in PLANNED:
+        require_buildable(options.backend, options.plan)
     if options.delta_scale is not None and not np.isfinite(options.delta_scale):
         raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
     if options.compensator is not None and options.source_degree is None:

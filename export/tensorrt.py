@@ -130,6 +130,7 @@ def build_plan(graph: Path, backend: str, options: PlanOptions, cache: Path | No
         InputError: If the library is not installed, does not know a target, or refuses the graph; its own words follow.
     """
     library = library_of(backend)
+    require_buildable(backend, options)
     with tempfile.TemporaryDirectory() as folder, complaints() as messages:
         file = _folded(graph, Path(folder))
         try:
@@ -152,8 +153,8 @@ def _built(
     network: trt.INetworkDefinition = builder.create_network(flags)
     parser: trt.OnnxParser = library.OnnxParser(network, logger(library))
     if not parser.parse_from_file(str(file)):
-        errors = "; ".join(one_line(parser.get_error(index).desc()) for index in range(parser.num_errors))
-        raise InputError(f"{backend} refuses {name}: {errors}")
+        errors = dict.fromkeys(map(_words, (parser.get_error(index) for index in range(parser.num_errors))))
+        raise InputError(f"{backend} refuses {name}: {'; '.join(errors)}")
     config = _config(library, builder, network, backend, options)
     kept: trt.ITimingCache | None = None
     if backend == "tensorrt" and cache is not None:
@@ -170,6 +171,30 @@ def _built(
     return Plan(bytes(memory), seconds, dict(sorted(layers.items())), tuple(messages))
 
 
+def _words(error: trt.ParserError) -> str:
+    return one_line(f"{error.node_operator()} {error.node_name()}: {error.desc()}")
+
+
+def require_buildable(backend: str, options: PlanOptions) -> None:
+    """Refuses what a backend's library cannot build for, before anything is done.
+
+    Raises:
+        InputError: If it is not installed, or does not know a target.
+    """
+    library = library_of(backend)
+    if backend != "tensorrt-rtx":
+        if options.targets:
+            raise InputError(
+                "targets are for tensorrt-rtx: tensorrt builds for the GPU it runs on. Leave out --target."
+            )
+        return
+    known = {each.name.lower() for each in library.ComputeCapability.__members__.values()}
+    for target in options.targets:
+        if target not in known:
+            names = ", ".join(sorted(filter(_TARGET.fullmatch, known), key=lambda name: int(name[2:])))
+            raise InputError(f"tensorrt-rtx {library.__version__} builds for {names}, got {target}.")
+
+
 def _config(
     library: ModuleType,
     builder: trt.Builder,
@@ -181,17 +206,10 @@ def _config(
     config.clear_flag(library.BuilderFlag.TF32)
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
     if backend == "tensorrt-rtx":
-        known = {each.name.lower(): each for each in library.ComputeCapability.__members__.values()}
         targets = options.targets or DEFAULT_TARGETS
-        for target in targets:
-            if target not in known or not _TARGET.fullmatch(target):
-                names = ", ".join(filter(_TARGET.fullmatch, known))
-                raise InputError(f"tensorrt-rtx {library.__version__} builds for {names}, got {target}.")
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
-            config.set_compute_capability(known[target], index)
-    elif options.targets:
-        raise InputError("targets are for tensorrt-rtx: tensorrt builds for the GPU it runs on. Leave out --target.")
+            config.set_compute_capability(library.ComputeCapability.__members__[target.upper()], index)
     if options.hardware_compatible:
         config.hardware_compatibility_level = library.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.version_compatible:

@@ -123,7 +123,11 @@ def leaves(value, path=()):
 
 def test_every_missing_key_is_named(written):
     data, read = written
-    later = {("schedule",), ("reduction",), *(("engines", 1, name) for name in ("native", "pays", "build"))}  # older files lack them
+    later = {
+        ("schedule",),
+        ("reduction",),
+        *(("engines", 1, name) for name in ("native", "pays", "build")),
+    }  # older files lack them
     paths = [path for path in leaves(data) if path[:2] != ("engines", 0) and path not in later]
     assert len(paths) == 9 + 6 + 14
     for path in paths:
