@@ -4,7 +4,7 @@
 #   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
 #                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [SCHEDULE=strided:3] [REDUCTION=prune] [IMAGES=DIR]
-#                  [PRECISION=fp32|bf16] [BACKEND=onnxruntime|openvino] [OUT=DIR] [ARGS=...]
+#                  [PRECISION=fp32|fp16|bf16] [BACKEND=onnxruntime|openvino|tensorrt|tensorrt-rtx] [OUT=DIR] [ARGS=...]
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,7 +24,10 @@ PRECISION ?= fp32
 BACKEND ?= auto
 OUT ?= engines/$(notdir $(MODEL))
 
-.PHONY: engines test test-full experiment bench lint native setup clean
+# wheels of TensorRT's bindings, whose signatures the tests read: their libraries are not installed
+TENSORRT_API := 10.16.1.11 11.4.0.106
+
+.PHONY: engines test test-full experiment bench gpu-check lint native setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready native
@@ -34,10 +37,15 @@ engines: .venv/ready native
 	  --source-degree $(SOURCE) --degrees $(R) $(if $(IMAGES),--images $(IMAGES)) \
 	  --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
 
-test: .venv/ready-dev native
+# TensorRT for RTX is installed only where it is asked for
+ifneq ($(filter tensorrt-rtx,$(BACKEND)),)
+engines: .venv/ready-rtx
+endif
+
+test: .venv/ready-dev build/tensorrt-api/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
 
-test-full: .venv/ready-dev native
+test-full: .venv/ready-dev build/tensorrt-api/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m ""
 
 experiment: .venv/ready-dev
@@ -45,6 +53,9 @@ experiment: .venv/ready-dev
 
 bench: .venv/ready-dev native
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+gpu-check: .venv/ready-dev native
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -63,6 +74,17 @@ setup: .venv/ready-dev native
 
 .venv/ready-dev: .venv/ready
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,openvino,tensorrt-rtx]'
+	touch $@
+
+.venv/ready-rtx: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,tensorrt-rtx]'
+	touch $@
+
+build/tensorrt-api/ready: Makefile .venv/ready
+	rm -rf build/tensorrt-api
+	for version in $(TENSORRT_API); do \
+	  $(PIP) install --quiet --no-deps --target build/tensorrt-api/$$version tensorrt-cu13-bindings==$$version || exit 1; \
+	done
 	touch $@
 
 clean:

@@ -85,7 +85,7 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
         files={**graph.files, file.name: sha256_file(file)},
         source=graph,
         build=found,
-        unrunnable=_why_unrunnable(file, backend),
+        unrunnable=_why_unrunnable(file, backend, options),
     )
     if engine.unrunnable is None:
         _ensure_answers(engine)
@@ -94,10 +94,14 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
 
 def why_unrunnable(entry: EngineEntry, folder: Path) -> str | None:
     """Why a plan of a family cannot be run here, which may be for another GPU; None where it can, or is no plan."""
-    return _why_unrunnable(folder / entry.engine, entry.backend) if entry.backend in PLANNED else None
+    if entry.backend not in PLANNED:
+        return None
+    return _why_unrunnable(folder / entry.engine, entry.backend, PlanOptions.from_json(entry.build["options"]))
 
 
-def _why_unrunnable(file: Path, backend: str) -> str | None:
+def _why_unrunnable(file: Path, backend: str, options: PlanOptions) -> str | None:
+    if options.stripped:
+        return "its weights are left out"
     try:
         open_engine(file, backend).close()
     except InputError as error:

@@ -196,7 +196,9 @@ def _with_backend(
     backend = names[0] if len(names) == 1 else listed_backend(source, family)
     if backend is None:
         degree = max(source.schedules)
-        graphs = {name: _lowered(source, degree, lowering, notify, name) for name in names}
+        formats = {graph_precision(name, source.options.precision): name for name in names}
+        lowered = {each: _lowered(source, degree, lowering, notify, name) for each, name in formats.items()}
+        graphs = {name: lowered[graph_precision(name, source.options.precision)] for name in names}
         notify(degree, f"choosing a backend: {' or '.join(names)}")
         proven[degree] = fastest(source, graphs)
         backend = proven[degree].engine.backend

@@ -21,17 +21,17 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Looks at every engine library, without loading an engine."""
     findings = [Finding(f"engine {status.name}", status.usable, status.detail) for status in available()]
-    findings.append(_parser_check())
+    findings.append(_plans())
     findings.append(_cuda())
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "onnx", "onnxscript"))
     findings.append(Finding("compiler", True, f"{libraries}, Python {platform.python_version()}"))
     return findings
 
 
-def _parser_check() -> Finding:
-    name = "graph check by TensorRT-RTX"
+def _plans() -> Finding:
+    name = "plans for NVIDIA GPUs"
     try:
-        return Finding(name, True, f"tensorrt-rtx {version('tensorrt-rtx-cu13')}: parses and builds, runs need a GPU")
+        return Finding(name, True, f"tensorrt-rtx {version('tensorrt-rtx-cu13')} builds them here; running needs a GPU")
     except PackageNotFoundError:
         return Finding(name, False, "not installed: pip install 'tocom[tensorrt-rtx]'")
 
