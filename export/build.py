@@ -19,7 +19,7 @@ import onnx
 
 from export.lower import inline
 from export.operators import DOMAIN
-from export.tensorrt import LIBRARIES, PlanOptions, build_plan, plan_name, plan_recipe
+from export.tensorrt import LIBRARIES, PlanOptions, build_plan, layer_information, plan_name, plan_recipe
 from runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
 from runtime.engines import BACKENDS, available, native_operators, open_engine, precisions
 from runtime.errors import InputError
@@ -89,6 +89,8 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     )
     if engine.unrunnable is None:
         _ensure_answers(engine)
+        layers = layer_information(built.content, backend)
+        write_atomically(file.with_name(f"{file.name}.layers.json"), layers.encode())
     return engine
 
 
@@ -101,7 +103,7 @@ def why_unrunnable(entry: EngineEntry, folder: Path) -> str | None:
 
 def _why_unrunnable(file: Path, backend: str, options: PlanOptions) -> str | None:
     if options.stripped:
-        return "its weights are left out"
+        return "its weights are left out: tocom refit puts them in"
     try:
         open_engine(file, backend).close()
     except InputError as error:

@@ -167,6 +167,21 @@ app.command("distill")(distill_command)
 app.command("choose-scale")(choose_scale_command)
 
 
+@app.command("refit")
+def refit_command(
+    engines: Annotated[Path, typer.Option(help="Folder of a family of plans built with --plan-option stripped.")],
+) -> None:
+    """Put the weights into plans that were built without them, on the GPU that runs them.
+
+    Prove them afterwards with `tocom validate`: a refit is where weights can go wrong.
+    """
+    from export.refit import refit_family
+
+    with stages(None) as notify:
+        family = refit_family(engines, notify)
+    open_console().print(f"[green]refitted[/] {len(family.engines)} engines; prove them by `tocom validate`")
+
+
 @app.command("infer", add_help_option=False,
              context_settings={"allow_extra_args": True, "ignore_unknown_options": True})  # fmt: skip
 def infer_command(context: typer.Context) -> None:

@@ -33,7 +33,9 @@ from tocom.vit import ReducedViT
 
 _DEGREE = r"r\d+-[0-9a-f]{12}"
 _PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
-_BESIDE_PLAN = r"(\.log|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
+_BESIDE_PLAN = (
+    r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
+)
 _FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
 _PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|\.{_DEGREE}(\.inlined)?\.(debug|slice|plan)\.(onnx|plan)"
 _OURS = re.compile(rf"{_FILES}|{_PASSING}")

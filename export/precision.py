@@ -115,22 +115,18 @@ class _Typing:
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         if (value, dtype) not in self._casts:
-            cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}.{dtype.name.lower()}")
-            cast.outputs[0].name = cast.name
-            cast.outputs[0].shape = value.shape
-            cast.outputs[0].dtype = dtype
+            cast = cast_of(value, dtype, f"{value.name}.{dtype.name.lower()}")
             self._graph.insert_before(before, cast)
             self._casts[value, dtype] = cast.outputs[0]
         return self._casts[value, dtype]
 
     def _widen(self, node: ir.Node) -> None:
         (value,) = node.outputs
-        cast = ir.node("Cast", [value], {"to": int(FLOAT)}, name=f"{value.name}.float")
-        cast.outputs[0].name, cast.outputs[0].shape = cast.name, value.shape
+        cast = cast_of(value, FLOAT, f"{value.name}.float")
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)
         self._graph.insert_after(node, cast)
-        self._declare(cast.outputs[0], FLOAT)
+        self._types[cast.outputs[0]] = FLOAT
 
     def _is_float(self, value: ir.Value | None) -> bool:
         return value is not None and (value in self._types or value.dtype == FLOAT)
@@ -142,20 +138,25 @@ class _Typing:
     def _widen_output(self, index: int, value: ir.Value) -> None:
         """The output keeps its name and type; what made it gets another name."""
         name, value.name = value.name, f"{value.name}.{self._half.name.lower()}"
-        cast = ir.node("Cast", [value], {"to": int(FLOAT)}, name=f"{name}.float")
-        cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].dtype = name, value.shape, FLOAT
+        cast = cast_of(value, FLOAT, name)
         self._graph.append(cast)
         self._graph.outputs[index] = cast.outputs[0]
 
 
+def cast_of(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    """A node that casts a value, in no graph yet; its output has that name."""
+    cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"cast.{name}")
+    (result,) = cast.outputs
+    result.name, result.shape, result.dtype = name, value.shape, dtype
+    return cast
+
+
 def _judging_nodes(graph: ir.Graph) -> set[ir.Node]:
     """Nodes that nothing but the operators' signal is made of: what tokens are judged by."""
-    signals = {node.inputs[2] for node in graph if node.domain == DOMAIN}
     found: set[ir.Node] = set()
     for node in reversed(list(graph)):
         readers = [(reader, index) for value in node.outputs for reader, index in value.uses()]
-        judged = [reader in found or (reader.domain == DOMAIN and reader.inputs[index] in signals and index == 2)
-                  for reader, index in readers]  # fmt: skip
+        judged = [reader in found or (reader.domain == DOMAIN and index == 2) for reader, index in readers]
         if readers and all(judged):
             found.add(node)
     return found

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx import shape_inference
 
 from export.lower import inline
-from export.precision import FLOAT, HALF
+from export.precision import FLOAT, HALF, cast_of
 
 
 def rounded(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -32,13 +32,9 @@ def rounded(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
     """Puts a rounding behind a value; whoever reads it reads float32 then."""
-    narrow = [ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}.round")]
-    if node.op_type == "Cast":
-        narrow = []  # is one already
+    narrow = [] if node.op_type == "Cast" else [cast_of(value, dtype, f"{value.name}.round")]
     last = narrow[-1].outputs[0] if narrow else value
-    wide = ir.node("Cast", [last], {"to": int(FLOAT)}, name=f"{value.name}.wide")
-    for cast, to in [*((each, dtype) for each in narrow), (wide, FLOAT)]:
-        cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].dtype = cast.name, value.shape, to
+    wide = cast_of(last, FLOAT, f"{value.name}.wide")
     if value.is_graph_output():
         value.name, wide.outputs[0].name = f"{value.name}.narrow", value.name
     value.replace_all_uses_with(wide.outputs[0], replace_graph_outputs=True)

@@ -25,6 +25,7 @@ from onnxscript import optimizer
 
 from export.lower import INPUT, inline
 from runtime.artifacts import write_atomically
+from runtime.engines import device
 from runtime.engines.trt import complaints, logger
 from runtime.errors import InputError, one_line
 
@@ -111,8 +112,6 @@ def plan_recipe(backend: str, options: PlanOptions) -> dict[str, Any]:
     """What decides a plan beside its graph."""
     recipe = {"library": library_of(backend).__version__, "options": options.to_json()}
     if backend == "tensorrt":
-        from runtime.engines import device
-
         recipe["gpu"] = device.describe()
     return recipe
 
@@ -132,7 +131,7 @@ def build_plan(graph: Path, backend: str, options: PlanOptions, cache: Path | No
     library = library_of(backend)
     require_buildable(backend, options)
     with tempfile.TemporaryDirectory() as folder, complaints() as messages:
-        file = _folded(graph, Path(folder))
+        file = folded(graph, Path(folder))
         try:
             return _built(library, file, graph.name, backend, options, messages, cache)
         except RuntimeError as error:  # what pybind makes of C++ exceptions
@@ -164,11 +163,15 @@ def _built(
     memory: trt.IHostMemory | None = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - began
     if memory is None:
-        raise InputError(f"{backend} cannot build {name}: {'; '.join(messages[-3:]) or 'it does not say why'}")
+        raise InputError(f"{backend} cannot build {name}: {_last(messages)}")
     if kept is not None and cache is not None:
         write_atomically(cache, bytes(kept.serialize()))
     layers = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
     return Plan(bytes(memory), seconds, dict(sorted(layers.items())), tuple(messages))
+
+
+def _last(messages: list[str]) -> str:
+    return "; ".join(messages[-3:]) or "it does not say why"
 
 
 def _words(error: trt.ParserError) -> str:
@@ -179,7 +182,7 @@ def require_buildable(backend: str, options: PlanOptions) -> None:
     """Refuses what a backend's library cannot build for, before anything is done.
 
     Raises:
-        InputError: If it is not installed, or does not know a target.
+        InputError: If it is not installed, or does not know a target or option.
     """
     library = library_of(backend)
     if backend != "tensorrt-rtx":
@@ -188,6 +191,11 @@ def require_buildable(backend: str, options: PlanOptions) -> None:
                 "targets are for tensorrt-rtx: tensorrt builds for the GPU it runs on. Leave out --target."
             )
         return
+    if options.hardware_compatible or options.version_compatible:
+        raise InputError("hardware-compatible and version-compatible are for tensorrt: for tensorrt-rtx name each "
+                         "--target.")  # fmt: skip
+    if options.stripped and (why := device.unusable()):
+        raise InputError(f"tensorrt-rtx leaves weights out only where there is a GPU, but here is {why}.")
     known = {each.name.lower() for each in library.ComputeCapability.__members__.values()}
     for target in options.targets:
         if target not in known:
@@ -225,8 +233,13 @@ def _config(
     return config
 
 
-def _folded(graph: Path, folder: Path) -> Path:
-    """A copy without functions, in which everything that no input decides is a constant."""
+def folded(graph: Path, folder: Path) -> Path:
+    """A copy of a graph without functions, in which everything that no input decides is a constant.
+
+    Args:
+        graph: ONNX file; its weights lie beside it.
+        folder: Where the copy and its weights are put.
+    """
     flat = graph.with_name(f".{graph.stem.lstrip('.')}.plan.onnx")  # its weights are found beside it
     try:
         flat.write_bytes(inline(onnx.load(graph, load_external_data=False)).SerializeToString())
@@ -238,6 +251,56 @@ def _folded(graph: Path, folder: Path) -> Path:
     finally:
         flat.unlink(missing_ok=True)
     return folder / "graph.onnx"
+
+
+def refitted(plan: bytes, graph: Path, backend: str) -> bytes:
+    """A plan that was built without weights, with those of its graph. Needs a GPU that the plan is for.
+
+    Args:
+        plan: Built with `PlanOptions.stripped`.
+        graph: What it was built from; its weights lie beside it.
+        backend: Whose it is.
+
+    Raises:
+        InputError: If the library refuses either; its own words follow.
+    """
+    library = library_of(backend)
+    with tempfile.TemporaryDirectory() as folder, complaints() as messages:
+        content = _refitted(library, plan, folded(graph, Path(folder)))
+    if content is None:
+        raise InputError(f"{backend} cannot refit a plan by {graph.name}: {_last(messages)}")
+    return content
+
+
+def _refitted(library: ModuleType, plan: bytes, graph: Path) -> bytes | None:
+    runtime: trt.Runtime = library.Runtime(logger(library))
+    engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return None
+    refitter: trt.Refitter = library.Refitter(engine, logger(library))
+    parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, logger(library))
+    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        return None
+    config: trt.ISerializationConfig = engine.create_serialization_config()
+    config.clear_flag(library.SerializationFlag.EXCLUDE_WEIGHTS)
+    whole: trt.IHostMemory | None = engine.serialize_with_config(config)
+    return None if whole is None else bytes(whole)
+
+
+def layer_information(plan: bytes, backend: str) -> str:
+    """The layers that a plan was built into, as the library's JSON. Needs a GPU that the plan is for.
+
+    Raises:
+        InputError: If the library does not load the plan.
+    """
+    library = library_of(backend)
+    with complaints() as messages:
+        runtime: trt.Runtime = library.Runtime(logger(library))
+        engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise InputError(f"{backend} does not load the plan: {_last(messages)}")
+        inspector: trt.EngineInspector = engine.create_engine_inspector()
+        return inspector.get_engine_information(library.LayerInformationFormat.JSON)
 
 
 def plan_name(graph: Path, recipe: dict[str, Any]) -> str:

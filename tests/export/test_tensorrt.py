@@ -168,7 +168,7 @@ def require_folded(graph, folder):
     """TensorRT for RTX would add the compensation to the weights again in every call."""
     initializers = onnx.load(graph, load_external_data=False).graph.initializer
     assert any(each.name.endswith(".gate") for each in initializers)
-    folded = onnx.load(export.tensorrt._folded(graph, folder), load_external_data=False)
+    folded = onnx.load(export.tensorrt.folded(graph, folder), load_external_data=False)
     moving = {"pixel_values"}
     for node in folded.graph.node:
         assert moving & set(node.input), node
