@@ -51,7 +51,9 @@ PlanBatch = Annotated[
 PlanTarget = Annotated[
     str,
     typer.Option(
-        "--target", metavar="SM,...", help="GPUs that tensorrt-rtx builds for. Default: sm80,sm86,sm89,sm120."
+        "--target",
+        metavar="SM,...",
+        help="GPUs that tensorrt-rtx builds for; current: this one. Default: sm80,sm86,sm89,sm120.",
     ),
 ]
 PlanOption = Annotated[
@@ -62,6 +64,32 @@ PlanOption = Annotated[
         "stripped (without weights); repeatable.",
     ),
 ]
+Compare = Annotated[
+    bool,
+    typer.Option("--compare", help="Also compare each degree across all engine libraries that run here (Polygraphy)."),
+]
+BisectFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--bisect",
+        metavar="DIR",
+        help="For each degree that fails, write the smallest piece of its graph that its engine library fails on to "
+        "DIR/rNN.onnx (Polygraphy).",
+    ),
+]
+Show = Annotated[
+    str, typer.Option(help="Of a graph, also show any of layers,attrs,weights, parted by commas (Polygraphy).")
+]
+BisectGraph = Annotated[
+    str | None,
+    typer.Option(
+        "--bisect",
+        metavar="BACKEND",
+        help="Find the smallest piece of a graph that a backend refuses, cannot build, or computes wrongly "
+        "(Polygraphy). For a bare graph, because one that is refused gets into no family; for a family, see validate.",
+    ),
+]
+PieceFile = Annotated[Path | None, typer.Option("--out", help="Where --bisect writes the piece.")]
 Limit = Annotated[int, typer.Option(min=1, help="Measure top-1 on at most this many images, evenly spread.")]
 
 

@@ -36,10 +36,13 @@ class Findings:
 
     Attributes:
         precision: What the engine computes in: rounding is judged by it.
+        debug_tolerance: How far the logits of the debug copy may be from the engine's, times the largest logit where
+            that exceeds 1.
         blocks: By block.
     """
 
     precision: str = "fp32"
+    debug_tolerance: float = DEBUG_TOLERANCE
     images: int = 0
     blocks: dict[int, BlockFindings] = field(default_factory=dict)
     largest_margin: float = 0.0
@@ -69,7 +72,7 @@ class Findings:
         return (
             self.total("unexplained") == 0
             and self.max_logit_error <= tolerance
-            and self.debug_copy_error <= DEBUG_TOLERANCE * max(1.0, self.max_logit)
+            and self.debug_copy_error <= self.debug_tolerance * max(1.0, self.max_logit)
         )
 
     def to_json(self) -> dict[str, Any]:

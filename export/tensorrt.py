@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
-_TARGET = re.compile(r"sm\d+")
+CURRENT = "current"  # the GPU of the machine that builds
+_TARGET = re.compile(rf"sm\d+|{CURRENT}")
 _UNLIMITED = 1 << 62
 _ITERATIONS = 3  # of folding: what follows from a folded value is folded next
 
@@ -45,7 +46,8 @@ class PlanOptions:
 
     Attributes:
         batch: Smallest, most frequent and largest batch.
-        targets: GPU architectures that a plan of TensorRT for RTX is for, like "sm89"; none takes `DEFAULT_TARGETS`.
+        targets: GPU architectures that a plan of TensorRT for RTX is for, like "sm89", or `CURRENT`; none takes
+            `DEFAULT_TARGETS`.
         hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
         version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
         stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
@@ -196,10 +198,12 @@ def require_buildable(backend: str, options: PlanOptions) -> None:
                          "--target.")  # fmt: skip
     if options.stripped and (why := device.unusable()):
         raise InputError(f"tensorrt-rtx leaves weights out only where there is a GPU, but here is {why}.")
-    known = {each.name.lower() for each in library.ComputeCapability.__members__.values()}
+    if CURRENT in options.targets and (why := device.unusable()):
+        raise InputError(f"target {CURRENT} is the GPU of this machine, but here is {why}: name GPUs, like sm89.")
+    known = [name.lower() for name in library.ComputeCapability.__members__]
     for target in options.targets:
         if target not in known:
-            names = ", ".join(sorted(filter(_TARGET.fullmatch, known), key=lambda name: int(name[2:])))
+            names = ", ".join(filter(_TARGET.fullmatch, known))
             raise InputError(f"tensorrt-rtx {library.__version__} builds for {names}, got {target}.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,22 +17,23 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.gpu.reasons import reason
-from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_usable, plan_options
+from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
 from export.build import build
-from export.decisions import AnyDecision, judge_of
 from export.findings import LOGIT_TOLERANCE, Findings
 from export.lower import OUTPUT
 from export.operators import DOMAIN, operator_of
-from export.validate import _compare, default_images, validate
+from export.validate import compare, compare_decisions, default_images, validate
 from runtime.engines import EngineRunner
 from runtime.engines.plan import TITLES
 from runtime.errors import InputError
 from tocom.merging import Matching, merge
 from tocom.reduction import MERGE
 from tocom.vit import ReducedViT, ReduceStep
+
+Decide = Callable[[Tensor, int], Matching]
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 REFERENCE, STEP, NETWORK, ONNXRUNTIME = "reference", "Triton step", "network with the Triton step", "ONNX Runtime CUDA"
@@ -114,7 +115,7 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
         return _compared_steps(subject.on_device(degree, DTYPES[precision]), batches)
     if who in TITLES.values():
         backend = next(backend for backend, title in TITLES.items() if title == who)
-        return _compared_plan(subject, degree, backend, precision)
+        return _compared_plan(subject, degree, backend, precision, batches)
 
     @functools.cache
     def exact() -> ReducedViT:
@@ -122,7 +123,7 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
 
     with _runners(subject, degree, who, precision) as (shipped, telling):
         for pixel_values in batches:
-            _compare(shipped, telling, reference, exact, pixel_values, findings)
+            compare(shipped, telling, reference, exact, pixel_values, findings)
     return _summary(findings.to_json())
 
 
@@ -182,41 +183,102 @@ class _TorchRunner(EngineRunner):
 
     def __init__(self, reference: ReducedViT, *, with_triton: bool) -> None:
         self._reference, model = reference, reference.model
-        self._step = _triton_step(reference) if with_triton and reference.deciding_blocks else reference.reduce
-        self._decide = _triton_decide(reference) if with_triton else functools.partial(_plain_decide, reference)
+        self._way = _by_triton(model) if with_triton else _plain(model)
         self.classes, self.input_size = model.num_classes, (3, *model.patch_embed.img_size)
 
     def _infer(self, pixel_values: np.ndarray) -> np.ndarray:
         return self._infer_all(pixel_values)[OUTPUT]
 
-    @torch.no_grad()
     def _infer_all(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
-        reference, outputs = self._reference, {}
+        found: dict[str, np.ndarray] = {}
+        decide, merge_step = self._way
 
         def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
-            chosen = self._decide(signal, r)
-            names = operator_of(reference.reduction).decision_names(block)
+            chosen = decide(signal, r)
+            names = operator_of(MERGE).decision_names(block)
             for name, positions in zip(names, (chosen.src, chosen.dst, chosen.unm), strict=True):
-                outputs[name] = positions.cpu().numpy()
-            x, token_size = self._step(block, x, token_size, signal, r)
-            outputs[f"tokens of {block}"] = x.float().cpu().numpy()
+                found[name] = positions.cpu().numpy()
+            x, token_size = merge_step(block, x, token_size, signal, r)
+            found[f"tokens of {block}"] = x.float().cpu().numpy()
             return x, token_size
 
-        weight = reference.model.patch_embed.proj.weight
-        images = torch.from_numpy(pixel_values).to(weight.device, weight.dtype)
-        logits = Deployed(reference, step)(images)
-        return {OUTPUT: logits.float().cpu().numpy(), **outputs}
+        return {OUTPUT: _logits(self._reference, step, pixel_values).float().cpu().numpy(), **found}
 
     def _close(self) -> None:
         del self._reference
 
 
-def _plain_decide(reference: ReducedViT, signal: Tensor, r: int) -> AnyDecision:
-    return reference.reduction.decide(signal, r, reference.model)
+@torch.no_grad()
+def _logits(reference: ReducedViT, step: ReduceStep, pixel_values: np.ndarray) -> Tensor:
+    weight = reference.model.patch_embed.proj.weight
+    return Deployed(reference, step)(torch.from_numpy(pixel_values).to(weight.device, weight.dtype))
 
 
-def _triton_decide(reference: ReducedViT):
-    from tocom.triton_merge import decide
+def _plain(model: nn.Module) -> tuple[Decide, ReduceStep]:
+    """How the reference decides, and merges."""
 
-    model = reference.model
-    return functools.partial(decide, protected=model.num_prefix_tokens, keep_order=model.has_class_token)
+    def step(_block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        return MERGE.apply(x, token_size, signal, MERGE.decide(signal, r, model))
+
+    return lambda signal, r: MERGE.decide(signal, r, model), step
+
+
+def _by_triton(model: nn.Module) -> tuple[Decide, ReduceStep]:
+    """How the kernels do."""
+    from tocom.triton_merge import decide, triton_step
+
+    how = {"protected": model.num_prefix_tokens, "keep_order": model.has_class_token}
+    return lambda signal, r: decide(signal, r, **how), triton_step(model)
+
+
+def _compared_steps(reference: ReducedViT, batches: Iterator[np.ndarray]) -> dict[str, Any]:
+    """The Triton step beside the plain one, in every block of a network that goes on with what Triton gave.
+
+    Both see the same numbers, so that decisions are judged as those of float32 whatever the number format is.
+    """
+    model, findings, error = reference.model, Findings(), 0.0
+    (decide, _), (decide_by_triton, step_by_triton) = _plain(model), _by_triton(model)
+
+    def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        nonlocal error
+        expected, chosen = _on_cpu(decide(signal, r)), _on_cpu(decide_by_triton(signal, r))
+        compare_decisions(
+            {block: chosen}, {block: expected}, len(x), reference, lambda: {block: signal.double().cpu()}, findings
+        )
+        merged, merged_size = step_by_triton(block, x, token_size, signal, r)
+        wide = [each.float().cpu() for each in (x, token_size, merged, merged_size)]
+        tokens, sizes = merge(*wide[:2], chosen)
+        error = max(error, float((wide[2] - tokens).abs().max() / tokens.abs().max()))
+        if not torch.equal(wide[3], sizes):
+            error = float("inf")
+        return merged, merged_size
+
+    for pixel_values in batches:
+        _logits(reference, step, pixel_values)
+    allowed = torch.finfo(model.patch_embed.proj.weight.dtype).eps + _SUM_ERROR
+    return {
+        "verdict": PASSED if error <= allowed and not findings.total("unexplained") else FAILED,
+        "agreement": findings.agreement,
+        "explained": findings.total("explained"),
+        "unexplained": findings.total("unexplained"),
+        "error": error,
+        "allowed": allowed,
+    }
+
+
+def _on_cpu(matching: Matching) -> Matching:
+    return Matching(matching.src.cpu(), matching.dst.cpu(), matching.unm.cpu(), matching.protected)
+
+
+def _compared_plan(
+    subject: Subject, degree: int, backend: str, precision: str, batches: Iterator[np.ndarray]
+) -> dict[str, Any]:
+    """A plan beside the reference.
+
+    Raises:
+        InputError: It cannot be built or run here.
+    """
+    options = plan_options(backend, 1, _LARGEST_BATCH)
+    engine = build(subject.graph(degree, precision), backend=backend, precision=precision, plan=options)
+    ensure_runs(engine)
+    return _summary(validate(engine, subject.reference(degree), batches).findings)

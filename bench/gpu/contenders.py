@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.subject import DTYPES, Deployed, Subject, drop_last, plan_options
+from bench.gpu.subject import DTYPES, Deployed, Subject, drop_last, ensure_runs, plan_options
 from bench.gpu.timing import Timed, by_events, by_wall
 from bench.plain_tome import PlainToMe
 from export.build import as_engine, build
@@ -150,7 +150,8 @@ class Field:
                 call()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # a library that compiles kernels in another thread may do so meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             call()
         return by_events(graph.replay)
 
@@ -194,8 +195,7 @@ class Field:
         else:
             graph = self.subject.graph(degree, self.precision)
             engine = build(graph, backend=backend, precision=self.precision, plan=options)
-            if engine.unrunnable is not None:
-                raise InputError(engine.unrunnable)
+            ensure_runs(engine)
             runner = stack.enter_context(open_engine(engine.file, backend, **how))
         return lambda calls: float(np.mean(runner.device_ms(self._images, calls)))
 

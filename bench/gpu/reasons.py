@@ -6,7 +6,8 @@ import re
 
 from runtime.errors import one_line
 
-_FOLDERS = re.compile(r"(?<![\w/.:])~?(?:/[\w.+@~-]+)+/(?=[\w.+@~-])")
+# what starts at a root or at home, or has two folders or more: one slash alone may stand between words
+_FOLDERS = re.compile(r"(?<![\w/.:])(?:~?/|(?:[\w.+@~-]+/){2})(?:[\w.+@~-]+/)*(?=[\w.+@~-])")
 _LONGEST = 300
 
 
@@ -23,7 +24,7 @@ def reason(error: BaseException | str) -> str:
 def without_folders(text: str) -> str:
     """A text in which files have only their names.
 
-    >>> without_folders("--out /tmp/x/page.md, then /usr/lib/libcuda.so.1")
-    '--out page.md, then libcuda.so.1'
+    >>> without_folders("--out /tmp/x/page.md, then build/bench/gpu/r8.plan in images/s")
+    '--out page.md, then r8.plan in images/s'
     """
     return _FOLDERS.sub("", text)

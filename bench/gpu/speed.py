@@ -12,9 +12,8 @@ import torch
 
 from bench.gpu.contenders import COMPILE, Contender, Field
 from bench.gpu.reasons import reason
-from bench.gpu.subject import DTYPES
+from bench.gpu.subject import DTYPES, ensure_usable
 from bench.gpu.timing import interleaved, matmul_rate, warm_up
-from runtime.errors import GateError
 from runtime.latency import Latency
 
 Quartiles = tuple[float, float, float]
@@ -99,7 +98,8 @@ class Group:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Group:
         """What `to_json` gave."""
-        rows = tuple(Row(**row) for row in value["rows"])
+        rows = tuple(Row(**{**row, **{name: row[name] and tuple(row[name]) for name in ("tax", "over_compile")}})
+                     for row in value["rows"])  # fmt: skip
         missing = tuple(Missing(**each) for each in value["missing"])
         return cls(**{**value, "degrees": tuple(value["degrees"]), "rows": rows, "missing": missing})
 
@@ -134,15 +134,16 @@ def run_group(field: Field, degrees: Sequence[int], seconds: float, date: str) -
                     timed.pop(each.key, None)
                     why = reason(error)
                 _release()
-                _ensure_usable(each, why)
+                ensure_usable(_named(each), why)
                 if not each.degree:
                     absent[each.name] = why
-            missing.append(_missing(each, why))
+            if not (each.bound and each.name in absent):
+                missing.append(_missing(each, why))
         times, failures = interleaved(timed, calls, seconds)
         timed.clear()
         for key, error in failures.items():
             missing.append(_missing(ready[key], reason(error)))
-            _ensure_usable(ready[key], reason(error))
+            ensure_usable(_named(ready[key]), reason(error))
         dtype = DTYPES[field.precision]
         rate = matmul_rate(field.subject.block_products(field.batch), dtype, field.subject.device)
     torch.compiler.reset()
@@ -193,21 +194,11 @@ def _missing(who: Contender, why: str) -> Missing:
     return Missing(f"{who.name}, its slice bound" if who.bound else who.name, who.degree, why)
 
 
+def _named(who: Contender) -> str:
+    return f"{who.name} at r = {who.degree}"
+
+
 def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _ensure_usable(who: Contender, why: str) -> None:
-    """Makes sure that a failure did not take the device with it.
-
-    Raises:
-        GateError: It did.
-    """
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise GateError(f"{who.name} at r = {who.degree} left the GPU unusable: {why}. With --without {who.name!r} the "
-                        "same command goes on where this one stopped.") from error  # fmt: skip

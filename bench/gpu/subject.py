@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export.latency import slice_bound
 from export.lower import Lowering, count_gmacs
-from export.tensorrt import PlanOptions, library_of
+from export.tensorrt import CURRENT, PlanOptions, library_of
 from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint, OnnxGraph
-from runtime.errors import InputError
+from runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph
+from runtime.errors import GateError, InputError
 from tocom.vit import ReducedViT, ReduceStep, schedule_for
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -142,9 +142,51 @@ def drop_last(_block: int, x: Tensor, token_size: Tensor, _signal: Tensor, r: in
 
 
 def plan_options(backend: str, smallest: int, batch: int) -> PlanOptions:
-    """How plans are built for the GPU that is there; for those of the library's default where it has none for it."""
-    targets = ()
-    if backend == "tensorrt-rtx":
-        own = "sm{}{}".format(*torch.cuda.get_device_capability())
-        targets = (own,) if own.upper() in library_of(backend).ComputeCapability.__members__ else ()
-    return PlanOptions(batch=(smallest, batch, batch), targets=targets)
+    """How plans are built for the GPU that is there, by its name where the library knows that.
+
+    Raises:
+        InputError: The library is not installed.
+    """
+    library_of(backend)
+    return PlanOptions(batch=(smallest, batch, batch), targets=_own_target(backend))
+
+
+def ensure_runs(engine: Engine) -> None:
+    """Makes sure that an engine that was built can be run here.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if engine.unrunnable is not None:
+        foreign = engine.backend == "tensorrt-rtx" and _own_target(engine.backend) == (CURRENT,)
+        told = f"it names no GPU like this one, {_capability()}: " if foreign else ""
+        raise InputError(f"{told}{engine.unrunnable}")
+
+
+def _own_target(backend: str) -> tuple[str, ...]:
+    if backend != "tensorrt-rtx":
+        return ()
+    own = _capability()
+    return (own,) if own.upper() in library_of(backend).ComputeCapability.__members__ else (CURRENT,)
+
+
+def _capability() -> str:
+    return "sm{}{}".format(*torch.cuda.get_device_capability())
+
+
+def ensure_usable(who: str, why: str) -> None:
+    """Makes sure that a failure did not take the device with it.
+
+    Args:
+        who: What failed.
+        why: How.
+
+    Raises:
+        GateError: It did.
+    """
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise GateError(f"{who} left the GPU unusable: {why}. Leave it out by --without; with that the same command "
+                        "goes on where this one stopped.") from error  # fmt: skip
