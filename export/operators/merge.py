@@ -1,6 +1,6 @@
 """Merging: `merged, merged_size, src, dst, unm = TokenMerge(x, token_size, metric; r, tokens, protected, keep_order)`.
 
-A product with a one-hot matrix adds the merged tokens up.
+Merged tokens are taken into the mean by a product with their weights, which stand in a one-hot matrix of destinations.
 """
 
 from __future__ import annotations
