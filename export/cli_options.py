@@ -61,7 +61,7 @@ PlanOption = Annotated[
     typer.Option(
         "--plan-option",
         help="For tensorrt: hardware-compatible (also later GPUs), version-compatible (also later minor versions), "
-        "stripped (without weights); repeatable.",
+        "stripped (without weights), plugin (merge by our kernels); repeatable.",
     ),
 ]
 Compare = Annotated[
@@ -130,10 +130,10 @@ def read_plan_options(batch: str, target: str, names: Sequence[str]) -> PlanOpti
     parts = batch.split(":")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
         raise InputError(f"batch must be MIN:OPT:MAX, like 1:8:32, got {batch!r}.")
-    known = {"hardware-compatible", "version-compatible", "stripped"}
+    known = {"hardware-compatible", "version-compatible", "stripped", "plugin"}
     if unknown := sorted(set(names) - known):
         raise InputError(f"a plan option must be one of {', '.join(sorted(known))}, got {unknown[0]!r}.")
-    chosen = {name.replace("-", "_"): True for name in names}
+    chosen = {("own_kernels" if name == "plugin" else name.replace("-", "_")): True for name in names}
     targets = tuple(part.strip().lower() for part in target.split(",")) if target else ()
     return PlanOptions(batch=tuple(map(int, parts)), targets=targets, **chosen)
 

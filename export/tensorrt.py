@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class PlanOptions:
         hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
         version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
         stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
+        own_kernels: Whether merging is our Triton kernels (`export.plugin`) instead of the operator's body.
 
     Raises:
         InputError: If a value is not one of these.
@@ -61,6 +63,7 @@ class PlanOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     stripped: bool = False
+    own_kernels: bool = False
 
     def __post_init__(self) -> None:
         smallest, best, largest = self.batch
@@ -115,6 +118,8 @@ def plan_recipe(backend: str, options: PlanOptions) -> dict[str, Any]:
     recipe = {"library": library_of(backend).__version__, "options": options.to_json()}
     if backend == "tensorrt":
         recipe["gpu"] = device.describe()
+    if options.own_kernels:
+        recipe["triton"] = version("triton")
     return recipe
 
 
@@ -133,7 +138,11 @@ def build_plan(graph: Path, backend: str, options: PlanOptions, cache: Path | No
     library = library_of(backend)
     require_buildable(backend, options)
     with tempfile.TemporaryDirectory() as folder, complaints() as messages:
-        file = folded(graph, Path(folder))
+        file = folded(graph, Path(folder), own_kernels=options.own_kernels)
+        if options.own_kernels:
+            from export.plugin_tensorrt import register
+
+            register()
         try:
             return _built(library, file, graph.name, backend, options, messages, cache)
         except RuntimeError as error:  # what pybind makes of C++ exceptions
@@ -192,10 +201,12 @@ def require_buildable(backend: str, options: PlanOptions) -> None:
             raise InputError(
                 "targets are for tensorrt-rtx: tensorrt builds for the GPU it runs on. Leave out --target."
             )
+        if options.own_kernels and options.hardware_compatible:
+            raise InputError("a plugin is compiled for one GPU: give plugin or hardware-compatible, not both.")
         return
-    if options.hardware_compatible or options.version_compatible:
-        raise InputError("hardware-compatible and version-compatible are for tensorrt: for tensorrt-rtx name each "
-                         "--target.")  # fmt: skip
+    if options.hardware_compatible or options.version_compatible or options.own_kernels:
+        raise InputError("hardware-compatible, version-compatible and plugin are for tensorrt: for tensorrt-rtx name "
+                         "each --target.")  # fmt: skip
     if options.stripped and (why := device.unusable()):
         raise InputError(f"tensorrt-rtx leaves weights out only where there is a GPU, but here is {why}.")
     if CURRENT in options.targets and (why := device.unusable()):
@@ -203,7 +214,7 @@ def require_buildable(backend: str, options: PlanOptions) -> None:
     known = [name.lower() for name in library.ComputeCapability.__members__]
     for target in options.targets:
         if target not in known:
-            names = ", ".join(filter(_TARGET.fullmatch, known))
+            names = ", ".join([*(name for name in known if name.startswith("sm")), CURRENT])
             raise InputError(f"tensorrt-rtx {library.__version__} builds for {names}, got {target}.")
 
 
@@ -237,16 +248,17 @@ def _config(
     return config
 
 
-def folded(graph: Path, folder: Path) -> Path:
+def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
     """A copy of a graph without functions, in which everything that no input decides is a constant.
 
     Args:
         graph: ONNX file; its weights lie beside it.
         folder: Where the copy and its weights are put.
+        own_kernels: Whether merging becomes nodes of our plugins.
     """
     flat = graph.with_name(f".{graph.stem.lstrip('.')}.plan.onnx")  # its weights are found beside it
     try:
-        flat.write_bytes(inline(onnx.load(graph, load_external_data=False)).SerializeToString())
+        flat.write_bytes(_without_functions(graph, own_kernels=own_kernels).SerializeToString())
         model = ir.load(flat)
         optimizer.optimize_ir(
             model, num_iterations=_ITERATIONS, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED
@@ -255,6 +267,15 @@ def folded(graph: Path, folder: Path) -> Path:
     finally:
         flat.unlink(missing_ok=True)
     return folder / "graph.onnx"
+
+
+def _without_functions(graph: Path, *, own_kernels: bool) -> onnx.ModelProto:
+    proto = onnx.load(graph, load_external_data=False)
+    if not own_kernels:
+        return inline(proto)
+    from export.plugin import with_plugins, without_functions  # needs Triton
+
+    return without_functions(with_plugins(proto))
 
 
 def refitted(plan: bytes, graph: Path, backend: str) -> bytes:

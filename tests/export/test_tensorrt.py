@@ -121,7 +121,7 @@ def test_a_straightforward_export_of_token_merging_is_refused(make_vit, tmp_path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"targets": ("sm90",)}, "builds for sm75, sm80, sm86, sm89, sm120, .*got sm90"),
+        ({"targets": ("sm90",)}, "builds for sm75, sm80, sm86, sm89, sm120, sm121, current, got sm90"),
         ({"targets": ("ampere",)}, "a target must be a GPU architecture like sm89, got ampere"),
         ({"batch": (4, 2, 8)}, "MIN <= OPT <= MAX, like 1:8:32, got 4:2:8"),
         ({"batch": (0, 2, 8)}, "got 0:2:8"),
@@ -198,7 +198,7 @@ def require_folded(graph, folder):
 def test_bad_plan_options_are_one_line(plans, monkeypatch, capsys):
     for change, words in (
         (["--batch", "8"], "batch must be MIN:OPT:MAX"),
-        (["--plan-option", "fast"], "a plan option must be one of hardware-compatible, stripped, version-compatible"),
+        (["--plan-option", "fast"], "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible"),
         (["--target", "sm90"], "tensorrt-rtx .* builds for sm75"),
         (["--precision", "int8"], "precision must be one of fp32, fp16, bf16"),
     ):
