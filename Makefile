@@ -73,7 +73,7 @@ setup: .venv/ready-dev native
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,openvino,tensorrt-rtx]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,openvino,polygraphy,tensorrt-rtx]'
 	touch $@
 
 .venv/ready-rtx: .venv/ready

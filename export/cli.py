@@ -15,18 +15,23 @@ import tocom.errors
 from export.cli_calib import choose_scale_command
 from export.cli_distill import distill_command
 from export.cli_options import (
+    BisectFolder,
+    BisectGraph,
     Checkpoint,
+    Compare,
     CompensatorFile,
     Images,
     Limit,
     Model,
     ModelArgs,
     NumClasses,
+    PieceFile,
     PlanBatch,
     PlanOption,
     PlanTarget,
     ReductionName,
     Schedule,
+    Show,
     SourceDegree,
     read_degrees,
     read_model_args,
@@ -129,12 +134,18 @@ def validate_command(
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
     ] = False,
+    compare: Compare = False,
+    bisect: BisectFolder = None,
 ) -> None:
     """Prove the engines of a family once more, against the reference made from the original files.
 
     Exit status: 0 all pass, 1 an engine fails, 2 bad input.
     """
     wanted = read_degrees(degrees) if degrees else ()
+    if examined := compare or bisect is not None:
+        from export.cli_graph import examine, require_folder
+
+        require_folder(bisect)
     from export.compile import validate_family
     from export.source import CompileOptions
     from export.table import block_table
@@ -159,6 +170,8 @@ def validate_command(
     console.print(table)
     if per_block:
         console.print(block_table(reports))
+    if examined:
+        examine(reports, comparing=compare, folder=bisect)
     if not all(reports.values()):
         raise typer.Exit(1)
 
@@ -193,9 +206,22 @@ def infer_command(context: typer.Context) -> None:
 
 @app.command("inspect")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="Folder of a family, or a compensator file.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a family, a compensator file, or a graph (.onnx).")],
+    show: Show = "",
+    bisect: BisectGraph = None,
+    out: PieceFile = None,
 ) -> None:
-    """Show what a family or a compensator file holds, after checking every hash."""
+    """Show what a family (after checking every hash), a compensator file or a graph holds.
+
+    Of a graph, --bisect finds the smallest piece that an engine library fails on.
+    """
+    if path.suffix == ".onnx" and not path.is_dir():
+        from export.cli_graph import inspect_graph
+
+        inspect_graph(path, show, bisect, out)
+        return
+    if show or bisect is not None or out is not None:
+        raise runtime.errors.InputError(f"--show, --bisect and --out are for a graph, a file .onnx, got {path}")
     from export.table import family_table
     from runtime.manifest import Family
 
