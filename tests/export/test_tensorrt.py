@@ -198,7 +198,10 @@ def require_folded(graph, folder):
 def test_bad_plan_options_are_one_line(plans, monkeypatch, capsys):
     for change, words in (
         (["--batch", "8"], "batch must be MIN:OPT:MAX"),
-        (["--plan-option", "fast"], "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible"),
+        (
+            ["--plan-option", "fast"],
+            "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible",
+        ),
         (["--target", "sm90"], "tensorrt-rtx .* builds for sm75"),
         (["--precision", "int8"], "precision must be one of fp32, fp16, bf16"),
     ):
