@@ -134,6 +134,24 @@ def case(request: pytest.FixtureRequest) -> tuple[str, int, Reduction]:
     return request.param
 
 
+KINDS = [
+    ("deit_tiny", 0, MERGE),
+    ("deit_tiny", 16, MERGE),
+    ("deit_tiny", 8, PRUNE),
+    ("deit_distilled", 8, MERGE),
+    ("map", 16, MERGE),
+    ("reg4_dinov2", 13, MERGE),
+    ("gap", 4, MERGE),
+    ("hybrid", 1, MERGE),
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-r{kind[1]}-{kind[2].name}")
+def kind(request: pytest.FixtureRequest) -> tuple[str, int, Reduction]:
+    """A few of the cases, as different from each other as they get."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def make_vit() -> Callable[[str], nn.Module]:
     """Builds the tiny model of a family, frozen, in evaluation mode."""

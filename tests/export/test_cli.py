@@ -113,7 +113,7 @@ def test_a_failing_engine_is_status_1(
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "doctor") == 0
     printed = capsys.readouterr().out
-    assert "onnxruntime" in printed and "TensorRT-RTX" in printed and "CUDA" in printed
+    assert "onnxruntime" in printed and "tensorrt-rtx" in printed and "CUDA" in printed
 
 
 def test_no_command_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +37,7 @@ def prove(exported, make_vit, fused_of, photographs, noise, tmp_path):
         file = tmp_path / "typed.onnx"
         for name in engine.files:
             if name != engine.file.name:
-                (tmp_path / name).hardlink_to(engine.file.with_name(name))
+                shutil.copy(engine.file.with_name(name), tmp_path)
         file.write_bytes(proto.SerializeToString())
         graph = replace(engine.source, file=file, precision=precision_of(proto))
         stand_in = replace(engine, precision=precision_of(proto), source=graph, unrunnable="it is a graph")
@@ -84,6 +85,7 @@ def test_what_is_computed_wrong_still_fails(prove):
     assert not report
 
 
+@pytest.mark.full
 def test_typed_graphs_are_valid_and_keep_the_judging_wide(case, exported):
     """Strict type inference accepts them; scores and sizes are float32, products and softmax half."""
     family, degree, _ = case
@@ -109,6 +111,10 @@ def test_typed_graphs_are_valid_and_keep_the_judging_wide(case, exported):
     softmax = [types[node.output[0]] for node in flat.graph.node if node.op_type == "Softmax"]
     assert softmax.count(half) >= len(softmax) // 2  # pruning's own row of attention is float32
     assert any(node.op_type == "MatMul" and types[node.output[0]] == half for node in flat.graph.node)
+
+
+def test_typed_graphs_of_every_kind(kind, exported):
+    test_typed_graphs_are_valid_and_keep_the_judging_wide(kind, exported)
 
 
 @pytest.mark.parametrize(("precision", "torch_type"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -21,7 +21,7 @@ from runtime.engines import available, open_engine
 from runtime.engines.plan import check_header
 from runtime.errors import InputError
 from runtime.manifest import Family
-from tocom.reduction import MERGE, PRUNE
+from tocom.reduction import PRUNE
 from tocom.vit import ReducedViT
 
 pytest.importorskip(
@@ -59,22 +59,8 @@ def test_every_exported_graph_builds(case, typed_file):
     assert check_header(plan.content, RTX, "it")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("deit_tiny", 0, MERGE),
-        ("deit_tiny", 16, MERGE),
-        ("deit_tiny", 8, PRUNE),
-        ("deit_distilled", 8, MERGE),
-        ("map", 16, MERGE),
-        ("reg4_dinov2", 13, MERGE),
-        ("gap", 4, MERGE),
-        ("hybrid", 1, MERGE),
-    ],
-    ids=lambda case: f"{case[0]}-r{case[1]}-{case[2].name}",
-)
-def test_graphs_of_every_kind_build(case, typed_file):
-    test_every_exported_graph_builds(case, typed_file)
+def test_graphs_of_every_kind_build(kind, typed_file):
+    test_every_exported_graph_builds(kind, typed_file)
 
 
 def test_pruning_every_patch_into_one_token_builds(typed_file):
