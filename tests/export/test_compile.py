@@ -192,7 +192,14 @@ def test_killed_around_every_rename(options: CompileOptions, more: bool) -> None
     assert not leftovers
 
 
-@pytest.mark.parametrize(("stage", "degree"), [("lowering to ONNX", 2), ("validating", 0), ("measuring latency", None)])
+@pytest.mark.parametrize(
+    ("stage", "degree"),
+    [
+        ("lowering to ONNX", 2),
+        pytest.param("validating", 0, marks=pytest.mark.full),
+        pytest.param("measuring latency", None, marks=pytest.mark.full),
+    ],
+)
 def test_killed_in_a_stage(options: CompileOptions, stage: str, degree: int | None) -> None:
     options = replace(options, degrees=(2,), images=None)
     assert _run(_killed_at_stage, options, stage, degree) == KILLED
