@@ -210,8 +210,6 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> di
 
 def tokens_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, Tensor]:
     """The tokens that remain behind each block's reduction, [B, N - r, C], where an engine's debug copy tells them."""
-    names = [name for name, value in outputs.items() if value.ndim == 3 and value.dtype.kind == "f"]
-    return {
-        block: torch.from_numpy(outputs[name]).float()
-        for block, name in zip(reference.deciding_blocks, names, strict=False)
-    }
+    told = [value for value in outputs.values() if value.ndim == 3 and value.dtype.kind == "f"]
+    blocks = reference.deciding_blocks if told else ()
+    return {block: torch.from_numpy(tokens).float() for block, tokens in zip(blocks, told, strict=True)}
