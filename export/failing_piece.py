@@ -346,7 +346,7 @@ def _run_openvino(piece: Path, feeds: dict[str, np.ndarray], precision: str) -> 
     """As `runtime.engines.ov` does, but with whatever inputs and outputs a piece has."""
     import openvino
 
-    from runtime.engines.ov import PRECISIONS
+    from runtime.engines.ov import precision_hint
     from runtime.engines.ov_fusion import fuse
     from runtime.native import library
 
@@ -355,7 +355,7 @@ def _run_openvino(piece: Path, feeds: dict[str, np.ndarray], precision: str) -> 
         core.add_extension(str(native))
     model = core.read_model(piece)
     fuse(model, half=precision == "bf16")
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": PRECISIONS[precision]})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
     return {name: array for port, array in compiled(feeds).items() for name in port.get_names()}
 
 

@@ -5,6 +5,7 @@ Legal because a reduction's token counts depend on the degree alone; which token
 
 from __future__ import annotations
 
+import ast
 import copy
 import logging
 import re
@@ -31,6 +32,7 @@ from tocom.vit import ReducedViT
 
 OPSET = 20
 _PROJECTION = re.compile(r"projections\.(\d+)\.([qkv])_(\w+)")
+_MODEL = "reference.model."  # before the model's own names
 INPUT, OUTPUT = "pixel_values", "logits"
 
 
@@ -191,9 +193,12 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
         node.name = f"block.{block}.{reference.reduction.name}"
         for value, name in zip(node.outputs[2:], operator.decision_names(block), strict=True):
             value.name = name
+    for node in model.graph:
+        if (module := _module_of(node)) is not None:
+            node.name = f"{module}.{node.op_type}"
     for name, value in list(model.graph.initializers.items()):
-        if "reference.model." in name:
-            value.name = name.replace("reference.model.", "")
+        if _MODEL in name:
+            value.name = name.replace(_MODEL, "")
         elif match := _PROJECTION.fullmatch(name):
             value.name = "blocks.{}.attn.{}.{}".format(*match.groups())
     model.graph.doc_string = ""
@@ -202,6 +207,25 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _module_of(node: ir.Node) -> str | None:
+    """The part of a block that a product, its bias or a norm is of, like blocks.0.mlp.fc1 or blocks.0.attn.q."""
+    if node.op_type not in ("MatMul", "Add", "LayerNormalization"):
+        return None
+    source, parameter, *_ = node.inputs
+    if node.op_type == "Add":
+        made_by = source.producer()
+        if made_by is None or made_by.op_type != "MatMul" or parameter.const_value is None:
+            return None
+        return _module_of(made_by)
+    for value in (parameter, *(() if parameter.producer() is None else parameter.producer().inputs)):
+        if match := _PROJECTION.fullmatch(value.name or ""):
+            block, name, part = match.groups()
+            return f"blocks.{block}.attn.{name}" if part == "weight" else None
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    module = scopes[-2].partition(_MODEL)[2] if len(scopes) > 1 else ""
+    return module if module.startswith("blocks.") and parameter.const_value is not None else None
 
 
 def _ensure_contract(file: Path, proto: onnx.ModelProto, reference: ReducedViT) -> None:

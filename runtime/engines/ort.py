@@ -12,7 +12,7 @@ from runtime.engines.mapped_weights import mapped_weights, return_freed_memory
 from runtime.errors import InputError, one_line
 
 CPU = "CPUExecutionProvider"
-PRECISIONS = ("fp32", "fp16")  # the graph says which: both here are the same to this module
+PRECISIONS = ("fp32", "fp16", "int8")  # the graph says which: all are the same to this module
 
 _FATAL = 4  # errors reach the caller as exceptions, so that nothing needs to be logged to stderr as well
 

@@ -1,4 +1,4 @@
-"""The OpenVINO engine: the fast one on CPUs, in float32 or bfloat16."""
+"""The OpenVINO engine: the fast one on CPUs, in float32, bfloat16 or int8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.engines.ov_fusion import NATIVE, fuse
 from runtime.errors import InputError, one_line
 from runtime.native import library, record
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+PRECISIONS = ("fp32", "bf16", "int8")  # int8 stands in the graph, and the rest is bf16 where there is that
 _DEVICE = "CPU"
 
 
@@ -35,6 +35,18 @@ def native_operators() -> frozenset[str]:
 def open_engine(path: Path, settings: EngineSettings) -> OpenVinoRunner:
     """Loads an ONNX file on the CPU; see `OpenVinoRunner`."""
     return OpenVinoRunner(path, settings)
+
+
+def precision_hint(precision: str) -> str:
+    """What OpenVINO is told about the numbers that no format in the graph decides.
+
+    Raises:
+        InputError: The processor has no instructions for bf16.
+    """
+    has_half = "BF16" in _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and not has_half:
+        raise InputError("this processor has no bf16 instructions: use an engine in fp32")
+    return "bf16" if has_half and precision != "fp32" else "f32"
 
 
 @functools.cache
@@ -61,8 +73,8 @@ class OpenVinoRunner(EngineRunner):
         Args:
             path: The graph; its external data lie in the same folder or below. Operators of this project are either
                 inlined, or `native_operators` has them.
-            settings: Precision "fp32" or "bf16"; with a batch, the engine is compiled for exactly that many images,
-                and smaller batches are padded; for throughput, a batch is shared between parallel streams.
+            settings: Precision "fp32", "bf16" or "int8"; with a batch, the engine is compiled for exactly that many
+                images, and smaller batches are padded; for throughput, a batch is shared between parallel streams.
 
         Raises:
             InputError: The file is not a graph this class runs, or the precision is not one this processor has.
@@ -70,10 +82,8 @@ class OpenVinoRunner(EngineRunner):
         self._name = one_line(path)
         self._batch = settings.batch
         core = _core()
-        if settings.precision == "bf16" and "BF16" not in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
-            raise InputError("this processor has no bf16 instructions: use an engine in fp32")
         properties: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[settings.precision],
+            "INFERENCE_PRECISION_HINT": precision_hint(settings.precision),
             "PERFORMANCE_HINT": "THROUGHPUT" if settings.throughput else "LATENCY",
         }
         if settings.threads is not None:

@@ -1,0 +1,233 @@
+"""Images -> how the products of a network are quantized, at one degree or at all.
+
+Ranges are looked at at several degrees together, so that one calibration serves a whole family: what is folded into
+norms and weights is then the same at every degree, and codes that degrees have in common are stored once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from calib.quantize.grids import FORMATS, Format
+from calib.quantize.migrations import Migration, migrate
+from calib.quantize.network import (
+    Observation,
+    Quantization,
+    QuantizedWeight,
+    observe,
+    products_of,
+    round_to_nearest,
+)
+from calib.quantize.ranges import RANGES, scale_of
+from runtime.errors import InputError
+from tocom.reduction import MERGE, Reduction
+from tocom.schedule import MergeSchedule
+from tocom.vit import ReducedViT
+
+ROUNDINGS = ("nearest", "gptq", "quantease")
+CHOICES = ("spread", "diverse")
+OBSERVED = (0, 8, 16)  # degrees that are looked at for a calibration that all degrees share
+
+
+@dataclass(frozen=True)
+class Method:
+    """What calibration does; every part can be switched by itself.
+
+    Attributes:
+        format: Name of the number format, one of `calib.quantize.grids.FORMATS`.
+        images: How many images are looked at.
+        choice: Which: "spread" evenly over the folder, or "diverse" by density and diversity (EDA-DM).
+        range: Which range of an input its grid covers, one of `calib.quantize.ranges.RANGES`.
+        smooth: Whether range moves from inputs into weights (SmoothQuant), alpha searched.
+        widen: Whether weights' unsaturated channels are widened (DilateQuant).
+        reparameterize: Whether norms are given one range for all channels (RepQuant).
+        rounding: How weights are rounded, one of `ROUNDINGS`.
+        reconstruct: Whether weights' rounding is then learnt, block by block (MGRQ).
+        shared: Whether all degrees share one calibration.
+
+    Raises:
+        InputError: If there is no such choice.
+    """
+
+    format: str = "int8"
+    images: int = 128
+    choice: str = "spread"
+    range: str = "minmax"
+    smooth: bool = False
+    widen: bool = False
+    reparameterize: bool = False
+    rounding: str = "nearest"
+    reconstruct: bool = False
+    shared: bool = True
+
+    def __post_init__(self) -> None:
+        known = {"format": tuple(FORMATS), "choice": CHOICES, "range": RANGES, "rounding": ROUNDINGS}
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise InputError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
+        if self.images < 1:
+            raise InputError(f"images must be 1 or more, got {self.images}.")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was learned from images.
+
+    Attributes:
+        method: How.
+        activations: Product -> scale of its input; empty for formats that leave inputs in float.
+        migrations: Product -> the change of its input that the float network is given before.
+        rows: Product -> inputs [rows, in], rounded as the product sees them, for second-order rounding; empty without.
+    """
+
+    method: Method
+    activations: Mapping[str, float]
+    migrations: Mapping[str, Migration]
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """The number format."""
+        return FORMATS[self.method.format]
+
+    def quantization(self, model: nn.Module) -> Quantization:
+        """How a model's products are quantized: of any degree that the calibration is for.
+
+        Args:
+            model: The float timm model, with the weights of the degree; untouched.
+        """
+        own = copy.deepcopy(model).requires_grad_(False)
+        migrate(own, self.migrations)
+        weights = {name: self._rounded(name, product.weight) for name, product in products_of(own).items()}
+        return Quantization(self.format, dict(own.state_dict()), dict(self.activations), weights)
+
+    def _rounded(self, name: str, weight: Tensor) -> QuantizedWeight:
+        grid = self.format.weight
+        if self.method.rounding == "nearest":
+            return round_to_nearest(weight, grid)
+        from calib.quantize.rounding import gptq, quantease
+
+        return {"gptq": gptq, "quantease": quantease}[self.method.rounding](weight, self.rows[name], grid)
+
+
+def calibrate(networks: Sequence[ReducedViT], pixels: Tensor, method: Method) -> Calibration:
+    """Looks at what goes into the products of networks.
+
+    Args:
+        networks: Float references of the degrees that are looked at; the first one's weights decide what moves.
+        pixels: Normalized images, float32 [B, 3, H, W].
+        method: What is done.
+
+    Raises:
+        InputError: If an image makes a number that is not finite.
+    """
+    seen = observe(networks, lambda network: products_of(network.model), pixels)
+    for name, each in seen.items():
+        if not each.largest.isfinite().all():
+            raise InputError(f"calibration images must make finite numbers, what goes into {name} is not: one of them, "
+                             "or a weight, holds NaN or infinity.")  # fmt: skip
+    form = FORMATS[method.format]
+    migrations: dict[str, Migration] = {}
+    own = copy.deepcopy(networks[0].model).requires_grad_(False)
+    for step in _migrating(method, form):
+        found = step(own, seen)
+        migrate(own, found)
+        seen = {
+            name: each.changed(found[name].factor, found[name].shift) if name in found else each
+            for name, each in seen.items()
+        }
+        migrations = _composed(migrations, found)
+    scales: dict[str, float] = {}
+    if form.activation is not None:
+        scales = {name: scale_of(each, form.activation, method.range) for name, each in seen.items()}
+    rows: dict[str, Tensor] = {}
+    if method.rounding != "nearest":
+        rows = {name: _as_seen(each.rows, scales.get(name), form) for name, each in seen.items()}
+    return Calibration(method, scales, migrations, rows)
+
+
+def quantize(
+    model: nn.Module,
+    schedule: MergeSchedule,
+    calibration: Calibration,
+    pixels: Tensor,
+    reduction: Reduction = MERGE,
+    tell: Callable[[int, int], None] | None = None,
+) -> Quantization:
+    """How one degree is quantized, reconstruction included.
+
+    Args:
+        model: The float timm model, with the weights of the degree.
+        schedule: Of the degree.
+        calibration: For it.
+        pixels: The calibration images, which only reconstruction looks at.
+        reduction: How tokens are removed.
+        tell: (steps done, steps) of a reconstruction.
+    """
+    quantization = calibration.quantization(model)
+    if not calibration.method.reconstruct:
+        return quantization
+    from calib.quantize.reconstruct import reconstruct
+
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(dict(quantization.state))
+    return reconstruct(changed, schedule, quantization, pixels, reduction=reduction, tell=tell)
+
+
+def _migrating(
+    method: Method, form: Format
+) -> list[Callable[[nn.Module, Mapping[str, Observation]], dict[str, Migration]]]:
+    """The steps that change the float network, in order."""
+    steps = []
+    if method.reparameterize:
+        from calib.quantize.reparameterize import reparameterize
+
+        steps.append(reparameterize)
+    if method.smooth:
+        from calib.quantize.smooth import smooth
+
+        steps.append(lambda model, seen: smooth(model, seen, form, method.range))
+    if method.widen:
+        from calib.quantize.smooth import widen
+
+        steps.append(lambda model, seen: widen(model, seen))
+    return steps
+
+
+def _composed(first: Mapping[str, Migration], then: Mapping[str, Migration]) -> dict[str, Migration]:
+    """One change in place of two: ((x - s) / f - t) / g = (x - (s + f t)) / (f g)."""
+    both = dict(first)
+    for name, each in then.items():
+        before = first.get(name)
+        if before is None:
+            both[name] = each
+            continue
+        shifts = [] if before.shift is None else [before.shift]
+        shifts += [] if each.shift is None else [before.factor * each.shift]
+        both[name] = Migration(before.factor * each.factor, sum(shifts) if shifts else None)
+    return both
+
+
+def _as_seen(rows: Tensor, scale: float | None, form: Format) -> Tensor:
+    return rows if scale is None else form.activation.nearest(rows / scale) * scale
+
+
+def with_format(method: Method, name: str) -> Method:
+    """The same method for another number format."""
+    return replace(method, format=name)
+
+
+def finite_pixels(pixels: Tensor) -> Tensor:
+    """The images, where all of their numbers are finite.
+
+    Raises:
+        InputError: If one is not.
+    """
+    if not torch.isfinite(pixels).all():
+        raise InputError("calibration images must hold finite numbers, got NaN or infinity.")
+    return pixels
