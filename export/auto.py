@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from export.build import AUTO, backends_for, build
-from export.lower import reference_model
 from export.source import Source, validation_batches
 from export.validate import validate
 from runtime.artifacts import Engine, OnnxGraph, Report
 from runtime.engines import open_engine
 from runtime.latency import measure
 from runtime.manifest import Family
+from tocom.vit import ReducedViT
 
 
 def listed_backend(source: Source, family: Family) -> str | None:
@@ -29,12 +29,13 @@ def listed_backend(source: Source, family: Family) -> str | None:
     return entry.backend if entry.recipe == as_listed.recipe(degree) else None
 
 
-def fastest(source: Source, graphs: Mapping[str, OnnxGraph]) -> Report:
+def fastest(source: Source, graphs: Mapping[str, OnnxGraph], reference: ReducedViT) -> Report:
     """Builds the engine of every candidate, times them side by side, and proves them, the fastest first.
 
     Args:
         source: What is compiled.
         graphs: Candidate -> the highest degree, lowered for it.
+        reference: Of that degree.
 
     Returns:
         What was found about the fastest that passes; where none does, about the fastest.
@@ -44,8 +45,6 @@ def fastest(source: Source, graphs: Mapping[str, OnnxGraph]) -> Report:
         name: build(graph, backend=name, precision=precision, plan=source.options.plan)
         for name, graph in graphs.items()
     }
-    fused = next(iter(graphs.values())).source
-    reference = reference_model(source.loaded.model, source.schedules[fused.degree], fused, source.reduction)
     first = None
     for name in _by_speed(engines, precision):
         report = validate(engines[name], reference, validation_batches(source))

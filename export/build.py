@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from calib.quantize.grids import FORMATS
 from export.lower import inline
 from export.operators import DOMAIN
+from export.quantized import forms
 from export.tensorrt import LIBRARIES, PlanOptions, build_plan, layer_information, plan_name, plan_recipe
 from runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
 from runtime.engines import BACKENDS, available, native_operators, open_engine, precisions
@@ -34,6 +36,9 @@ _TYPED = ("onnxruntime", *PLANNED)  # compute in the formats that stand in the g
 
 def graph_precision(backend: str, precision: str) -> str:
     """The number format that has to stand in the graph for a backend to compute in a precision."""
+    if precision in FORMATS:
+        form = forms(backend)
+        return "+".join([precision, form.rest, *(["unsigned"] if form.unsigned else [])])
     return precision if backend in _TYPED else "fp32"
 
 

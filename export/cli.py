@@ -13,15 +13,18 @@ from rich.table import Table
 import runtime.errors
 import tocom.errors
 from export.cli_calib import choose_scale_command
+from export.cli_compile import quantize_command, run_compile
 from export.cli_distill import distill_command
 from export.cli_options import (
     BisectFolder,
     BisectGraph,
+    Calibration,
     Checkpoint,
     Compare,
     CompensatorFile,
     Images,
     Limit,
+    MaxDrop,
     Model,
     ModelArgs,
     NumClasses,
@@ -69,7 +72,10 @@ def compile_command(
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(help="Number format: fp32, fp16 (onnxruntime, tensorrt) or bf16 (openvino, tensorrt)."),
+        typer.Option(
+            help="Number format: fp32, fp16 (onnxruntime, tensorrt), bf16 (openvino, tensorrt), or quantized: int8, "
+            "and for tensorrt fp8, int8-weights. `tocom quantize` says more about the latter."
+        ),
     ] = "fp32",
     backend: Annotated[
         str,
@@ -82,6 +88,8 @@ def compile_command(
     batch: PlanBatch = "1:8:32",
     target: PlanTarget = "",
     plan_option: PlanOption = None,
+    calibration: Calibration = None,
+    max_drop: MaxDrop = None,
     images: Images = None,
     limit: Limit = 5000,
     num_classes: NumClasses = None,
@@ -100,25 +108,17 @@ def compile_command(
     """
     wanted = read_degrees(degrees)
     arguments = read_model_args(model_arg)
-    from export.compile import compile_family
+    from export.quantize import QuantizeOptions
     from export.source import CompileOptions
-    from export.table import family_table
 
     options = CompileOptions(
         model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,
         source_degree=source_degree, delta_scale=scale, precision=precision, backend=backend, images=images,
         limit=limit, num_classes=num_classes, model_args=arguments, schedule=schedule,
         reduction=reduction, replace=replace, plan=read_plan_options(batch, target, plan_option or ()),
+        quantize=QuantizeOptions(calibration=calibration, max_drop=max_drop),
     )  # fmt: skip
-    with stages(len({0, *wanted})) as notify:
-        result = compile_family(options, notify)
-    console = open_console()
-    console.print(family_table(result.family, out, {0, *wanted}))
-    if result.failed:
-        for degree, report in result.failed.items():
-            complain(f"degree {degree} failed validation, its new engine is not listed: {_verdict(report.findings)}")
-        raise typer.Exit(1)
-    console.print(f"[green]wrote[/] {out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE...")
+    run_compile(options)
 
 
 @app.command("validate")
@@ -176,6 +176,7 @@ def validate_command(
         raise typer.Exit(1)
 
 
+app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
 app.command("choose-scale")(choose_scale_command)
 
@@ -275,11 +276,6 @@ def main() -> None:
         complain("interrupted; run the same command again to go on")
         raise SystemExit(_INTERRUPTED) from None
     raise SystemExit(2)
-
-
-def _verdict(found: dict[str, object]) -> str:
-    return (f"{found['unexplained']} unexplained decisions (blocks {found['blocks_with_unexplained']}), "
-            f"max logit error {found['max_logit_error']:.2e}")  # fmt: skip
 
 
 if __name__ == "__main__":

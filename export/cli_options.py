@@ -64,6 +64,24 @@ PlanOption = Annotated[
         "stripped (without weights), plugin (merge by our kernels); repeatable.",
     ),
 ]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FOLDER|FILE",
+        help="For quantized precisions: images to calibrate on, or a calibration-*.safetensors of an earlier run. "
+        "Default: images made from the network itself.",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="POINTS",
+        help="For quantized precisions: how much top-1 a degree may lose against float32; products return to float "
+        "until it holds. Default: 1.0 where there are labelled images.",
+    ),
+]
 Compare = Annotated[
     bool,
     typer.Option("--compare", help="Also compare each degree across all engine libraries that run here (Polygraphy)."),

@@ -7,9 +7,8 @@ degrees run, and the same command finishes the rest.
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import torch
 
 from calib.labelled import LabelledImages
 from export.auto import fastest, listed_backend
-from export.build import AUTO, backends_for, build, graph_precision, why_unrunnable
+from export.build import AUTO, backends_for, graph_precision, why_unrunnable
 from export.latency import BATCHES, measured
 from export.lock import locked
-from export.lower import Lowering, reference_model
+from export.lower import reference_model
+from export.quantize import QUANTIZED
 from export.scales import at_chosen_scales
 from export.source import CompileOptions, Source, load_source, validation_batches
+from export.steps import Notify, Steps, steps_of
 from export.validate import validate
 from export.weights import WeightStore
 from runtime.artifacts import Engine, OnnxGraph, Report
@@ -39,9 +40,6 @@ _BESIDE_PLAN = (
 _FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
 _PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|\.{_DEGREE}(\.inlined)?\.(debug|slice|plan)\.(onnx|plan)"
 _OURS = re.compile(rf"{_FILES}|{_PASSING}")
-
-Notify = Callable[[int | None, str], None]
-"""(degree, stage) as work goes on; degree is None for work on the whole family."""
 
 
 def _silent(_degree: int | None, _stage: str) -> None:
@@ -76,25 +74,24 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
     with locked(options.out):
         family = _listed(source)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
-        lowering = Lowering(source.loaded.model, store, source.reduction)
-        source, proven = _with_backend(source, family, lowering, notify)
-        reused = _finished(source, family)
-        failed: dict[int, Report] = {}
-        for degree in source.schedules:
-            if degree in reused:
-                notify(degree, "reused")
-                continue
-            if degree not in proven:
-                proven[degree] = _proven(source, degree, _lowered(source, degree, lowering, notify), notify)
-            report = proven[degree]
-            if not report:
-                failed[degree] = report
-                notify(degree, "FAILED")
-                continue
-            family = family.with_entry(_entry(source, degree, report))
-            family.write(options.out)
-            notify(degree, "done")
-        family = _measure(source, family, notify)
+        with steps_of(source, store, notify) as steps:
+            steps, proven = _with_backend(steps, family, notify)
+            source = steps.source
+            reused = _finished(source, family)
+            failed: dict[int, Report] = {}
+            for degree in source.schedules:
+                if degree in reused:
+                    notify(degree, "reused")
+                    continue
+                report = proven.pop(degree) if degree in proven else steps.proven(degree)
+                if not report:
+                    failed[degree] = report
+                    notify(degree, "FAILED")
+                    continue
+                family = family.with_entry(_entry(source, degree, report))
+                family.write(options.out)
+                notify(degree, "done")
+            family = _measure(steps, family, notify)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
@@ -187,44 +184,24 @@ def _finished(source: Source, family: Family) -> list[int]:
     ]
 
 
-def _with_backend(
-    source: Source, family: Family, lowering: Lowering, notify: Notify
-) -> tuple[Source, dict[int, Report]]:
-    """The source with a backend chosen, and what was proven for that."""
+def _with_backend(steps: Steps, family: Family, notify: Notify) -> tuple[Steps, dict[int, Report]]:
+    """The steps with a backend chosen, and what was proven for that."""
+    source = steps.source
+    precision = source.options.precision
     if source.options.backend != AUTO:
-        return source, {}
-    proven: dict[int, Report] = {}
-    names = backends_for(AUTO, source.options.precision)
+        return steps, {}
+    names = backends_for(AUTO, precision)
     backend = names[0] if len(names) == 1 else listed_backend(source, family)
-    if backend is None:
-        degree = max(source.schedules)
-        formats = {graph_precision(name, source.options.precision): name for name in names}
-        lowered = {each: _lowered(source, degree, lowering, notify, name) for each, name in formats.items()}
-        graphs = {name: lowered[graph_precision(name, source.options.precision)] for name in names}
-        notify(degree, f"choosing a backend: {' or '.join(names)}")
-        proven[degree] = fastest(source, graphs)
-        backend = proven[degree].engine.backend
-    return replace(source, options=replace(source.options, backend=backend)), proven
-
-
-def _lowered(source: Source, degree: int, lowering: Lowering, notify: Notify, backend: str | None = None) -> OnnxGraph:
-    notify(degree, "fusing")
-    fused = source.fused(degree)
-    notify(degree, "lowering to ONNX")
-    name = f"r{degree:02d}-{source.graph_recipe(degree, backend)[:12]}.onnx"
-    precision = graph_precision(backend or source.options.backend, source.options.precision)
-    graph = lowering.lower(source.schedules[degree], fused, name, precision)
-    gc.collect()  # the exporter leaves cycles that hold copies of the weights
-    return graph
-
-
-def _proven(source: Source, degree: int, graph: OnnxGraph, notify: Notify) -> Report:
-    notify(degree, "building")
-    options = source.options
-    engine: Engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
-    notify(degree, "validating")
-    reference = reference_model(source.loaded.model, source.schedules[degree], graph.source, source.reduction)
-    return validate(engine, reference, validation_batches(source))
+    if backend is not None:
+        return steps.with_backend(backend), {}
+    degree = max(source.schedules)
+    formats = {graph_precision(name, precision): name for name in names}
+    lowered = {each: steps.graph(degree, name) for each, name in formats.items()}
+    graphs = {name: lowered[graph_precision(name, precision)] for name in names}
+    notify(degree, f"choosing a backend: {' or '.join(names)}")
+    report = fastest(source, graphs, steps.reference(next(iter(graphs.values()))))
+    # of a quantized engine, what it loses is still to be seen
+    return steps.with_backend(report.engine.backend), {} if precision in QUANTIZED else {degree: report}
 
 
 def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
@@ -249,14 +226,15 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
     )
 
 
-def _measure(source: Source, family: Family, notify: Notify) -> Family:
+def _measure(steps: Steps, family: Family, notify: Notify) -> Family:
     """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
+    source = steps.source
     wanted = [entry for entry in family.engines if entry.degree in source.schedules]
     if any(entry.validation.get("run", entry.backend) is None for entry in wanted):
         return family  # plans for other machines
     if any(str(batch) not in entry.pays for entry in wanted for batch in BATCHES):
         notify(None, "measuring latency")
-        for entry in measured(wanted, source.options.out):
+        for entry in measured(wanted, source.options.out, steps.rival):
             family = family.with_entry(entry)
     images = source.images
     if images is not None and images.labels is not None:
@@ -270,8 +248,10 @@ def _measure(source: Source, family: Family, notify: Notify) -> Family:
 
 
 def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
-    with open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
-        top1 = images.top1(runner.infer)
+    top1 = entry.validation.get("quantization", {}).get("top1")  # measured already, for what it may lose
+    if top1 is None:
+        with open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
+            top1 = images.top1(runner.infer)
     plain = None
     if source.compensator is not None:
         reference = ReducedViT(source.loaded.model, source.schedules[entry.degree], reduction=source.reduction)

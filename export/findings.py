@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # By precision; times the largest logit where that exceeds 1.
-LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
+LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2,
+                   "int8": 5e-2, "fp8": 5e-2, "int8-weights": 2e-2, "int4-weights": 2e-2}  # fmt: skip
 DEBUG_TOLERANCE = 1e-6  # the debug copy may be optimized differently, not compute something else
 
 

@@ -7,7 +7,7 @@ engine takes beyond it is the price of deciding and merging.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 
 from export.build import as_engine
 from export.operators import DOMAIN
+from runtime.artifacts import Engine
 from runtime.engines import open_engine
 from runtime.latency import Latency, measure
 from runtime.manifest import EngineEntry
@@ -30,20 +31,27 @@ _TOGETHER = 4  # degrees that are open beside 0, each with its slice bound: all 
 _ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
 
-def measured(entries: Sequence[EngineEntry], folder: Path, batches: Sequence[int] = BATCHES) -> list[EngineEntry]:
+def measured(
+    entries: Sequence[EngineEntry],
+    folder: Path,
+    rival_of: Callable[[int], Engine | None] = lambda _degree: None,
+    batches: Sequence[int] = BATCHES,
+) -> list[EngineEntry]:
     """Fills in latencies, engines and slice bounds side by side with degree 0, and at which batch sizes a degree pays.
 
     Args:
         entries: Engines of one family, degree 0 among them.
         folder: Where their files lie.
+        rival_of: Degree -> the engine that a quantized one competes with, in the same precision as without it.
         batches: Images per call.
     """
     found = {entry.degree: entry for entry in entries}
     (base,) = [entry for entry in entries if entry.degree == 0]
     others = [entry for entry in entries if entry.degree]
+    rivals = {entry.degree: rival for entry in entries if (rival := rival_of(entry.degree)) is not None}
     groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
     for batch in batches:
-        runs = [(group, _times([base, *group], folder, batch)) for group in groups]
+        runs = [(group, _times([base, *group], folder, batch, rivals)) for group in groups]
         typical = statistics.median(times["0"].p50 for _, times in runs)
         for group, times in runs:
             scale = typical / times["0"].p50  # a slow minute slows degree 0 of its group as well
@@ -57,6 +65,8 @@ def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], sc
     figures = {"p50": round(own.p50 * scale, 4), "p99": round(own.p99 * scale, 4)}
     if bound is not None:
         figures["slice_bound"] = round(bound.p50 * scale, 4)
+    if (rival := times.get(_rival_of(entry.degree))) is not None:
+        figures["unquantized"] = round(rival.p50 * scale, 4)
     return replace(
         entry,
         latency_ms={**entry.latency_ms, str(batch): figures},
@@ -64,13 +74,18 @@ def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], sc
     )
 
 
-def _times(entries: Sequence[EngineEntry], folder: Path, batch: int) -> dict[str, Latency]:
+def _times(
+    entries: Sequence[EngineEntry], folder: Path, batch: int, rivals: Mapping[int, Engine]
+) -> dict[str, Latency]:
     with ExitStack() as stack:
         runners = {}
         for entry in entries:
             settings = {"precision": entry.precision, "batch": batch}
             engine = open_engine(folder / entry.engine, entry.backend, **settings)
             runners[str(entry.degree)] = stack.enter_context(engine)
+            if (rival := rivals.get(entry.degree)) is not None:
+                opened = open_engine(rival.file, rival.backend, precision=rival.precision, batch=batch)
+                runners[_rival_of(entry.degree)] = stack.enter_context(opened)
             if any(entry.schedule):
                 # once it is open, its file is not needed any more
                 with slice_bound(folder / entry.onnx) as graph, as_engine(graph, entry.backend, entry.build) as file:
@@ -81,6 +96,10 @@ def _times(entries: Sequence[EngineEntry], folder: Path, batch: int) -> dict[str
 
 def _bound_of(degree: int) -> str:
     return f"slice bound of {degree}"
+
+
+def _rival_of(degree: int) -> str:
+    return f"unquantized {degree}"
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +27,6 @@ from export.lower import Lowering
 from export.precision import precision_of, typed
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
-from tocom.reduction import MERGE, Reduction
 from tocom.schedule import MergeSchedule
 
 _CODES = {"INT8": np.dtype(np.int8), "FLOAT8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn), "INT4": ml_dtypes.int4}
@@ -56,13 +54,11 @@ class QuantizedLowering:
     Args:
         model: The plain timm model; untouched.
         store: The family folder's weight files.
-        scratch: Folder for the float graphs, which are not kept.
-        reduction: How tokens are removed.
+        float_lowering: Makes the float graphs, in a folder of its own.
     """
 
-    def __init__(self, model: nn.Module, store: WeightStore, scratch: Path, reduction: Reduction = MERGE) -> None:
-        self._model, self._store = model, store
-        self._float = Lowering(model, WeightStore(scratch), reduction)
+    def __init__(self, model: nn.Module, store: WeightStore, float_lowering: Lowering) -> None:
+        self._model, self._store, self._float = model, store, float_lowering
 
     def lower(
         self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str, quantization: Quantization, form: Form

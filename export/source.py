@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from calib.labelled import LabelledImages
 from export.build import PLANNED, backends_for, graph_precision
 from export.fuse import fuse
+from export.quantize import QUANTIZED, QuantizeOptions
 from export.tensorrt import PlanOptions, plan_recipe, require_buildable
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
@@ -27,7 +29,7 @@ from tocom.reduction import Reduction, reduction_named
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import schedule_for
 
-PIPELINE = 5  # part of every recipe; raised when the same inputs begin to make other engines
+PIPELINE = 6  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
 _DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # of the engine libraries
@@ -56,6 +58,7 @@ class CompileOptions:
         reduction: Name of the token reduction.
         replace: Whether a family of another checkpoint in the folder may be overwritten.
         plan: How plans are built, for backends that have them.
+        quantize: How quantized engines are made, for precisions that are such.
     """
 
     model: str
@@ -75,6 +78,7 @@ class CompileOptions:
     reduction: str = "merge"
     replace: bool = False
     plan: PlanOptions = field(default_factory=PlanOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Source:
             "precision": self.options.precision,
             "backend": backend,
             "native": sorted(native_operators(backend)),
+            **self._quantization(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -160,8 +165,19 @@ class Source:
             "removed": self.schedules[degree].removed,
             "reduction": self.options.reduction,
             "degree": degree,
+            **self._quantization(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _quantization(self) -> dict[str, Any]:
+        if self.options.precision not in QUANTIZED:
+            return {}
+        images = None if self.images is None else self.images.fingerprint  # they decide what returns to float
+        return {"quantization": self._fingerprinted, "images": images}
+
+    @functools.cached_property
+    def _fingerprinted(self) -> dict[str, Any]:
+        return self.options.quantize.recipe()
 
 
 def load_source(options: CompileOptions) -> Source:

@@ -33,12 +33,15 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     table = Table(title=_title(family, entries))
     scaled = len({entry.scale for entry in entries}) > 1
     planned = any(entry.build for entry in entries)
+    quantized = any("quantization" in entry.validation for entry in entries)
     timed = any(entry.latency_ms for entry in entries) or not planned
     names = (
         *("tokens", "GMACs", "MiB"),
         *(("plan MiB", "build s", "layers") if planned else ()),
         *(("ms p50", "p99", "speed-up", "tax") if timed else ()),
+        *(("gain",) if quantized and timed else ()),
         *("logit error", "agreement"),
+        *(("in float", "loses") if quantized else ()),
     )
     for name in ("degree", "scale", *names) if scaled else ("degree", *names):
         table.add_column(name, justify="right")
@@ -53,7 +56,9 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
             *_size(entry, folder),
             *(_plan(entry) if planned else ()),
             *(_times(entry, baseline) if timed else ()),
+            *(_gain(entry) if quantized and timed else ()),
             *_proof(entry),
+            *(_loss(entry) if quantized else ()),
         ]
         degree = str(entry.degree)
         scale = [_scale(entry, family)] if scaled else []
@@ -63,6 +68,8 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         notes.append(_about_plans(entries))
     if idle := _idle(entries):
         notes.append(f"Not faster than degree 0 here: {idle}.")
+    if quantized:
+        notes.append(_about_quantized(entries))
     stored = {name for entry in family.engines for name in entry.sha256}
     notes.append(f"Weights that are equal are stored once: {_mib(folder, stored):.1f} MiB on disk in all.")
     if labelled:
@@ -182,6 +189,35 @@ def _proof(entry: EngineEntry) -> list[str]:
         f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
         f"{found['agreement']:.2%}" if found.get("decisions") else "-",
     ]
+
+
+def _gain(entry: EngineEntry) -> list[str]:
+    """How much faster than the same degree without quantization."""
+    time = entry.latency_ms.get("1", {})
+    return [f"{time['unquantized'] / time['p50']:.2f}x" if "unquantized" in time else "-"]
+
+
+def _loss(entry: EngineEntry) -> list[str]:
+    found = entry.validation.get("quantization")
+    if found is None:
+        return ["-", "-"]
+    left = len(found["float_products"])
+    return [f"{left} of {left + found['products']}", f"{found['drop']:+.2f}"]
+
+
+def _about_quantized(entries: Sequence[EngineEntry]) -> str:
+    """What the columns mean, and where quantizing does not pay."""
+    found = next(entry.validation["quantization"] for entry in entries if "quantization" in entry.validation)
+    loses = "points of top-1 against float32" if found["drop_of"] == "top1" else "percent of answers that differ"
+    text = (f"gain: over the same degree in the fastest float format of the library; in float: products left so; "
+            f"loses: {loses}, {found['drop_images']} images.")  # fmt: skip
+    slower = [
+        f"{entry.degree} at batch {batch}"
+        for entry in entries
+        for batch, time in entry.latency_ms.items()
+        if "unquantized" in time and time["p50"] >= time["unquantized"]
+    ]
+    return f"{text}\nQuantizing does not pay here: degree {', '.join(slower)}." if slower else text
 
 
 def _idle(entries: Sequence[EngineEntry]) -> str:

@@ -21,11 +21,13 @@ import onnx
 import torch
 from torch import Tensor
 
+from calib.quantize.grids import FORMATS
 from export.build import PLANNED, as_engine, needs_inlining
 from export.decisions import AnyDecision, decisions_of, judge_of, tokens_of
 from export.findings import DEBUG_TOLERANCE, LOGIT_TOLERANCE, Findings
 from export.lower import OUTPUT, inline
 from export.operators import DOMAIN
+from export.precision import HALF, precision_of
 from export.rounding import rounded
 from runtime.artifacts import Engine, Report
 from runtime.engines import EngineRunner, open_engine
@@ -59,14 +61,24 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
 
 
 @contextmanager
+def proving_runner(engine: Engine) -> Iterator[EngineRunner]:
+    """What answers as the engine does: itself, or where it cannot be run here its graph, on ONNX Runtime."""
+    if engine.unrunnable:
+        with debug_copy(engine) as runner:
+            yield runner
+    else:
+        with open_engine(**_opened_as(engine, engine.file)) as runner:
+            yield runner
+
+
+@contextmanager
 def _runners(engine: Engine) -> Iterator[tuple[EngineRunner, EngineRunner]]:
     """What is shipped, and what also tells its decisions.
 
     A native operator tells them as it is. What cannot be run here is proven by its graph, on ONNX Runtime.
     """
     if engine.native or engine.unrunnable:
-        opened = debug_copy(engine) if engine.unrunnable else open_engine(**_opened_as(engine, engine.file))
-        with opened as runner:
+        with proving_runner(engine) as runner:
             yield runner, runner
     else:
         with open_engine(**_opened_as(engine, engine.file)) as shipped, debug_copy(engine) as debugged:
@@ -74,8 +86,9 @@ def _runners(engine: Engine) -> Iterator[tuple[EngineRunner, EngineRunner]]:
 
 
 def _debug_tolerance(engine: Engine) -> float:
-    """A plan with more outputs may be built of other kernels, which round otherwise."""
-    return LOGIT_TOLERANCE[engine.precision] if engine.backend in PLANNED else DEBUG_TOLERANCE
+    """A plan with more outputs may be built of other kernels, which round otherwise; so may quantized products be."""
+    exact = engine.backend not in PLANNED and engine.precision not in FORMATS
+    return DEBUG_TOLERANCE if exact else LOGIT_TOLERANCE[engine.precision]
 
 
 def _opened_as(engine: Engine, file: Path) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
         if node.domain == DOMAIN:
             for name in node.output[2:]:
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-            if engine.source.precision != "fp32":  # the formats are the graph's, so that this changes none
+            if precision_of(graph) in HALF:  # the formats are the graph's, so that this changes none
                 graph.graph.output.append(values[node.output[0]])
     backend, precision = engine.backend, engine.precision
     if engine.unrunnable:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from calib.quantize.grids import FORMATS, Format
@@ -215,19 +214,3 @@ def _composed(first: Mapping[str, Migration], then: Mapping[str, Migration]) -> 
 
 def _as_seen(rows: Tensor, scale: float | None, form: Format) -> Tensor:
     return rows if scale is None else form.activation.nearest(rows / scale) * scale
-
-
-def with_format(method: Method, name: str) -> Method:
-    """The same method for another number format."""
-    return replace(method, format=name)
-
-
-def finite_pixels(pixels: Tensor) -> Tensor:
-    """The images, where all of their numbers are finite.
-
-    Raises:
-        InputError: If one is not.
-    """
-    if not torch.isfinite(pixels).all():
-        raise InputError("calibration images must hold finite numbers, got NaN or infinity.")
-    return pixels
