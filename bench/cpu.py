@@ -11,10 +11,12 @@ exported by torch.onnx.export without this project's operator, and the untouched
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -34,17 +36,20 @@ import openvino
 import timm
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from bench.markdown import spread, table
 from bench.plain_tome import PlainToMe
-from export.build import build
+from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
+from export.build import build, graph_precision
 from export.latency import slice_bound
-from export.lower import INPUT, OUTPUT, count_gmacs, lower
+from export.lower import INPUT, OUTPUT, Lowering, count_gmacs
+from export.quantized import Form, QuantizedLowering
+from export.validate import default_images
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
 from runtime.engines import EngineRunner, open_engine
-from runtime.latency import measure
+from runtime.latency import Latency, measure
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -54,7 +59,15 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDED = "strided:3"
-OURS = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+OURS = (
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+)
+_COMPARED = ("ours, OpenVINO bf16", "ours, ONNX Runtime fp32")  # what int8 is to be faster than
+_CALIBRATION_IMAGES = 16
 _NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -74,6 +87,8 @@ class Row:
         gain: Time of the plain export on the same library in the same precision over this one's, likewise.
         ideal: Speed-up by multiplications.
         rounds: Calls that were measured; 0 where it was not written down.
+        over_half: Time of ours on OpenVINO in bf16, with the same schedule, over this one's, likewise; None for itself.
+        over_float: Likewise of ours on ONNX Runtime in float32.
     """
 
     contender: str
@@ -87,6 +102,8 @@ class Row:
     gain: tuple[float, float, float] | None
     ideal: float
     rounds: int = 0
+    over_half: tuple[float, float, float] | None = None
+    over_float: tuple[float, float, float] | None = None
 
 
 class TorchRunner(EngineRunner):
@@ -135,19 +152,53 @@ class Bench:
         torch.manual_seed(0)
         self.model = timm.create_model(name).eval().requires_grad_(False)
         self.store = WeightStore(self.folder)
+        self.lowering = Lowering(self.model, self.store)
 
     def reduced(self, degree: int, schedule: str = "constant") -> ReducedViT:
         """The PyTorch reference at a degree."""
         return ReducedViT(self.model, schedule_for(self.model, degree, ScheduleFamily(schedule))).eval()
 
-    def graph(self, degree: int, schedule: str) -> OnnxGraph:
-        """Our graph of a degree."""
+    def graph(self, degree: int, schedule: str, form: str = "fp32") -> OnnxGraph:
+        """Our graph of a degree, in a form of `export.build.graph_precision`."""
         made_of = FusedCheckpoint(self.model.state_dict(), self.name, degree, 0, None, "random", None)
         planned = schedule_for(self.model, degree, ScheduleFamily(schedule))
-        name = f"{degree}-{schedule.replace(':', '')}.onnx"
-        graph = lower(self.model, planned, made_of, self.store, name)
+        name = f"{degree}-{schedule.replace(':', '')}-{form}.onnx"
+        if form == "fp32":
+            graph = self.lowering.lower(planned, made_of, name)
+        else:
+            quantization = self.calibration.quantization(self.model)
+            quantized = QuantizedLowering(self.model, self.store, self.lowering)
+            unsigned = Form(unsigned=form.endswith("unsigned"))
+            graph = quantized.lower(planned, made_of, f"quantized-{name}", quantization, unsigned)
         gc.collect()
         return graph
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """Ranges over the degrees that a family looks at, on patterns."""
+        return calibrate([self.reduced(degree) for degree in OBSERVED], self.patterns(), Method())
+
+    def patterns(self) -> Tensor:
+        """Images to calibrate on."""
+        size = (3, *self.model.patch_embed.img_size)
+        return torch.cat([torch.from_numpy(each) for each in default_images(size, _CALIBRATION_IMAGES // 2)])
+
+    def peer_quantized(self, degree: int) -> Path:
+        """The plain export, quantized by NNCF's preset for transformers on OpenVINO's model."""
+        file = self.folder / f"nncf-{degree}.xml"
+        if not file.exists():
+            import nncf
+
+            images = nncf.Dataset([image[None].numpy() for image in self.patterns()], lambda image: {INPUT: image})
+            model = nncf.quantize(
+                openvino.Core().read_model(self.plain_export(degree)),
+                images,
+                preset=nncf.QuantizationPreset.PERFORMANCE,
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=_CALIBRATION_IMAGES,
+            )
+            openvino.save_model(model, file, compress_to_fp16=False)
+        return file
 
     def plain_export(self, degree: int) -> Path:
         """What torch.onnx.export makes of the reference, without our operator; of the timm model at degree 0."""
@@ -174,11 +225,12 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float, only: str =
         def add(contender: str, schedule: str, runner: EngineRunner) -> None:
             runners[contender, schedule] = stack.enter_context(runner)
 
-        graphs = {"-": bench.graph(0, "constant")}
-        graphs |= {schedule: bench.graph(degree, schedule) for schedule in ("constant", STRIDED)}
         for backend, precision in OURS:
             name = f"ours, {_NAMES[backend]} {precision}"
-            for schedule, graph in graphs.items() if only in name else ():
+            form = graph_precision(backend, precision)
+            planned = {"-": 0, "constant": degree, **({} if precision == "int8" else {STRIDED: degree})}
+            for schedule, at in planned.items() if re.search(only, name) else ():
+                graph = bench.graph(at, "constant" if schedule == "-" else schedule, form)
                 engine = build(graph, backend=backend, precision=precision)
                 add(name, schedule, open_engine(engine.file, backend, precision=precision, batch=batch))
                 if schedule != "-":
@@ -187,7 +239,7 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float, only: str =
                     add(name, f"{schedule} bound", bound)
         for schedule, at in (("-", 0), ("constant", degree)):
             for name, make in _peers(bench, batch, at).items():
-                if only in name:
+                if re.search(only, name):
                     add(name, schedule, make())
         names = {f"{contender}|{schedule}": (contender, schedule) for contender, schedule in runners}
         times = measure({key: runners[name] for key, name in names.items()}, batch, seconds=seconds, min_rounds=15)
@@ -205,9 +257,16 @@ def run_group(bench: Bench, batch: int, degree: int, seconds: float, only: str =
             contender, schedule, each.p50, each.p25, each.p75, base.ratio_to(each)[1],
             None if bound is None else base.ratio_to(bound)[1],
             None if bound is None else tuple(ratio - 1 for ratio in each.ratio_to(bound)),
-            gain, macs["-"] / macs[schedule], each.rounds,
+            gain, macs["-"] / macs[schedule], each.rounds, *_compared(found, contender, schedule),
         ))  # fmt: skip
     return rows
+
+
+def _compared(
+    found: Mapping[tuple[str, str], Latency], contender: str, schedule: str
+) -> tuple[tuple[float, float, float] | None, ...]:
+    others = [found.get((name, schedule)) if name != contender else None for name in _COMPARED]
+    return tuple(None if each is None else each.ratio_to(found[contender, schedule]) for each in others)
 
 
 def _peers(bench: Bench, batch: int, degree: int) -> dict[str, Callable[[], EngineRunner]]:
@@ -228,6 +287,7 @@ def _peers(bench: Bench, batch: int, degree: int) -> dict[str, Callable[[], Engi
         "plain export, ONNX Runtime fp32": lambda: open_engine(bench.plain_export(degree), "onnxruntime", batch=batch),
         "plain export, OpenVINO fp32": lambda: by_openvino("fp32"),
         "plain export, OpenVINO bf16": lambda: by_openvino("bf16"),
+        "plain export, OpenVINO int8": lambda: OpenVinoPeer(bench.peer_quantized(degree), "bf16", batch, classes, size),
     }
 
 
@@ -239,7 +299,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Graphs and finished groups.")] = ROOT / "build" / "bench" / "cpu",
     out: Annotated[Path, typer.Option(help="Page; its plots lie beside it.")] = ROOT / "bench" / "results" / "cpu.md",
     finished: Annotated[bool, typer.Option("--finished", help="Measure nothing; write what is there.")] = False,
-    only: Annotated[str, typer.Option(help="Only contenders with this in their names: fewer, so more rounds.")] = "",
+    only: Annotated[str, typer.Option(help="Only contenders whose names match: fewer, so more rounds.")] = "",
 ) -> None:
     """Measures every group that is not there yet, and writes the page and the plots."""
     groups: dict[tuple[str, int], dict[int, list[Row]]] = {}
@@ -247,7 +307,7 @@ def main(
         bench = None
         for batch in map(int, batches.split(",")):
             for degree in map(int, degrees.split(",")):
-                file = work / f"{name}-{batch}-{degree}{f'-{only}' if only else ''}.json"
+                file = work / f"{name}-{batch}-{degree}{f'-{_letters(only)}' if only else ''}.json"
                 if finished and not file.exists():
                     continue
                 if not file.exists():
@@ -265,15 +325,21 @@ def main(
     print(f"wrote {out}")
 
 
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", "-", text)
+
+
 def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path, only: str) -> str:
-    who = f'of those with "{only}" in their names all contenders' if only else "all contenders"
+    who = f'of those whose names match "{only}" all contenders' if only else "all contenders"
     parts = [f"# Engines on a CPU\n\nWritten by `make bench` ([bench/cpu.py](../cpu.py)), {date.today().isoformat()}: "
              f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU; {_versions()}.\n\nRandomly initialized "
              f"weights, real sizes. For each model, batch size and degree {who} took turns in one process: "
              "ratios within a block of rows are comparable. ms: median of one call, and its quartiles. All ratios are "
              "medians of ratios round by round. Speed-up: over the same contender without merging. Ideal: by "
              "multiplications. Tax: beyond the same engine that drops the last r tokens unseen. Over plain export: the "
-             "plain export's time on the same library in the same precision, over this one's. In parentheses: "
+             "plain export's time on the same library in the same precision, over this one's; in int8 NNCF's "
+             "(preset for transformers, on OpenVINO's model). Over ours bf16, fp32: the time of our engine on "
+             "OpenVINO in bf16, and on ONNX Runtime in float32, at the same degree, over this one's. In parentheses: "
              "quartiles."]  # fmt: skip
     for (name, batch), degrees in groups.items():
         picture = out.with_name(f"{out.stem}-{name.split('_patch')[0]}-{batch}.png")
@@ -286,15 +352,15 @@ def _page(groups: Mapping[tuple[str, int], Mapping[int, list[Row]]], out: Path, 
 
 def _table(batch: int, degrees: Mapping[int, list[Row]]) -> str:
     columns = ("r", "contender", "schedule", "rounds", "ms", "quartiles", "images/s", "speed-up", "of ideal", "tax",
-               "over plain export")  # fmt: skip
+               "over plain export", "over ours bf16", "over ours fp32")  # fmt: skip
     lines = []
     for degree, rows in degrees.items():
         for row in sorted(rows, key=lambda row: (row.schedule == "-", row.ms)):
-            merged = row.schedule != "-"
+            merged, gains = row.schedule != "-", (row.gain, row.over_half, row.over_float)
             lines.append((str(degree if merged else 0), row.contender, row.schedule, str(row.rounds or ""),
                           f"{row.ms:.1f}", f"{row.low:.1f} - {row.high:.1f}", f"{1000 * batch / row.ms:.0f}",
                           f"{row.speed_up:.2f}x" if merged else "", f"{row.speed_up / row.ideal:.0%}" if merged else "",
-                          spread(row.tax, "{:+.1%}"), spread(row.gain, "{:.2f}x")))  # fmt: skip
+                          spread(row.tax, "{:+.1%}"), *(spread(each, "{:.2f}x") for each in gains)))  # fmt: skip
     return table(columns, lines, text=("contender", "schedule"))
 
 
@@ -330,12 +396,12 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     flags = next((line for line in lines if line.startswith("flags")), "")
-    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    known = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
     return f"{found or platform.machine()} ({', '.join(known)})"
 
 
 def _versions() -> str:
-    names = ("torch", "timm", "onnxruntime-gpu", "openvino")
+    names = ("torch", "timm", "onnxruntime-gpu", "openvino", "nncf")
     return ", ".join(f"{name} {version(name)}" for name in names) + f", Python {platform.python_version()}"
 
 

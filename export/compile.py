@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from calib.labelled import LabelledImages
+from calib.quantize.network import quantized_model
 from export.auto import fastest, listed_backend
 from export.build import AUTO, backends_for, graph_precision, why_unrunnable
 from export.latency import BATCHES, measured
 from export.lock import locked
 from export.lower import reference_model
 from export.quantize import QUANTIZED
+from export.quantized_reading import read_quantization
 from export.scales import at_chosen_scales
 from export.source import CompileOptions, Source, load_source, validation_batches
 from export.steps import Notify, Steps, steps_of
@@ -135,9 +137,18 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
             build=entry.build,
             unrunnable=why_unrunnable(entry, options.out),
         )
-        reference = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
+        reference = _reference(source, degree, graph)
         reports[degree] = validate(engine, reference, validation_batches(source))
     return reports
+
+
+def _reference(source: Source, degree: int, graph: OnnxGraph) -> ReducedViT:
+    """Of a listed engine; a quantized one is compared with what its graph says, in PyTorch."""
+    model, schedule = source.loaded.model, source.schedules[degree]
+    if graph.precision not in QUANTIZED:
+        return reference_model(model, schedule, graph.source, source.reduction)
+    found = read_quantization(graph.file, model, graph.source.weights, graph.precision)
+    return ReducedViT(quantized_model(model, found), schedule, reduction=source.reduction).eval()
 
 
 def _known_source(options: CompileOptions, listed: Family) -> int | None:

@@ -354,7 +354,7 @@ def _run_openvino(piece: Path, feeds: dict[str, np.ndarray], precision: str) -> 
     if (native := library()) is not None:
         core.add_extension(str(native))
     model = core.read_model(piece)
-    fuse(model, half=precision == "bf16")
+    fuse(model, half=precision_hint(precision) == "bf16")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
     return {name: array for port, array in compiled(feeds).items() for name in port.get_names()}
 

@@ -157,7 +157,7 @@ class _Insertion:
             self._constant(self._nodes[f"{module}.LayerNormalization"], index, f"{module}.{parameter}", tensor)
             return
         weight = self._quantization.weights.get(module)
-        for name, rows, factor in self._parts(module):
+        for name, rows, factor in parts_of(self._model, module):
             if parameter == "bias":
                 add = self._nodes[f"{name}.Add"]
                 self._constant(add, 1, f"{name}.bias", tensor[rows] * factor)
@@ -172,19 +172,6 @@ class _Insertion:
             product.replace_input_with(
                 1, self._dequantized(product, f"{name}.weight", weight.codes[rows].T, weight.scale[rows] * factor)
             )
-
-    def _parts(self, module: str) -> list[tuple[str, slice, float]]:
-        """Products in the graph that a product of the model is: their names, rows and factors."""
-        block, _, part = module.rpartition(".")
-        if part != "qkv":
-            return [(module, slice(None), 1.0)]
-        attn = self._model.get_submodule(block)
-        width = attn.qkv.out_features // 3
-        scale = attn.scale if isinstance(attn.q_norm, nn.Identity) else 1.0  # as export.projection folds it
-        return [
-            (f"{block}.{each}", slice(index * width, (index + 1) * width), scale if each == "q" else 1.0)
-            for index, each in enumerate("qkv")
-        ]
 
     def _pair(self, product: ir.Node, scale: float) -> ir.Value:
         """The product's input, quantized and dequantized."""
@@ -229,6 +216,20 @@ class _Insertion:
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value
+
+
+def parts_of(model: nn.Module, module: str) -> list[tuple[str, slice, float]]:
+    """Products in the graph that a product of the model is: their names, rows and factors (`export.projection`)."""
+    block, _, part = module.rpartition(".")
+    if part != "qkv":
+        return [(module, slice(None), 1.0)]
+    attn = model.get_submodule(block)
+    width = attn.qkv.out_features // 3
+    scale = attn.scale if isinstance(attn.q_norm, nn.Identity) else 1.0
+    return [
+        (f"{block}.{each}", slice(index * width, (index + 1) * width), scale if each == "q" else 1.0)
+        for index, each in enumerate("qkv")
+    ]
 
 
 def forms(backend: str) -> Form:

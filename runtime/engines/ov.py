@@ -82,8 +82,9 @@ class OpenVinoRunner(EngineRunner):
         self._name = one_line(path)
         self._batch = settings.batch
         core = _core()
+        hint = precision_hint(settings.precision)
         properties: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": precision_hint(settings.precision),
+            "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "THROUGHPUT" if settings.throughput else "LATENCY",
         }
         if settings.threads is not None:
@@ -98,7 +99,7 @@ class OpenVinoRunner(EngineRunner):
         self.input_size, self.classes = self._contract(model)
         if settings.batch is not None and not settings.throughput:
             model.reshape([settings.batch, *self.input_size])
-        self._merges = fuse(model, half=settings.precision == "bf16")
+        self._merges = fuse(model, half=hint == "bf16")
         try:
             self._compiled = core.compile_model(model, _DEVICE, properties)
             streams = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))

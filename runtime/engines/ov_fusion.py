@@ -25,6 +25,7 @@ NATIVE = "TokenMerge"
 
 _NATIVE_OPERATORS = (NATIVE, "AddLayerNorm", "CutPatches")
 _NORMED, _LOG_SIZE = 5, 6  # further outputs of a TokenMerge that takes a residual and a norm
+_TOKENS = {NATIVE: ((0, 2, 3), (0, _NORMED, _LOG_SIZE)), "AddLayerNorm": ((0, 1), (0, 1))}  # what may be bfloat16
 _IN_EITHER = frozenset({
     "Add", "Broadcast", "Concat", "Constant", "Convolution", "Divide", "Gather", "Gelu", "Log", "MVN", "MatMul",
     "Maximum", "Multiply", "Parameter", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Result", "ShapeOf",
@@ -81,8 +82,8 @@ def fuse(model: openvino.Model, *, half: bool) -> list[Merge]:
     if library() is not None:
         embed_patches_by_product(model)
         merges = _fuse_native(model)
-    if half:
-        narrow(model)
+    if half and not narrow(model):
+        _narrow_native(model)
     model.validate_nodes_and_infer_types()
     return merges
 
@@ -117,14 +118,18 @@ def embed_patches_by_product(model: openvino.Model) -> None:
         _replace(turned.output(0), opset15.add(product, bias).output(0))
 
 
-def narrow(model: openvino.Model) -> None:
+def narrow(model: openvino.Model) -> bool:
     """Makes the numbers of a graph bfloat16, but those of token sizes and of what native operators take in float32.
 
-    A graph with an operator that is not known to compute in either is left in float32, and to OpenVINO's own hint.
+    A graph with an operator that is not known to compute in either, such as a quantized one, is left in float32, and
+    to OpenVINO's own hint.
+
+    Returns:
+        Whether it did.
     """
     kinds = {node.get_type_name() for node in model.get_ordered_ops() if _computes(node)}
     if not kinds <= _IN_EITHER | {*_NATIVE_OPERATORS}:
-        return
+        return False
     narrowed: dict[tuple[str, int], Output] = {}
 
     def as_half(value: Output) -> Output:
@@ -154,6 +159,26 @@ def narrow(model: openvino.Model) -> None:
         widened = opset15.convert(value, "f32").output(0)
         widened.set_names(names)
         result.input(0).replace_source_output(widened)
+    return True
+
+
+def _narrow_native(model: openvino.Model) -> None:
+    """Puts the conversions of bfloat16 around native operators into a float32 graph that a hint makes bfloat16.
+
+    OpenVINO would have them compute in float32 and copy what goes in and out; these conversions it takes out.
+    """
+    natives = [node for node in model.get_ordered_ops() if node.get_type_name() in _TOKENS]
+    for node in natives:
+        for index in _TOKENS[node.get_type_name()][1]:
+            if index < node.get_output_size() and (readers := list(node.output(index).get_target_inputs())):
+                widened = opset15.convert(node.output(index), "f32").output(0)
+                for reader in readers:
+                    reader.replace_source_output(widened)
+    for node in natives:
+        for index in _TOKENS[node.get_type_name()][0]:
+            if index < node.get_input_size():
+                port = node.input(index)
+                port.replace_source_output(opset15.convert(port.get_source_output(), "bf16").output(0))
 
 
 def _fuse_native(model: openvino.Model) -> list[Merge]:

@@ -119,7 +119,7 @@ def test_a_wrong_native_decision_fails_the_gate(prove, monkeypatch):
 
 
 def test_onnx_runtime_has_no_bfloat16(exported):
-    with pytest.raises(InputError, match="precision must be one of fp32, fp16 for onnxruntime, got 'bf16'"):
+    with pytest.raises(InputError, match="precision must be one of fp32, fp16, int8 for onnxruntime, got 'bf16'"):
         build(exported("deit_tiny", 8).source, backend="onnxruntime", precision="bf16")
 
 
