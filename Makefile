@@ -4,7 +4,8 @@
 #   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
 #                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [SCHEDULE=strided:3] [REDUCTION=prune] [IMAGES=DIR]
-#                  [PRECISION=fp32|fp16|bf16] [BACKEND=onnxruntime|openvino|tensorrt|tensorrt-rtx] [OUT=DIR] [ARGS=...]
+#                  [PRECISION=fp32|fp16|bf16|int8 [CALIBRATION=DIR]] [OUT=DIR] [ARGS=...]
+#                  [BACKEND=onnxruntime|openvino|tensorrt|tensorrt-rtx]
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +18,7 @@ MODEL ?= examples/digits
 ifeq ($(MODEL),examples/digits)
 COMPENSATOR ?= examples/digits/compensator.safetensors
 IMAGES ?= examples/digits/sheets
+CALIBRATION ?= examples/digits/calibration
 endif
 SOURCE ?= 0
 SCALE ?=
@@ -35,7 +37,7 @@ engines: .venv/ready native
 	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR)) $(if $(SCALE),--scale $(SCALE)) \
 	  $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(REDUCTION),--reduction $(REDUCTION)) \
 	  --source-degree $(SOURCE) --degrees $(R) $(if $(IMAGES),--images $(IMAGES)) \
-	  --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
+	  $(if $(CALIBRATION),--calibration $(CALIBRATION)) --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
 
 # TensorRT for RTX is installed only where it is asked for
 ifneq ($(filter tensorrt-rtx,$(BACKEND)),)

@@ -139,6 +139,14 @@ def write_sheets(out: Path, count: int, seed: int = 2) -> None:
         Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(folder / f"{index:04d}.png", optimize=True)
 
 
+def write_calibration(out: Path, count: int, seed: int = 5) -> None:
+    """Downstream sheets made of training scans as PNG files, to calibrate quantized engines on."""
+    folder = out / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, sheet in enumerate(Sheets("train", "board", seed).batch(count)[0]):
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(folder / f"{index:04d}.png", optimize=True)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the example.")] = Path("examples/digits"),
     work: Annotated[Path, typer.Option(help="Folder for finished stages.")] = Path("build/digits"),
@@ -146,6 +154,7 @@ def main(
     distill_steps: Annotated[int, typer.Option(help="Distillation steps of 64 sheets.")] = 3000,
     finetune_steps: Annotated[int, typer.Option(help="Fine-tuning steps of 64 sheets.")] = 700,
     sheets: Annotated[int, typer.Option(help="Held-out sheets to write.")] = 1000,
+    calibration: Annotated[int, typer.Option(help="Training sheets to write, for calibration.")] = 128,
 ) -> None:
     """Trains the example from nothing and writes it to a folder."""
     work.mkdir(parents=True, exist_ok=True)
@@ -194,6 +203,7 @@ def main(
     write_model_folder(downstream, out)
     (out / "compensator.safetensors").write_bytes(compensator.to_safetensors())
     write_sheets(out, sheets)
+    write_calibration(out, calibration)
     (out / "training.json").write_text(json.dumps({"top1_percent": report}, indent=2) + "\n")
     for name, table in report.items():
         print(name)

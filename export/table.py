@@ -16,6 +16,7 @@ _ABOUT_TIMES = (
     "ms: batch 1 on this machine, all degrees measured in one interleaved run; tax: beyond the same network that drops "
     "tokens unseen; MiB: all files the degree reads."
 )
+_TIMES = {False: ("ms p50", "p99", "speed-up", "tax"), True: ("ms p50", "speed-up", "tax", "gain")}
 _ALONE = {"merge": "merging", "prune": "pruning"}
 
 
@@ -36,10 +37,9 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     quantized = any("quantization" in entry.validation for entry in entries)
     timed = any(entry.latency_ms for entry in entries) or not planned
     names = (
-        *("tokens", "GMACs", "MiB"),
+        *(("tokens", "MiB") if quantized else ("tokens", "GMACs", "MiB")),
         *(("plan MiB", "build s", "layers") if planned else ()),
-        *(("ms p50", "p99", "speed-up", "tax") if timed else ()),
-        *(("gain",) if quantized and timed else ()),
+        *(_TIMES[quantized] if timed else ()),
         *("logit error", "agreement"),
         *(("in float", "loses") if quantized else ()),
     )
@@ -53,9 +53,9 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     baseline = next((entry for entry in family.engines if entry.degree == 0), None)
     for entry in entries:
         cells = [
-            *_size(entry, folder),
+            *_size(entry, folder, brief=quantized),
             *(_plan(entry) if planned else ()),
-            *(_times(entry, baseline) if timed else ()),
+            *(_times(entry, baseline, brief=quantized) if timed else ()),
             *(_gain(entry) if quantized and timed else ()),
             *_proof(entry),
             *(_loss(entry) if quantized else ()),
@@ -147,12 +147,9 @@ def _title(family: Family, entries: Sequence[EngineEntry]) -> str:
     return ", ".join(parts)
 
 
-def _size(entry: EngineEntry, folder: Path) -> list[str]:
-    return [
-        f"{entry.tokens[0]} -> {entry.tokens[-1]}",
-        f"{entry.gmacs:.3g}",
-        f"{_mib(folder, entry.sha256):.1f}",
-    ]
+def _size(entry: EngineEntry, folder: Path, *, brief: bool) -> list[str]:
+    macs = [] if brief else [f"{entry.gmacs:.3g}"]
+    return [f"{entry.tokens[0]} -> {entry.tokens[-1]}", *macs, f"{_mib(folder, entry.sha256):.1f}"]
 
 
 def _plan(entry: EngineEntry) -> list[str]:
@@ -172,12 +169,12 @@ def _about_plans(entries: Sequence[EngineEntry]) -> str:
     return text
 
 
-def _times(entry: EngineEntry, baseline: EngineEntry | None) -> list[str]:
+def _times(entry: EngineEntry, baseline: EngineEntry | None, *, brief: bool) -> list[str]:
     time = entry.latency_ms.get("1", {})
     base = baseline.latency_ms.get("1", {}) if baseline else {}
     return [
         f"{time['p50']:.2f}" if "p50" in time else "-",
-        f"{time['p99']:.2f}" if "p99" in time else "-",
+        *([] if brief else [f"{time['p99']:.2f}" if "p99" in time else "-"]),
         _speed_up(entry, time, base),
         f"{time['p50'] / time['slice_bound'] - 1:.0%}" if "slice_bound" in time else "-",
     ]

@@ -209,6 +209,7 @@ def compare(
         error = _largest_difference(tokens, forced.tokens[block]) / max(largest, _SMALLEST)
         findings.block(block).token_error = max(findings.block(block).token_error or 0.0, error)
     findings.max_logit_error = max(findings.max_logit_error, _largest_difference(logits, expected))
+    findings.logit_errors += (logits - expected).abs().amax(dim=1).nan_to_num(nan=float("inf")).tolist()
     findings.max_logit = max(findings.max_logit, float(expected.abs().max()))
     findings.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
     debug_error = _largest_difference(logits, torch.from_numpy(outputs[OUTPUT]))
