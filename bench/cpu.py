@@ -44,7 +44,7 @@ from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from export.build import build, graph_precision
 from export.latency import slice_bound
 from export.lower import INPUT, OUTPUT, Lowering, count_gmacs
-from export.quantized import Form, QuantizedLowering
+from export.quantized import Form, quantized_graph
 from export.validate import default_images
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
@@ -163,13 +163,11 @@ class Bench:
         made_of = FusedCheckpoint(self.model.state_dict(), self.name, degree, 0, None, "random", None)
         planned = schedule_for(self.model, degree, ScheduleFamily(schedule))
         name = f"{degree}-{schedule.replace(':', '')}-{form}.onnx"
-        if form == "fp32":
-            graph = self.lowering.lower(planned, made_of, name)
-        else:
+        graph = self.lowering.lower(planned, made_of, name)
+        if form != "fp32":
             quantization = self.calibration.quantization(self.model)
-            quantized = QuantizedLowering(self.model, self.store, self.lowering)
             unsigned = Form(unsigned=form.endswith("unsigned"))
-            graph = quantized.lower(planned, made_of, f"quantized-{name}", quantization, unsigned)
+            graph = quantized_graph(graph, self.model, quantization, self.store, f"quantized-{name}", unsigned)
         gc.collect()
         return graph
 

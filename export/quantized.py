@@ -23,11 +23,9 @@ from torch import Tensor, nn
 
 from calib.quantize.grids import FORMATS
 from calib.quantize.network import Quantization
-from export.lower import Lowering
 from export.precision import precision_of, typed
 from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
-from tocom.schedule import MergeSchedule
+from runtime.artifacts import OnnxGraph, sha256_file, write_atomically
 
 _CODES = {"INT8": np.dtype(np.int8), "FLOAT8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn), "INT4": ml_dtypes.int4}
 _OPSETS = {"int4-weights": 21}  # the first that has the format
@@ -48,46 +46,31 @@ class Form:
     unsigned: bool = False
 
 
-class QuantizedLowering:
-    """Lowers the degrees of one model, their products quantized.
+def quantized_graph(
+    plain: OnnxGraph, model: nn.Module, quantization: Quantization, store: WeightStore, name: str, form: Form
+) -> OnnxGraph:
+    """The graph of a degree with its products quantized.
 
     Args:
-        model: The plain timm model; untouched.
-        store: The family folder's weight files.
-        float_lowering: Makes the float graphs, in a folder of its own.
+        plain: The float32 graph of the degree; its weights lie beside it.
+        model: The timm model that it was made from; its weights are not looked at.
+        quantization: Of this degree.
+        store: The family folder's weight files, which codes go to.
+        name: File name of the graph, within the store's folder.
+        form: How the engine library takes it.
     """
-
-    def __init__(self, model: nn.Module, store: WeightStore, float_lowering: Lowering) -> None:
-        self._model, self._store, self._float = model, store, float_lowering
-
-    def lower(
-        self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str, quantization: Quantization, form: Form
-    ) -> OnnxGraph:
-        """Exports one degree.
-
-        Args:
-            schedule: Tokens removed per block.
-            fused: The float weights of this degree.
-            name: File name of the graph, within the store's folder.
-            quantization: Of this degree.
-            form: How the engine library takes it.
-
-        Returns:
-            The graph, and the weight files it needs.
-        """
-        plain = self._float.lower(schedule, fused, name)
-        model = quantized(ir.load(plain.file), self._model, fused.weights, quantization, unsigned=form.unsigned)
-        weight_files = self._store.place(model)
-        proto = typed(ir.to_proto(model), form.rest)
-        file = self._store.folder / name
-        write_atomically(file, proto.SerializeToString())
-        onnx.checker.check_model(file)
-        return replace(
-            plain,
-            file=file,
-            files={part: sha256_file(self._store.folder / part) for part in (name, *weight_files)},
-            precision=quantized_format_of(proto) or precision_of(proto),
-        )
+    quantized_model = quantized(ir.load(plain.file), model, plain.source.weights, quantization, unsigned=form.unsigned)
+    weight_files = store.place(quantized_model)
+    proto = typed(ir.to_proto(quantized_model), form.rest)
+    file = store.folder / name
+    write_atomically(file, proto.SerializeToString())
+    onnx.checker.check_model(file)
+    return replace(
+        plain,
+        file=file,
+        files={part: sha256_file(store.folder / part) for part in (name, *weight_files)},
+        precision=quantized_format_of(proto) or precision_of(proto),
+    )
 
 
 def quantized(
@@ -109,7 +92,8 @@ def quantized(
     """
     _Insertion(graph.graph, model, plain, quantization, unsigned).apply()
     RemoveUnusedNodesPass()(graph)
-    graph.graph.opset_imports[""] = max(graph.graph.opset_imports[""], _OPSETS.get(quantization.format.name, 0))
+    for part in (graph.graph, *graph.functions.values()):
+        part.opset_imports[""] = max(part.opset_imports[""], _OPSETS.get(quantization.format.name, 0))
     return graph
 
 

@@ -16,7 +16,7 @@ from calib.quantize.network import Quantization
 from export.build import build, graph_precision
 from export.lower import Lowering, reference_model
 from export.quantize import QUANTIZED, Drop, Quantizer
-from export.quantized import QuantizedLowering, forms
+from export.quantized import forms, quantized_graph
 from export.source import Source, validation_batches
 from export.validate import proving_runner, validate
 from export.weights import WeightStore
@@ -95,7 +95,7 @@ class QuantizedSteps(Steps):
         super().__init__(source, store, notify)
         self._scratch = tempfile.TemporaryDirectory(prefix="tocom-")
         self._lowering = Lowering(source.loaded.model, WeightStore(Path(self._scratch.name)), source.reduction)
-        self._quantized = QuantizedLowering(source.loaded.model, store, self._lowering)
+        self._float_graphs: dict[int, OnnxGraph] = {}
         self.quantizer = Quantizer(source, store.folder, lambda text: notify(None, f"note: {text}"))
 
     def __exit__(
@@ -146,9 +146,13 @@ class QuantizedSteps(Steps):
         precision = {"openvino": "bf16", "onnxruntime": "fp32"}.get(backend)
         if precision is None:
             return None
-        fused = self.source.fused(degree)
-        graph = self._lowering.lower(self.source.schedules[degree], fused, f"{degree}-{precision}.onnx")
-        return build(graph, backend=backend, precision=precision)
+        return build(self._float_graph(degree), backend=backend, precision=precision)
+
+    def _float_graph(self, degree: int) -> OnnxGraph:
+        if degree not in self._float_graphs:
+            fused = self.source.fused(degree)
+            self._float_graphs[degree] = self._lowering.lower(self.source.schedules[degree], fused, f"r{degree}.onnx")
+        return self._float_graphs[degree]
 
     def _quantization(self, degree: int) -> Quantization:
         self._notify(degree, "calibrating")
@@ -168,9 +172,8 @@ class QuantizedSteps(Steps):
         source = self.source
         recipe = source.graph_recipe(degree, backend) + ",".join(sorted(quantization.weights))
         name = graph_name(degree, hashlib.sha256(recipe.encode()).hexdigest())
-        graph = self._quantized.lower(
-            source.schedules[degree], source.fused(degree), name, quantization, forms(backend)
-        )
+        plain = self._float_graph(degree)
+        graph = quantized_graph(plain, source.loaded.model, quantization, self._store, name, forms(backend))
         gc.collect()
         return graph
 
