@@ -23,6 +23,7 @@ endif
 SOURCE ?= 0
 SCALE ?=
 PRECISION ?= fp32
+QUANTIZED = $(filter int8 fp8 int8-weights int4-weights,$(PRECISION))
 BACKEND ?= auto
 OUT ?= engines/$(notdir $(MODEL))
 
@@ -37,7 +38,7 @@ engines: .venv/ready native
 	  $(if $(COMPENSATOR),--compensator $(COMPENSATOR)) $(if $(SCALE),--scale $(SCALE)) \
 	  $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(REDUCTION),--reduction $(REDUCTION)) \
 	  --source-degree $(SOURCE) --degrees $(R) $(if $(IMAGES),--images $(IMAGES)) \
-	  $(if $(CALIBRATION),--calibration $(CALIBRATION)) --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
+	  $(if $(QUANTIZED),$(if $(CALIBRATION),--calibration $(CALIBRATION))) --precision $(PRECISION) --backend $(BACKEND) --out $(OUT) $(ARGS)
 
 # TensorRT for RTX is installed only where it is asked for
 ifneq ($(filter tensorrt-rtx,$(BACKEND)),)

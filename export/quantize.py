@@ -19,10 +19,11 @@ from calib.labelled import LabelledImages
 from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate, quantize
 from calib.quantize.calibration_file import read_calibration, write_calibration
 from calib.quantize.grids import FORMATS
-from calib.quantize.network import Quantization, quantized_model
+from calib.quantize.network import Quantization, products_of, quantized_model
 from calib.quantize.sensitivity import sensitivity
 from runtime.artifacts import sha256_file
 from runtime.errors import InputError
+from runtime.preprocess import find_images
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -105,6 +106,41 @@ class Drop:
     images: int
 
 
+def require_usable(source: Source) -> None:
+    """Checks what quantized engines are to be made with, before anything is written.
+
+    Raises:
+        InputError: If it cannot be used, or is given for a precision that is not quantized.
+        tocom.errors.InputError: Likewise.
+    """
+    options, precision = source.options.quantize, source.options.precision
+    if precision not in QUANTIZED:
+        if options != QuantizeOptions():
+            raise InputError(f"calibration and max-drop are for {', '.join(QUANTIZED)}, the precision is {precision}.")
+        return
+    products = list(products_of(source.loaded.model))
+    unknown = sorted(set(options.keep_float) - set(products))
+    if unknown:
+        raise InputError(f"keep-float must name products like {', '.join(products[:3])}, got {', '.join(unknown)}.")
+    if options.is_file:
+        made_with = read_calibration(options.calibration, _made_for(source)).method.format
+        if made_with != precision:
+            raise InputError(f"{options.calibration} is a calibration for {made_with}, the precision is {precision}.")
+    elif options.calibration is not None:
+        find_images([options.calibration])
+
+
+def _made_for(source: Source) -> dict[str, str]:
+    """What identifies a network."""
+    return {
+        "model": source.loaded.architecture,
+        "checkpoint": source.loaded.checkpoint_sha256,
+        "compensator": str(source.compensator_sha256),
+        "schedule": source.family.schedule,
+        "reduction": source.family.reduction,
+    }
+
+
 class Quantizer:
     """Calibrates the degrees of one source: once for all of them, or one by one.
 
@@ -122,16 +158,10 @@ class Quantizer:
         self._quantizations: dict[int, Quantization] = {}
         self._pixels: Tensor | None = None
         self._float_top1: dict[int, float] = {}
-        unknown = set(self._options.keep_float) - set(self.products)
-        if unknown:
-            raise InputError(f"keep-float must name products like {', '.join(self.products[:3])}, got "
-                             f"{', '.join(sorted(unknown))}.")  # fmt: skip
 
     @property
     def products(self) -> list[str]:
         """Names of what can be quantized."""
-        from calib.quantize.network import products_of
-
         return list(products_of(self._source.loaded.model))
 
     def network(self, degree: int, quantization: Quantization | None = None) -> ReducedViT:
@@ -199,13 +229,9 @@ class Quantizer:
         return sensitivity(source.loaded.model, self._schedule(degree), quantization, some, source.reduction, tell)
 
     def _calibrated(self, degree: int | None) -> Calibration:
-        made_for = self._made_for()
+        made_for = _made_for(self._source)
         if self._options.is_file:
-            calibration = read_calibration(self._options.calibration, made_for)
-            if calibration.method.format != self._method.format:
-                raise InputError(f"{self._options.calibration} is a calibration for {calibration.method.format}, the "
-                                 f"precision is {self._method.format}.")  # fmt: skip
-            return calibration
+            return read_calibration(self._options.calibration, made_for)
         recipe = json.dumps([self._options.recipe(), made_for, degree, self._method.format], sort_keys=True)
         file = self._folder / f"calibration-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
         if file.exists():
@@ -226,16 +252,6 @@ class Quantizer:
                 continue
             room.append(degree)
         return tuple(room)
-
-    def _made_for(self) -> dict[str, str]:
-        source = self._source
-        return {
-            "model": source.loaded.architecture,
-            "checkpoint": source.loaded.checkpoint_sha256,
-            "compensator": str(source.compensator_sha256),
-            "schedule": source.family.schedule,
-            "reduction": source.family.reduction,
-        }
 
     def _model(self, degree: int) -> torch.nn.Module:
         source = self._source

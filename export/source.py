@@ -16,7 +16,7 @@ import numpy as np
 from calib.labelled import LabelledImages
 from export.build import PLANNED, backends_for, graph_precision
 from export.fuse import fuse
-from export.quantize import QUANTIZED, QuantizeOptions
+from export.quantize import QUANTIZED, QuantizeOptions, require_usable
 from export.tensorrt import PlanOptions, plan_recipe, require_buildable
 from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
@@ -234,7 +234,9 @@ def load_source(options: CompileOptions) -> Source:
     images = None
     if options.images is not None:
         images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
-    return Source(options, loaded, compensator, sha256, schedules, scales, images, family)
+    source = Source(options, loaded, compensator, sha256, schedules, scales, images, family)
+    require_usable(source)
+    return source
 
 
 def validation_batches(source: Source) -> Iterator[np.ndarray]:

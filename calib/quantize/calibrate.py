@@ -111,7 +111,11 @@ class Calibration:
             return round_to_nearest(weight, grid)
         from calib.quantize.rounding import gptq, quantease
 
-        return {"gptq": gptq, "quantease": quantease}[self.method.rounding](weight, self.rows[name], grid)
+        rounded = gptq(weight, self.rows[name], grid)
+        if self.method.rounding == "gptq":
+            return rounded
+        # from plain rounding it stops in a local optimum that is worse than GPTQ's
+        return quantease(weight, self.rows[name], grid, start=rounded)
 
 
 def calibrate(networks: Sequence[ReducedViT], pixels: Tensor, method: Method) -> Calibration:
@@ -181,7 +185,10 @@ def quantize(
 def _migrating(
     method: Method, form: Format
 ) -> list[Callable[[nn.Module, Mapping[str, Observation]], dict[str, Migration]]]:
-    """The steps that change the float network, in order."""
+    """The steps that change the float network, in order.
+
+    What they search, they search by minmax ranges, whatever range is chosen in the end: the others take long to find.
+    """
     steps = []
     if method.reparameterize:
         from calib.quantize.reparameterize import reparameterize
@@ -190,11 +197,11 @@ def _migrating(
     if method.smooth:
         from calib.quantize.smooth import smooth
 
-        steps.append(lambda model, seen: smooth(model, seen, form, method.range))
+        steps.append(lambda model, seen: smooth(model, seen, form))
     if method.widen:
         from calib.quantize.smooth import widen
 
-        steps.append(lambda model, seen: widen(model, seen))
+        steps.append(lambda model, seen: widen(model, seen, form))
     return steps
 
 

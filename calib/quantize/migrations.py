@@ -1,8 +1,8 @@
 """Moving range from a product's input into its weight, without changing what the network computes.
 
-A product's input x becomes (x - shift) / factor, channel by channel. Where x comes out of a layer norm, that goes into
-its affine; where it is attention's mixture of values, into the values' rows of `attn.qkv`, since the mixture's shares
-sum to one. The product's weight and bias take it back.
+A product's input x becomes (x - shift) / factor, channel by channel, and the product's weight and bias take it back.
+The change of x goes into what makes it, its source: the affine of a layer norm; the values' rows of `attn.qkv`, since
+the shares in which attention mixes values sum to one; the half of a gated MLP's first product that is not the gate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
+
+from calib.quantize.network import products_of
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,20 @@ class Migration:
     factor: Tensor
     shift: Tensor | None = None
 
+    def equals(self, other: Migration | None) -> bool:
+        """Whether both change an input alike."""
+        if other is None or not torch.equal(self.factor, other.factor):
+            return False
+        if self.shift is None or other.shift is None:
+            return self.shift is other.shift
+        return torch.equal(self.shift, other.shift)
+
 
 def source_of(model: nn.Module, product: str) -> str | None:
-    """What takes the change of a product's input: the name of a layer norm or of `attn.qkv`; None for nothing.
+    """What takes the change of a product's input: the name of a layer norm or of a product; None for nothing.
 
-    Behind an activation function nothing can be taken, but by a norm that stands there.
+    Behind an activation function nothing can be taken, but by a norm that stands there, or by the factor that the
+    activated gate is multiplied with.
     """
     block_name, _, inner = product.rpartition(".attn.") if ".attn." in product else product.rpartition(".mlp.")
     block = model.get_submodule(block_name)
@@ -47,8 +59,33 @@ def source_of(model: nn.Module, product: str) -> str | None:
     name, norm = candidates.get(inner, ("", None))
     if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
         return f"{block_name}.{name}"
-    plain_values = inner == "proj" and isinstance(attn.norm, nn.Identity) and attn.gate is None
-    return f"{block_name}.attn.qkv" if plain_values else None
+    if not isinstance(norm, nn.Identity):
+        return None
+    if inner == "proj":
+        return f"{block_name}.attn.qkv"
+    if inner == "fc2" and isinstance(mlp, GluMlp | SwiGLU):
+        return f"{block_name}.mlp.{'fc1' if isinstance(mlp, GluMlp) else 'fc1_x'}"
+    return None
+
+
+def readers_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Source -> the products that read what it makes, which are to be changed alike; sources that there are."""
+    found: dict[str, tuple[str, ...]] = {}
+    for product in products_of(model):
+        source = source_of(model, product)
+        if source is not None:
+            found[source] = (*found.get(source, ()), product)
+    return found
+
+
+def takes_shift(model: nn.Module, product: str) -> bool:
+    """Whether a product's input can be shifted: it and its source have a bias, and no gate stands between them."""
+    source = source_of(model, product)
+    if source is None or None in (model.get_submodule(product).bias, model.get_submodule(source).bias):
+        return False
+    if product.endswith(".fc2"):
+        return isinstance(model.get_submodule(source), nn.LayerNorm)
+    return not product.endswith(".proj") or model.get_submodule(product.rpartition(".")[0]).gate is None
 
 
 @torch.no_grad()
@@ -57,38 +94,55 @@ def migrate(model: nn.Module, migrations: Mapping[str, Migration]) -> None:
 
     Args:
         model: A timm VisionTransformer.
-        migrations: Product -> its change. Products that read the same layer norm must be changed alike, all of them.
+        migrations: Product -> its change. Products that read the same source must be changed alike, all of them.
 
     Raises:
-        ValueError: If nothing takes the change of a product's input, or one of the two has no bias to shift.
+        ValueError: If nothing takes the change of a product's input, products of one source are changed differently,
+            or a shift has no bias to go into; the model is then unchanged.
     """
-    moved: set[str] = set()
-    for name, migration in migrations.items():
-        source_name = source_of(model, name)
-        if source_name is None:
-            raise ValueError(f"nothing takes the change of {name}'s input")
-        biases = (model.get_submodule(name).bias, model.get_submodule(source_name).bias)
-        if migration.shift is not None and None in biases:
-            raise ValueError(f"{name} or {source_name} has no bias to shift")
-        _take_back(model.get_submodule(name), migration)
-        if source_name not in moved:
-            _change(model, source_name, migration)
-        if not source_name.endswith("qkv"):
-            moved.add(source_name)
+    readers = {source: names for source, names in readers_of(model).items() if not migrations.keys().isdisjoint(names)}
+    _require_possible(model, readers, migrations)
+    for source, products in readers.items():
+        for name in products:
+            _take_back(model.get_submodule(name), migrations[name])
+        _change(model, source, migrations[products[0]])
+
+
+def _require_possible(
+    model: nn.Module, readers: Mapping[str, tuple[str, ...]], migrations: Mapping[str, Migration]
+) -> None:
+    for name in migrations.keys() - {name for names in readers.values() for name in names}:
+        raise ValueError(f"nothing takes the change of {name}'s input")
+    for source, products in readers.items():
+        first = next(migrations[name] for name in products if name in migrations)
+        if not all(first.equals(migrations.get(name)) for name in products):
+            raise ValueError(f"{', '.join(products)} read {source} and must be changed alike, all of them")
+        for name in products:
+            if migrations[name].shift is not None and not takes_shift(model, name):
+                raise ValueError(f"between {source} and {name} nothing can be shifted: no bias, or a gate")
 
 
 def _take_back(product: nn.Linear, migration: Migration) -> None:
     if migration.shift is not None:
-        product.bias.add_(product.weight @ migration.shift)
+        product.bias.add_(product.weight @ migration.shift.to(product.weight))
     product.weight.mul_(migration.factor)
 
 
 def _change(model: nn.Module, name: str, migration: Migration) -> None:
-    source = model.get_submodule(name)
-    values = slice(2 * source.out_features // 3, None) if isinstance(source, nn.Linear) else slice(None)
-    if migration.shift is not None:
-        source.bias[values] -= migration.shift
+    source, rows = model.get_submodule(name), _rows_of(model, name)
     if source.bias is not None:
-        source.bias[values] /= migration.factor
-    factor = migration.factor[:, None] if isinstance(source, nn.Linear) else migration.factor
-    source.weight[values] /= factor
+        if migration.shift is not None:
+            source.bias[rows] -= migration.shift
+        source.bias[rows] /= migration.factor
+    source.weight[rows] /= migration.factor[:, None] if isinstance(source, nn.Linear) else migration.factor
+
+
+def _rows_of(model: nn.Module, name: str) -> slice:
+    """The rows of a source that take the change."""
+    source, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".attn.qkv"):
+        return slice(2 * source.out_features // 3, None)
+    if isinstance(owner, GluMlp) and isinstance(source, nn.Linear):
+        half = source.out_features // 2
+        return slice(half) if owner.gate_last else slice(half, None)
+    return slice(None)
