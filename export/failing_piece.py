@@ -114,9 +114,9 @@ def smallest_failing_piece(
     """
     proto, known = load_graph(graph), precisions(backend)
     with _Worker(backend) as worker, tempfile.TemporaryDirectory() as folder:
-        from export.precision import precision_of  # while the worker loads the library
+        from export.quantized import format_of  # while the worker loads the library
 
-        precision = precision or precision_of(proto)
+        precision = precision or format_of(proto)
         if precision not in known:
             raise InputError(f"{backend} runs {', '.join(known)}, got precision {one_line(precision)}")
         for whole, options, fixed in _forms(proto, backend, plan, Path(folder)):

@@ -69,7 +69,7 @@ def quantized_graph(
         plain,
         file=file,
         files={part: sha256_file(store.folder / part) for part in (name, *weight_files)},
-        precision=quantized_format_of(proto) or precision_of(proto),
+        precision=format_of(proto),
     )
 
 
@@ -95,6 +95,11 @@ def quantized(
     for part in (graph.graph, *graph.functions.values()):
         part.opset_imports[""] = max(part.opset_imports[""], _OPSETS.get(quantization.format.name, 0))
     return graph
+
+
+def format_of(proto: onnx.ModelProto) -> str:
+    """The number format of a graph's products by what stands in it: a quantized one, else the float one."""
+    return quantized_format_of(proto) or precision_of(proto)
 
 
 def quantized_format_of(proto: onnx.ModelProto) -> str | None:
