@@ -9,6 +9,9 @@ two branches of every block.
 
 Weights stay in the family's shared float32 files and are cast in the graph; engines fold that when they load or build
 it.
+
+Quantized products read half from DequantizeLinear, so that nothing stands between it and them, and QuantizeLinear takes
+half. Scales are chosen so that float16 holds them exactly; bfloat16 does not, and there both compute in float32.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ FORMATS = ("fp32", *HALF)
 WIDE_RESIDUAL = ("bf16",)  # formats whose residual stream stays float32
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_EXACT_SCALES = ir.DataType.FLOAT16  # of the narrow formats the one that holds every scale
 
 
 def typed(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -38,8 +43,10 @@ def typed(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
         return proto
     model = ir.from_proto(proto)
     _Typing(model, HALF[precision], wide_residual=precision in WIDE_RESIDUAL).apply()
-    for part in (model.graph, *model.functions.values()):
-        part.opset_imports[""] = OPSET[precision]
+    parts = (model.graph, *model.functions.values())
+    opset = max(OPSET[precision], *(part.opset_imports[""] for part in parts))  # int4 is later than float16
+    for part in parts:
+        part.opset_imports[""] = opset
     return ir.to_proto(model)
 
 
@@ -69,7 +76,8 @@ class _Typing:
         for value in self._graph.inputs:
             self._types[value] = FLOAT
         for node in list(self._graph):
-            if any(value in self._types for value in node.inputs if value is not None):
+            moves = any(value in self._types for value in node.inputs if value is not None)
+            if moves or node.op_type == "DequantizeLinear":  # codes are no floats, and weights' do not move
                 self._set(node)
         for index, value in enumerate(self._graph.outputs):
             if self._types.get(value, FLOAT) != FLOAT:
@@ -96,6 +104,8 @@ class _Typing:
         moving = [value for value in node.inputs if value in self._types]
         if node in self._judging:
             return FLOAT
+        if node.op_type in _QUANTIZERS:
+            return self._half if self._half == _EXACT_SCALES else FLOAT
         if set(moving) <= self._sizes:
             self._sizes.update(node.outputs)
             return FLOAT

@@ -2,6 +2,7 @@
 
 Networks are strongly typed: every format stands in the graph (`export.precision`), and TF32 is off, which would flip
 decisions. What depends on weights alone is computed here, once: TensorRT for RTX would do it again in every call.
+Quantized weights stay codes and scales, from which the library chooses its kernels.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from export.four_bit import put_in_blocks
 from export.lower import INPUT, inline
 from runtime.artifacts import write_atomically
 from runtime.engines import device
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
+_FP8_FROM = "sm89"  # the first that has products of 8-bit floats
 CURRENT = "current"  # the GPU of the machine that builds
 _TARGET = re.compile(rf"sm\d+|{CURRENT}")
 _UNLIMITED = 1 << 62
@@ -48,7 +51,7 @@ class PlanOptions:
     Attributes:
         batch: Smallest, most frequent and largest batch.
         targets: GPU architectures that a plan of TensorRT for RTX is for, like "sm89", or `CURRENT`; none takes
-            `DEFAULT_TARGETS`.
+            `DEFAULT_TARGETS`, of a graph with 8-bit floats those of them that have such products.
         hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
         version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
         stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
@@ -229,7 +232,7 @@ def _config(
     config.clear_flag(library.BuilderFlag.TF32)
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
     if backend == "tensorrt-rtx":
-        targets = options.targets or DEFAULT_TARGETS
+        targets = options.targets or _default_targets(library, network)
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(library.ComputeCapability.__members__[target.upper()], index)
@@ -248,8 +251,19 @@ def _config(
     return config
 
 
+def _default_targets(library: ModuleType, network: trt.INetworkDefinition) -> tuple[str, ...]:
+    types = set()
+    for number in range(network.num_layers):
+        layer: trt.ILayer = network.get_layer(number)
+        types.update(layer.get_output_type(index) for index in range(layer.num_outputs))
+    first = int(_FP8_FROM[2:]) if library.DataType.FP8 in types else 0
+    return tuple(target for target in DEFAULT_TARGETS if int(target[2:]) >= first)
+
+
 def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
     """A copy of a graph without functions, in which everything that no input decides is a constant.
+
+    Weights in a narrow format stay codes and scales, those of 4 bits with scales in blocks.
 
     Args:
         graph: ONNX file; its weights lie beside it.
@@ -261,8 +275,13 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
         flat.write_bytes(_without_functions(graph, own_kernels=own_kernels).SerializeToString())
         model = ir.load(flat)
         optimizer.optimize_ir(
-            model, num_iterations=_ITERATIONS, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED
+            model,
+            num_iterations=_ITERATIONS,
+            input_size_limit=_UNLIMITED,
+            output_size_limit=_UNLIMITED,
+            should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None,
         )
+        put_in_blocks(model)
         ir.save(model, folder / "graph.onnx", external_data="weights.bin")
     finally:
         flat.unlink(missing_ok=True)
