@@ -13,11 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from PIL import Image
 
 from bench.compile_cost import write_inputs
 from bench.markdown import table
 from export.compile import compile_family
+from export.quantize import QUANTIZED, QuantizeOptions
 from export.source import CompileOptions
 from export.tensorrt import PlanOptions, build_plan
 from runtime.manifest import EngineEntry
@@ -53,6 +56,7 @@ def rows_of(
             precision=precision,
             backend=BACKEND,
             plan=options,
+            quantize=QuantizeOptions(folder / "images") if precision in QUANTIZED else QuantizeOptions(),
         )
     )
     if result.failed:
@@ -64,6 +68,15 @@ def rows_of(
             raise SystemExit(f"{model} {precision}, degree {entry.degree}: another plan when it is built again")
         rows.append(_row(model, entry))
     return rows
+
+
+def write_patterns(folder: Path, count: int = 16) -> None:
+    """Smooth random images, for quantized formats to be calibrated on."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
 
 
 def _row(model: str, entry: EngineEntry) -> list[str]:
@@ -100,6 +113,7 @@ def main(
     for model in models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             write_inputs(model, Path(folder))
+            write_patterns(Path(folder) / "images")
             for precision in precisions.split(","):
                 rows += rows_of(model, tuple(map(int, degrees.split(","))), precision, options, Path(folder))
                 print(f"{model} {precision} done", flush=True)
@@ -108,13 +122,14 @@ def main(
     text = [
         "# Plans of TensorRT for RTX, built without a GPU",
         "",
-        f"Written by `python -m bench.plans --models {models} --degrees {degrees}`, {date.today()}: {os.cpu_count()} "
+        f"Written by `python -m bench.plans --models {models} --degrees {degrees} --precisions {precisions}`, "
+        f"{date.today()}: {os.cpu_count()} "
         f"cores ({platform.machine()}), no GPU, tensorrt-rtx {version('tensorrt-rtx-cu13')}, onnxruntime "
         f"{version('onnxruntime-gpu')}. Random weights, with a compensator; one plan for {targets}, batch 1 to 32; "
         "every plan was the same bytes when it was built again. No plan was run. Layers: of the network that the "
         "library parses, before it joins any. The other columns are about the graphs, carried out by ONNX Runtime in "
-        "float32 with every rounding that stands in them, against the float32 reference with the same decisions: 12 "
-        "images, noise and patterns. Explained: images and blocks that decide otherwise, where the choice is as good "
+        "float32 with every rounding that stands in them, against the PyTorch reference with the same decisions, which "
+        "is quantized as the format is: 12 images, noise and patterns. Explained: images and blocks that decide otherwise, where the choice is as good "
         "to within the margin. Token error: largest difference in the tokens behind a block's merge, as a share of the "
         "largest number in them.",
         "",

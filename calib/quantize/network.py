@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from calib.quantize.grids import Format, Grid, scale_for
 
+_KEPT = 1 << 22  # numbers that are kept of what goes into a product
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -168,7 +170,8 @@ def observe(
         networks: References (`tocom.vit.ReducedViT`), of one degree or several, that have the same products.
         products: Network -> its products by name.
         pixels: Normalized images, float32 [B, 3, H, W].
-        rows_per_image: Tokens that are kept of every image, for every product.
+        rows_per_image: Tokens that are kept of every image, for every product; fewer where they would take too much
+            memory.
         batch: Images at a time.
         seed: Chooses the tokens.
 
@@ -178,13 +181,15 @@ def observe(
     draw = torch.Generator().manual_seed(seed)
     found: dict[str, _Collector] = {}
 
+    looks = len(networks) * -(-len(pixels) // batch)
+
     def look(name: str, x: Tensor) -> None:
         collector = found.setdefault(name, _Collector())
         tokens = x.reshape(-1, x.shape[-1])
         low, high = tokens.amin(dim=0), tokens.amax(dim=0)
         collector.low = low if collector.low is None else torch.minimum(collector.low, low)
         collector.high = high if collector.high is None else torch.maximum(collector.high, high)
-        kept = min(rows_per_image * len(x), len(tokens))
+        kept = min(rows_per_image * len(x), len(tokens), max(1, _KEPT // (looks * x.shape[-1])))
         collector.rows.append(tokens[torch.randperm(len(tokens), generator=draw)[:kept].to(x.device)].clone())
 
     for network in networks:

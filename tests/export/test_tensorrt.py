@@ -189,7 +189,7 @@ def test_bad_plan_options_are_one_line(plans, monkeypatch, capsys):
             "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible",
         ),
         (["--target", "sm90"], "tensorrt-rtx .* builds for sm75"),
-        (["--precision", "int8"], "precision must be one of fp32, fp16, bf16"),
+        (["--precision", "int2"], "precision must be one of fp32, fp16, bf16, int8, fp8"),
     ):
         out = Path(plans[plans.index("--out") + 1]).with_name("refused")
         status, _, told = run([*plans, "--out", out, *change], monkeypatch, capsys)
