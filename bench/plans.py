@@ -129,9 +129,9 @@ def main(
         "every plan was the same bytes when it was built again. No plan was run. Layers: of the network that the "
         "library parses, before it joins any. The other columns are about the graphs, carried out by ONNX Runtime in "
         "float32 with every rounding that stands in them, against the PyTorch reference with the same decisions, which "
-        "is quantized as the format is: 12 images, noise and patterns. Explained: images and blocks that decide otherwise, where the choice is as good "
-        "to within the margin. Token error: largest difference in the tokens behind a block's merge, as a share of the "
-        "largest number in them.",
+        "is quantized as the format is: 12 images, noise and patterns. Explained: images and blocks that decide "
+        "otherwise, where the choice is as good to within the margin. Token error: largest difference in the tokens "
+        "behind a block's merge, as a share of the largest number in them.",
         "",
         table(columns, rows, {"model", "format"}),
     ]
