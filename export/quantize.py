@@ -21,6 +21,7 @@ from calib.quantize.calibration_file import read_calibration, write_calibration
 from calib.quantize.grids import FORMATS
 from calib.quantize.network import Quantization, products_of, quantized_model
 from calib.quantize.sensitivity import sensitivity
+from export.lower import count_gmacs
 from runtime.artifacts import sha256_file
 from runtime.errors import InputError
 from runtime.preprocess import find_images
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
 QUANTIZED = tuple(FORMATS)  # precisions that are quantized ones
 DEFAULT_MAX_DROP = 1.0  # points of top-1, where there are labelled images
-SYNTHESIZED = 64  # images that are made where none are given
+SYNTHESIZED = 32  # images that are made where none are given
 
+_STEPS, _FEWEST_STEPS = 100, 20  # of making them
+_GMACS = 150  # for an image: networks that would need more make do with fewer steps
+_SHOWN = 10  # times that a long step says how far it is
 _CANDIDATES = 8  # times as many images as are chosen, to choose from
 _FOR_SENSITIVITY = 32  # images
 _BATCH = 32
@@ -147,16 +151,17 @@ class Quantizer:
     Args:
         source: What is compiled, in a quantized precision.
         folder: Where a calibration that can be used again is kept.
-        warn: Told, in one line, what the user should know.
+        tell: Told, in one line, what goes on.
     """
 
-    def __init__(self, source: Source, folder: Path, warn: Callable[[str], None]) -> None:
-        self._source, self._folder, self._warn = source, folder, warn
+    def __init__(self, source: Source, folder: Path, tell: Callable[[str], None]) -> None:
+        self._source, self._folder, self._tell = source, folder, tell
         self._options = source.options.quantize
         self._method = replace(self._options.method, format=source.options.precision)
         self._calibrations: dict[int | None, Calibration] = {}
         self._quantizations: dict[int, Quantization] = {}
         self._pixels: Tensor | None = None
+        self._warned: set[str] = set()
         self._float_top1: dict[int, float] = {}
 
     @property
@@ -221,12 +226,13 @@ class Quantizer:
                        "of images that are classified otherwise than in float32")  # fmt: skip
         return DEFAULT_MAX_DROP if self._options.max_drop is None and labelled else self._options.max_drop
 
-    def sensitivity(self, degree: int, tell: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def sensitivity(self, degree: int) -> dict[str, float]:
         """What each product's quantization alone does at a degree, the worst first."""
         source, pixels = self._source, self.pixels()
         some = pixels[:: -(-len(pixels) // _FOR_SENSITIVITY)]
         quantization = self.quantization(degree)
-        return sensitivity(source.loaded.model, self._schedule(degree), quantization, some, source.reduction, tell)
+        return sensitivity(source.loaded.model, self._schedule(degree), quantization, some, source.reduction,
+                           self._progress("measuring products"))  # fmt: skip
 
     def _calibrated(self, degree: int | None) -> Calibration:
         made_for = _made_for(self._source)
@@ -299,4 +305,23 @@ class Quantizer:
                    "some dozens of real ones are better")  # fmt: skip
         spec = self._source.family.input
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-        return synthesize(self._model(0), SYNTHESIZED, spec.size, low=-mean / std, high=(1 - mean) / std)
+        network = self.network(0)
+        steps = max(_FEWEST_STEPS, min(_STEPS, int(_GMACS / count_gmacs(network))))
+        return synthesize(
+            network.model, SYNTHESIZED, spec.size, steps=steps, low=-mean / std, high=(1 - mean) / std,
+            tell=self._progress("synthesizing images"),
+        )  # fmt: skip
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._tell(f"note: {text}")
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        """Says what is going on, and how far it is, a few times."""
+
+        def tell(done: int, total: int) -> None:
+            if done * _SHOWN // total != (done - 1) * _SHOWN // total:
+                self._tell(f"{what}: {100 * done // total}%")
+
+        return tell

@@ -96,7 +96,7 @@ class QuantizedSteps(Steps):
         self._scratch = tempfile.TemporaryDirectory(prefix="tocom-")
         self._lowering = Lowering(source.loaded.model, WeightStore(Path(self._scratch.name)), source.reduction)
         self._float_graphs: dict[int, OnnxGraph] = {}
-        self.quantizer = Quantizer(source, store.folder, lambda text: notify(None, f"note: {text}"))
+        self.quantizer = Quantizer(source, store.folder, lambda text: notify(None, text))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
