@@ -18,7 +18,7 @@ MODEL ?= examples/digits
 ifeq ($(MODEL),examples/digits)
 COMPENSATOR ?= examples/digits/compensator.safetensors
 IMAGES ?= examples/digits/sheets
-CALIBRATION ?= examples/digits/calibration
+CALIBRATION ?= examples/digits-calibration
 endif
 SOURCE ?= 0
 SCALE ?=

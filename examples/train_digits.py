@@ -141,7 +141,7 @@ def write_sheets(out: Path, count: int, seed: int = 2) -> None:
 
 def write_calibration(out: Path, count: int, seed: int = 5) -> None:
     """Downstream sheets made of training scans as PNG files, to calibrate quantized engines on."""
-    folder = out / "calibration"
+    folder = out.with_name(f"{out.name}-calibration")
     folder.mkdir(parents=True, exist_ok=True)
     for index, sheet in enumerate(Sheets("train", "board", seed).batch(count)[0]):
         Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(folder / f"{index:04d}.png", optimize=True)

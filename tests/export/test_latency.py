@@ -46,7 +46,7 @@ def entry(degree: int) -> EngineEntry:
 def test_a_degree_pays_where_it_saves_more_than_noise(tmp_path, monkeypatch):
     times = {1: {"0": 10.0, "8": 9.9, "16": 9.0}, 8: {"0": 10.0, "8": 9.7, "16": 11.0}}
 
-    def invented(entries, folder, batch):
+    def invented(entries, folder, batch, _rivals):
         own = {name: Latency(time, 2 * time, 12) for name, time in times[batch].items()}
         return own | {f"slice bound of {name}": Latency(time - 1, time, 12) for name, time in times[batch].items()
                       if name != "0"}  # fmt: skip
@@ -64,7 +64,7 @@ def test_a_degree_pays_where_it_saves_more_than_noise(tmp_path, monkeypatch):
 def test_a_large_family_is_measured_in_groups_that_a_slow_minute_does_not_set_apart(tmp_path, monkeypatch):
     groups = []
 
-    def invented(entries, folder, batch):
+    def invented(entries, folder, batch, _rivals):
         groups.append([entry.degree for entry in entries])
         slow = len(groups)  # every group takes longer than the one before
         return {str(entry.degree): Latency(slow * (20.0 - entry.degree), slow * 30.0, 12) for entry in entries}
