@@ -26,7 +26,7 @@ from export.quantized_reading import read_quantization
 from export.validate import validate
 from export.weights import WeightStore
 from runtime.engines import open_engine
-from tocom.reduction import MERGE
+from tocom.reduction import MERGE, PRUNE
 from tocom.vit import ReducedViT, schedule_for
 
 
@@ -63,6 +63,11 @@ def images_of(model, noise, photographs):
     return [noise(5, height, width, seed=1), photographs(height, width)]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [("deit_tiny", 16, MERGE), ("deit_tiny", 8, PRUNE), ("deit_distilled", 8, MERGE), ("gap", 4, MERGE)],
+    ids=lambda kind: f"{kind[0]}-r{kind[1]}-{kind[2].name}",
+)
 def test_engines_compute_the_quantized_network(kind, lowered, noise, photographs):
     graph, reference, _, model = lowered(*kind)
     assert graph.precision == "int8"
