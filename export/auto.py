@@ -29,13 +29,16 @@ def listed_backend(source: Source, family: Family) -> str | None:
     return entry.backend if entry.recipe == as_listed.recipe(degree) else None
 
 
-def fastest(source: Source, graphs: Mapping[str, OnnxGraph], reference: ReducedViT) -> Report:
+def fastest(
+    source: Source, graphs: Mapping[str, OnnxGraph], reference: ReducedViT, plain: ReducedViT | None = None
+) -> Report:
     """Builds the engine of every candidate, times them side by side, and proves them, the fastest first.
 
     Args:
         source: What is compiled.
         graphs: Candidate -> the highest degree, lowered for it.
         reference: Of that degree.
+        plain: The one that is not quantized, where that is.
 
     Returns:
         What was found about the fastest that passes; where none does, about the fastest.
@@ -47,7 +50,7 @@ def fastest(source: Source, graphs: Mapping[str, OnnxGraph], reference: ReducedV
     }
     first = None
     for name in _by_speed(engines, precision):
-        report = validate(engines[name], reference, validation_batches(source))
+        report = validate(engines[name], reference, validation_batches(source), plain)
         if report:
             return report
         first = first or report

@@ -137,18 +137,16 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
             build=entry.build,
             unrunnable=why_unrunnable(entry, options.out),
         )
-        reference = _reference(source, degree, graph)
-        reports[degree] = validate(engine, reference, validation_batches(source))
+        plain = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
+        reference = _quantized_reference(plain, graph) if graph.precision in QUANTIZED else None
+        reports[degree] = validate(engine, reference or plain, validation_batches(source), reference and plain)
     return reports
 
 
-def _reference(source: Source, degree: int, graph: OnnxGraph) -> ReducedViT:
-    """Of a listed engine; a quantized one is compared with what its graph says, in PyTorch."""
-    model, schedule = source.loaded.model, source.schedules[degree]
-    if graph.precision not in QUANTIZED:
-        return reference_model(model, schedule, graph.source, source.reduction)
-    found = read_quantization(graph.file, model, graph.source.weights, graph.precision)
-    return ReducedViT(quantized_model(model, found), schedule, reduction=source.reduction).eval()
+def _quantized_reference(plain: ReducedViT, graph: OnnxGraph) -> ReducedViT:
+    """What the graph of a listed engine says, in PyTorch."""
+    found = read_quantization(graph.file, plain.model, graph.source.weights, graph.precision)
+    return ReducedViT(quantized_model(plain.model, found), plain.schedule, reduction=plain.reduction).eval()
 
 
 def _known_source(options: CompileOptions, listed: Family) -> int | None:
@@ -210,7 +208,8 @@ def _with_backend(steps: Steps, family: Family, notify: Notify) -> tuple[Steps, 
     lowered = {each: steps.graph(degree, name) for each, name in formats.items()}
     graphs = {name: lowered[graph_precision(name, precision)] for name in names}
     notify(degree, f"choosing a backend: {' or '.join(names)}")
-    report = fastest(source, graphs, steps.reference(next(iter(graphs.values()))))
+    graph = next(iter(graphs.values()))
+    report = fastest(source, graphs, steps.reference(graph), steps.plain_reference(graph))
     # of a quantized engine, what it loses is still to be seen
     return steps.with_backend(report.engine.backend), {} if precision in QUANTIZED else {degree: report}
 

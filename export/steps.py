@@ -64,6 +64,10 @@ class Steps:
         schedule = source.schedules[graph.source.degree]
         return reference_model(source.loaded.model, schedule, graph.source, source.reduction)
 
+    def plain_reference(self, _graph: OnnxGraph) -> ReducedViT | None:
+        """The reference that is not quantized, of graphs that are."""
+        return None
+
     def proven(self, degree: int) -> Report:
         """Makes a degree's engine, and says whether it may be listed."""
         return self._proven(degree, self.graph(degree))
@@ -111,6 +115,10 @@ class QuantizedSteps(Steps):
     def reference(self, graph: OnnxGraph) -> ReducedViT:
         """The quantized network in PyTorch, all its products quantized."""
         return self.quantizer.network(graph.source.degree, self._quantization(graph.source.degree))
+
+    def plain_reference(self, graph: OnnxGraph) -> ReducedViT:
+        """The float network in PyTorch."""
+        return self.quantizer.network(graph.source.degree)
 
     def proven(self, degree: int) -> Report:
         """Makes a degree's engine; of its products as few return to float as its accuracy needs."""
@@ -165,7 +173,7 @@ class QuantizedSteps(Steps):
         engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
         self._notify(degree, "validating")
         reference = self.quantizer.network(degree, quantization)
-        return validate(engine, reference, validation_batches(self.source))
+        return validate(engine, reference, validation_batches(self.source), self.quantizer.network(degree))
 
     def _graph(self, degree: int, quantization: Quantization, backend: str) -> OnnxGraph:
         self._notify(degree, "lowering to ONNX")

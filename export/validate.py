@@ -36,13 +36,16 @@ from tocom.vit import ReducedViT
 _SMALLEST = 1e-12  # nothing is divided by less
 
 
-def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray]) -> Report:
+def validate(
+    engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray], plain: ReducedViT | None = None
+) -> Report:
     """Compares an engine with the PyTorch reference of the same degree.
 
     Args:
         engine: What is to be proven.
-        reference: The reference with the same weights and schedule, float32.
+        reference: The reference with the same weights and schedule, float32; quantized where the engine is.
         batches: Normalized images, float32 [B, 3, H, W].
+        plain: Of a quantized engine, the reference that is not quantized.
 
     Returns:
         The report; false if a gate failed.
@@ -55,7 +58,7 @@ def validate(engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray
 
     with _runners(engine) as (shipped, debugged):
         for pixel_values in batches:
-            compare(shipped, debugged, reference, exact, pixel_values, findings)
+            compare(shipped, debugged, reference, exact, pixel_values, findings, plain)
     found = {**findings.to_json(), "run": None if engine.unrunnable else engine.backend}
     return Report(engine=engine, passed=findings.passed, findings=found)
 
@@ -172,6 +175,7 @@ def compare(
     exact: Callable[[], ReducedViT],
     pixel_values: np.ndarray,
     findings: Findings,
+    plain: ReducedViT | None = None,
 ) -> None:
     """Compares one batch, and adds what it finds.
 
@@ -182,6 +186,7 @@ def compare(
         exact: Makes it in float64, where that is needed.
         pixel_values: float32 [B, 3, H, W].
         findings: Added to.
+        plain: See `validate`.
     """
     logits = torch.from_numpy(shipped.infer(pixel_values))
     outputs = debugged.infer_all(pixel_values)
@@ -209,7 +214,9 @@ def compare(
         error = _largest_difference(tokens, forced.tokens[block]) / max(largest, _SMALLEST)
         findings.block(block).token_error = max(findings.block(block).token_error or 0.0, error)
     findings.max_logit_error = max(findings.max_logit_error, _largest_difference(logits, expected))
-    findings.logit_errors += (logits - expected).abs().amax(dim=1).nan_to_num(nan=float("inf")).tolist()
+    findings.logit_errors += _of_each_image(logits, expected)
+    if plain is not None:
+        findings.quantization_errors += _of_each_image(replay(plain, images, decisions).logits, expected)
     findings.max_logit = max(findings.max_logit, float(expected.abs().max()))
     findings.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
     debug_error = _largest_difference(logits, torch.from_numpy(outputs[OUTPUT]))
@@ -261,6 +268,11 @@ def compare_decisions(
                 found.explained += 1
             else:
                 found.unexplained += 1
+
+
+def _of_each_image(one: Tensor, other: Tensor) -> list[float]:
+    """Largest difference of a logit."""
+    return (one - other).abs().amax(dim=1).nan_to_num(nan=float("inf")).tolist()
 
 
 def _largest_difference(one: Tensor, other: Tensor) -> float:
