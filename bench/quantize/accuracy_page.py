@@ -65,13 +65,15 @@ def _default_found(records: Sequence[Record], means: Mapping[int, Mean], int8: S
     missed = [str(degree) for degree, mean in means.items() if mean.mean < -BAR]
     lowest = min(means, key=lambda degree: means[degree].mean)
     worst = min(int8, key=lambda each: each["change"])
-    held = f"more than {BAR} points are lost at r = {listed(missed)}" if missed else f"within {BAR} points everywhere"
+    held = f"more than {BAR} points at r = {listed(missed)}" if missed else f"no more than {BAR} points at any degree"
+    below = [each for each in int8 if each["change"] < -BAR]
     clear = [each for each in int8 if each["change"] < -2 * each["error"]]
     beyond = " (within its error)" if abs(worst["change"]) <= 2 * worst["error"] else ""
     found = [
-        f"INT8 with default settings: {held}. The largest mean loss is {told(means[lowest])}, at r = {lowest}; the "
-        f"worst of {len(int8)} single measurements is {worst['change']:+.2f} ± {worst['error']:.2f} points{beyond}, "
-        f"{worst['network']} at r = {worst['degree']}; {len(clear)} of them lose more than two standard "
+        f"INT8 with default settings: the mean over networks loses {held}. The largest mean loss is "
+        f"{told(means[lowest])}, at r = {lowest}; the worst of {len(int8)} single measurements is "
+        f"{worst['change']:+.2f} ± {worst['error']:.2f} points{beyond}, {worst['network']} at r = {worst['degree']}; "
+        f"{len(below)} of them lose more than {BAR} points, and {len(clear)} more than two standard "
         f"errors, as about {_ONE_SIDED * len(int8):.0f} would by chance.",
     ]
     first, last = (_average(where(int8, degree=degree), "divergence") for degree in (min(means), max(means)))
@@ -126,7 +128,7 @@ def methods(results: Mapping[str, Any], out: Path) -> Section:
         for form in values(learnt, "format"):
             these = where(learnt, format=form)
             text, verdicts = _methods_table(these)
-            parts.append(f"{TITLES[form]}, {len(values(these, 'network'))} networks:\n\n{text}")
+            parts.append(f"{TITLES[form]}, networks: {len(values(these, 'network'))}.\n\n{text}")
             before, after = (where(these, method=name) for name in ("all of these", "all of these, reconstruct"))
             told_ratio = divergence_ratio(where(these, method="reconstruct"), where(these, method="default"))
             on_top = f"; on top of all other methods {divergence_ratio(after, before)}" if after else ""

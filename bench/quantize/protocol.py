@@ -84,7 +84,7 @@ class Effort:
     counts: tuple[int, ...] = (1, 4, 16, 64, 128, 512)
     reconstructed: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {
-            "board-0": (HARDEST,), "example": (HARDEST, "int8"),
+            "board-0": (HARDEST,),
         }
     )  # fmt: skip
 

@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +63,7 @@ def _least_loss(numbers: Tensor, largest: float, _grid: Grid) -> float:
     collector = HistogramCollector("entropy", True, _BINS, _LEVELS, PERCENTILE, "same")
     # signed, because the collector's histogram is symmetric around zero
     signed = torch.cat([numbers, -numbers, torch.tensor([largest, -largest])])
-    collector.collect({"input": [signed.numpy()]})
-    ends = collector.get_entropy_threshold(collector.histogram_dict["input"], _LEVELS)
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
+        collector.collect({"input": [signed.numpy()]})
+        ends = collector.get_entropy_threshold(collector.histogram_dict["input"], _LEVELS)
     return max(abs(float(end)) for end in ends)
