@@ -25,7 +25,7 @@ from export.lower import count_gmacs
 from runtime.artifacts import sha256_file
 from runtime.errors import InputError
 from runtime.preprocess import find_images
-from tocom.schedule import ScheduleFamily
+from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class Quantizer:
         own.load_state_dict(dict(source.fused(degree, scale).weights))
         return own.eval().requires_grad_(False)
 
-    def _schedule(self, degree: int):
+    def _schedule(self, degree: int) -> MergeSchedule:
         source = self._source
         return schedule_for(source.loaded.model, degree, ScheduleFamily(source.family.schedule))
 

@@ -8,7 +8,7 @@ and the head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -200,7 +200,7 @@ def observe(
 
 
 @contextmanager
-def looking(products: Mapping[str, nn.Module], look: Callable[[str, Tensor], None]):
+def looking(products: Mapping[str, nn.Module], look: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Calls `look(name, input)` whenever a product is called."""
     hooks = [
         product.register_forward_pre_hook(lambda _module, inputs, name=name: look(name, inputs[0]))
