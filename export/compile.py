@@ -138,8 +138,11 @@ def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[i
             unrunnable=why_unrunnable(entry, options.out),
         )
         plain = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
-        reference = _quantized_reference(plain, graph) if graph.precision in QUANTIZED else None
-        reports[degree] = validate(engine, reference or plain, validation_batches(source), reference and plain)
+        if graph.precision in QUANTIZED:
+            reference = _quantized_reference(plain, graph)
+            reports[degree] = validate(engine, reference, validation_batches(source), plain)
+        else:
+            reports[degree] = validate(engine, plain, validation_batches(source))
     return reports
 
 
