@@ -44,8 +44,8 @@ from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from export.build import build, graph_precision
 from export.latency import slice_bound
 from export.lower import INPUT, OUTPUT, Lowering, count_gmacs
+from export.proof.validate import default_images
 from export.quantized import Form, quantized_graph
-from export.validate import default_images
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
 from runtime.engines import EngineRunner, open_engine

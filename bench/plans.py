@@ -20,9 +20,9 @@ from PIL import Image
 from bench.compile_cost import write_inputs
 from bench.markdown import table
 from export.compile import compile_family
+from export.plans.tensorrt import PlanOptions, build_plan
 from export.quantize import QUANTIZED, QuantizeOptions
 from export.source import CompileOptions
-from export.tensorrt import PlanOptions, build_plan
 from runtime.manifest import EngineEntry
 
 BACKEND = "tensorrt-rtx"

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from export.build import AUTO, backends_for, build
+from export.proof.validate import validate
 from export.source import Source, validation_batches
-from export.validate import validate
 from runtime.artifacts import Engine, OnnxGraph, Report
 from runtime.engines import open_engine
 from runtime.latency import measure

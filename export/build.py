@@ -20,8 +20,8 @@ import onnx
 from calib.quantize.grids import FORMATS
 from export.lower import inline
 from export.operators import DOMAIN
+from export.plans.tensorrt import LIBRARIES, PlanOptions, build_plan, layer_information, plan_name, plan_recipe
 from export.quantized import forms
-from export.tensorrt import LIBRARIES, PlanOptions, build_plan, layer_information, plan_name, plan_recipe
 from runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
 from runtime.engines import BACKENDS, available, native_operators, open_engine, precisions
 from runtime.errors import InputError

@@ -189,7 +189,7 @@ def refit_command(
 
     Prove them afterwards with `tocom validate`: a refit is where weights can go wrong.
     """
-    from export.refit import refit_family
+    from export.plans.refit import refit_family
 
     with stages(None) as notify:
         family = refit_family(engines, notify)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from export.console import open_console, stages
-from export.failing_piece import Piece, smallest_failing_piece
-from export.polygraphy_tools import Comparison, compare, comparison_table, describe
+from export.proof.failing_piece import Piece, smallest_failing_piece
+from export.proof.polygraphy_tools import Comparison, compare, comparison_table, describe
 from runtime.artifacts import Report, write_atomically
 from runtime.errors import InputError, one_line
 
@@ -65,7 +65,7 @@ def examine(reports: Mapping[int, Report], *, comparing: bool, folder: Path | No
 
 
 def _bisect(degree: int, report: Report, folder: Path) -> None:
-    from export.tensorrt import PlanOptions
+    from export.plans.tensorrt import PlanOptions
 
     engine = report.engine
     with stages(None) as notify:

@@ -12,7 +12,7 @@ import typer
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from export.tensorrt import PlanOptions
+    from export.plans.tensorrt import PlanOptions
 
 Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json, weights).")]
 Checkpoint = Annotated[
@@ -143,7 +143,7 @@ def read_plan_options(batch: str, target: str, names: Sequence[str]) -> PlanOpti
     >>> read_plan_options("1:4:8", "sm80,sm89", ["stripped"]).targets
     ('sm80', 'sm89')
     """
-    from export.tensorrt import PlanOptions
+    from export.plans.tensorrt import PlanOptions
 
     parts = batch.split(":")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):

@@ -21,12 +21,12 @@ from export.build import AUTO, backends_for, graph_precision, why_unrunnable
 from export.latency import BATCHES, measured
 from export.lock import locked
 from export.lower import reference_model
+from export.proof.validate import validate
 from export.quantize import QUANTIZED
 from export.quantized_reading import read_quantization
 from export.scales import at_chosen_scales
 from export.source import CompileOptions, Source, load_source, validation_batches
 from export.steps import Notify, Steps, steps_of
-from export.validate import validate
 from export.weights import WeightStore
 from runtime.artifacts import Engine, OnnxGraph, Report
 from runtime.engines import open_engine

@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from export.operators import DOMAIN, operator_of
-from export.strip import is_compensated, strip_compensation, strip_reductions
+from export.plans.strip import is_compensated, strip_compensation, strip_reductions
 from tocom.vit import ReducedViT
 
 

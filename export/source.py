@@ -16,9 +16,9 @@ import numpy as np
 from calib.labelled import LabelledImages
 from export.build import PLANNED, backends_for, graph_precision
 from export.fuse import fuse
+from export.plans.tensorrt import PlanOptions, plan_recipe, require_buildable
+from export.proof.validate import default_images
 from export.quantize import QUANTIZED, QuantizeOptions, require_usable
-from export.tensorrt import PlanOptions, plan_recipe, require_buildable
-from export.validate import default_images
 from runtime.artifacts import FusedCheckpoint
 from runtime.engines import native_operators
 from runtime.errors import InputError

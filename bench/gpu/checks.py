@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
 from export.build import build
-from export.findings import LOGIT_TOLERANCE, Findings
 from export.lower import OUTPUT
 from export.operators import DOMAIN, operator_of
-from export.validate import compare, compare_decisions, default_images, validate
+from export.proof.findings import LOGIT_TOLERANCE, Findings
+from export.proof.validate import compare, compare_decisions, default_images, validate
 from runtime.engines import EngineRunner
 from runtime.engines.plan import TITLES
 from runtime.errors import InputError

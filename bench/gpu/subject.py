@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export.latency import slice_bound
 from export.lower import Lowering, count_gmacs
-from export.tensorrt import CURRENT, PlanOptions, library_of
+from export.plans.tensorrt import CURRENT, PlanOptions, library_of
 from export.weights import WeightStore
 from runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph
 from runtime.errors import GateError, InputError

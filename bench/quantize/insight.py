@@ -17,8 +17,8 @@ from calib.quantize.calibrate import Method
 from calib.quantize.network import observe, products_of
 from calib.quantize.ranges import PERCENTILE
 from calib.quantize.sensitivity import sensitivity
-from export.decisions import judge_of
-from export.validate import replay
+from export.proof.decisions import judge_of
+from export.proof.validate import replay
 from tocom.vit import ReducedViT, schedule_for
 
 

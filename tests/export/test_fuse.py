@@ -9,7 +9,7 @@ import torch
 from export.build import build
 from export.fuse import fuse
 from export.lower import lower, reference_model
-from export.validate import default_images, validate
+from export.proof.validate import default_images, validate
 from export.weights import WeightStore
 from runtime.artifacts import FusedCheckpoint
 from runtime.errors import InputError

@@ -10,7 +10,7 @@ import pytest
 import runtime.engines.ov
 from export.build import build, needs_inlining, runs_natively
 from export.lower import reference_model
-from export.validate import default_images, validate
+from export.proof.validate import default_images, validate
 from runtime.errors import InputError
 from runtime.native import library
 from tocom.reduction import MERGE, PRUNE

@@ -12,11 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from export.decisions import MERGE_MARGIN, PRUNE_MARGIN
 from export.lower import inline, reference_model
 from export.precision import HALF, precision_of, typed
+from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN
+from export.proof.validate import validate
 from export.rounding import rounded
-from export.validate import validate
 from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 

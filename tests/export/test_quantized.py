@@ -21,9 +21,9 @@ from export.build import build
 from export.fuse import fuse
 from export.lower import Lowering
 from export.operators import DOMAIN
+from export.proof.validate import validate
 from export.quantized import Form, forms, quantized_format_of, quantized_graph
 from export.quantized_reading import read_quantization
-from export.validate import validate
 from export.weights import WeightStore
 from runtime.engines import open_engine
 from tocom.reduction import MERGE, PRUNE

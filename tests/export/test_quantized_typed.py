@@ -23,10 +23,10 @@ from calib.quantize.calibrate import Method, calibrate
 from calib.quantize.grids import FORMATS
 from calib.quantize.network import quantized_model
 from export.lower import inline, lower
+from export.plans.tensorrt import PlanOptions, build_plan, folded
 from export.precision import precision_of, typed
 from export.quantized import quantized, quantized_format_of
 from export.rounding import rounded
-from export.tensorrt import PlanOptions, build_plan, folded
 from export.weights import WeightStore
 from runtime.engines.trt import PRECISIONS
 from runtime.errors import InputError

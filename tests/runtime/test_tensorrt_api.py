@@ -35,11 +35,11 @@ CHECKED = {
     "runtime/engines/lane.py": LIBRARIES,
     "runtime/engines/tensorrt_nvidia.py": (OLD, NEW),
     "runtime/engines/tensorrt_rtx.py": (RTX,),
-    "export/tensorrt.py": LIBRARIES,
-    "export/plugin_tensorrt.py": (
+    "export/plans/tensorrt.py": LIBRARIES,
+    "export/plans/plugin_tensorrt.py": (
         OLD,
         NEW,
-    ),  # what it calls in tensorrt.plugin is Python, run by tests/export/test_plugin.py
+    ),  # what it calls in tensorrt.plugin is Python, run by tests/export/plans/test_plugin.py
 }
 # Names that code which is handed any library uses, after a look at which one it is.
 ONLY_IN_RTX = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}

@@ -143,7 +143,7 @@ def check_equal(found: Matching, expected: Matching) -> None:
 
 def check_margins(found: Matching, metric: torch.Tensor, keep_order: bool) -> None:
     """Every decision is valid, and the best one to within float32's rounding."""
-    from export.decisions import MERGE_MARGIN, MergeJudge, merge_margin
+    from export.proof.decisions import MERGE_MARGIN, MergeJudge, merge_margin
 
     scores = cosine_scores(metric.double(), found.protected)
     for image in range(len(metric)):

@@ -29,7 +29,7 @@ from calib.quantize.reconstruct import (
     reconstruct,
     recorded,
 )
-from export.validate import replay
+from export.proof.validate import replay
 from tocom.merging import Matching
 from tocom.reduction import MERGE, PRUNE, Merge, Reduction
 from tocom.vit import ReducedViT, schedule_for

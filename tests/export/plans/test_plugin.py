@@ -26,14 +26,14 @@ from onnx import TensorProto, helper
 from onnxscript import optimizer
 
 from export.operators import DOMAIN
+from export.plans.tensorrt import PlanOptions, build_plan
 from export.precision import typed
-from export.tensorrt import PlanOptions, build_plan
 from runtime.errors import InputError
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
-plugin = importlib.import_module("export.plugin")
+plugin = importlib.import_module("export.plans.plugin")
 kernels = importlib.import_module("tocom.triton_merge")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 api_file = importlib.util.spec_from_file_location("tensorrt_api", ROOT / "tests/runtime/test_tensorrt_api.py")
 api = importlib.util.module_from_spec(api_file)  # knows where TensorRT's bindings are, and what they need
 api_file.loader.exec_module(api)
@@ -339,7 +339,7 @@ def test_nvidias_parser_does_not_pass_a_functions_attributes_on(parse, tmp_path)
 
 
 def test_a_folded_graph_still_names_the_plugins(merging_graph, tmp_path):
-    """Nothing that export.tensorrt does before a graph is parsed takes the nodes away, or what they say."""
+    """Nothing that export.plans.tensorrt does before a graph is parsed takes the nodes away, or what they say."""
     file = merging_graph("deit_tiny", 8, "fp16")[1]
     alone = plugin.without_functions(onnx.load(file, load_external_data=False))
     assert not alone.functions
@@ -363,7 +363,7 @@ def test_without_a_tensorrt_that_has_such_plugins_registering_says_so_in_one_lin
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", library and library.plugin)
     with pytest.raises(InputError, match=words) as refused:
-        importlib.import_module("export.plugin_tensorrt").register()
+        importlib.import_module("export.plans.plugin_tensorrt").register()
     assert "\n" not in str(refused.value)
 
 

@@ -1,4 +1,4 @@
-"""The gates of export.validate: the right passes, the wrong fails, a matter of rounding is explained."""
+"""The gates of export.proof.validate: the right passes, the wrong fails, a matter of rounding is explained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-import export.validate
+import export.proof.validate
 from export.build import build
-from export.decisions import MERGE_MARGIN, PRUNE_MARGIN, decisions_of
-from export.findings import BlockFindings, Findings
 from export.lower import reference_model
-from export.validate import default_images, replay, validate
+from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN, decisions_of
+from export.proof.findings import BlockFindings, Findings
+from export.proof.validate import default_images, replay, validate
 from runtime.engines import open_engine
 from runtime.errors import InputError
 from tocom.reduction import MERGE, PRUNE
@@ -347,14 +347,14 @@ class Altered:
     "alter", [lambda x: x * np.float32(1.01), lambda x: x * np.float32(np.nan)], ids=["scaled", "NaN"]
 )
 def test_a_debug_copy_that_computes_something_else_fails(engine, reference, monkeypatch, alter):
-    true_copy = export.validate.debug_copy
+    true_copy = export.proof.validate.debug_copy
 
     @contextmanager
     def altered_copy(engine):
         with true_copy(engine) as runner:
             yield Altered(runner, alter)
 
-    monkeypatch.setattr(export.validate, "debug_copy", altered_copy)
+    monkeypatch.setattr(export.proof.validate, "debug_copy", altered_copy)
     report = validate(engine, reference, images())
     assert not report
     assert report.findings["max_logit_error"] <= 1e-4
@@ -391,7 +391,7 @@ def test_the_debug_copy_leaves_no_file_and_the_engine_alone(engine, reference):
 @with_both
 def test_replay_of_ones_own_decisions_changes_nothing(engine, reference):
     pixel_values = next(images())
-    with export.validate.debug_copy(engine) as runner:
+    with export.proof.validate.debug_copy(engine) as runner:
         decisions = decisions_of(runner.infer_all(pixel_values), reference)
     forced = replay(reference, torch.from_numpy(pixel_values), decisions)
     logits = forced.logits

@@ -1,7 +1,7 @@
 """Registers the merge plugins with TensorRT: what they put out, and the kernels that make it.
 
-Read `export.plugin` first. A plugin takes its numbers from one text: of an attribute that is a number, TensorRT 10.16
-makes an array, of which recent NumPy makes no number.
+Read `export.plans.plugin` first. A plugin takes its numbers from one text: of an attribute that is a number, TensorRT
+10.16 makes an array, of which recent NumPy makes no number.
 """
 
 # Annotations are not postponed: TensorRT reads those of the functions that it is given.
@@ -9,7 +9,7 @@ makes an array, of which recent NumPy makes no number.
 
 from functools import cache
 
-from export.plugin import APPLY, DECIDE, NAMESPACE, POINTERS, apply_launch, counts_of, decide_launch, numbers_of
+from export.plans.plugin import APPLY, DECIDE, NAMESPACE, POINTERS, apply_launch, counts_of, decide_launch, numbers_of
 from runtime.errors import InputError
 
 OLDEST = (10, 15)  # the first TensorRT whose parser asks for plugins before it expands functions

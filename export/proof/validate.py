@@ -23,11 +23,11 @@ from torch import Tensor
 
 from calib.quantize.grids import FORMATS
 from export.build import PLANNED, as_engine, needs_inlining
-from export.decisions import AnyDecision, decisions_of, judge_of, tokens_of
-from export.findings import DEBUG_TOLERANCE, LOGIT_TOLERANCE, Findings
 from export.lower import OUTPUT, inline
 from export.operators import DOMAIN
 from export.precision import HALF, precision_of
+from export.proof.decisions import AnyDecision, decisions_of, judge_of, tokens_of
+from export.proof.findings import DEBUG_TOLERANCE, LOGIT_TOLERANCE, Findings
 from export.rounding import rounded
 from runtime.artifacts import Engine, Report
 from runtime.engines import EngineRunner, open_engine

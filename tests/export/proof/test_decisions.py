@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from export.decisions import MERGE_MARGIN, PRUNE_MARGIN, judge_of, merge_margin, prune_margin
+from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN, judge_of, merge_margin, prune_margin
 from tocom.merging import Matching
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE

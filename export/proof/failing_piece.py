@@ -31,14 +31,14 @@ import onnx
 import onnx.shape_inference
 import onnxruntime
 
-from export.findings import LOGIT_TOLERANCE
-from export.polygraphy_tools import load_graph, plain_session, reduced
+from export.proof.findings import LOGIT_TOLERANCE
+from export.proof.polygraphy_tools import load_graph, plain_session, reduced
 from runtime.engines import BACKENDS, precisions
 from runtime.errors import InputError, one_line
 
 # What imports torch is imported where it is needed: the process that tries pieces has to start soon.
 if TYPE_CHECKING:
-    from export.tensorrt import PlanOptions
+    from export.plans.tensorrt import PlanOptions
 
 BATCH = 2  # more than one, so that mixing up images shows
 
@@ -139,7 +139,7 @@ def _forms(
     """
     from export.build import PLANNED, needs_inlining
     from export.lower import inline
-    from export.tensorrt import PlanOptions, folded, require_buildable
+    from export.plans.tensorrt import PlanOptions, folded, require_buildable
 
     if backend in PLANNED:
         plan = replace(plan or PlanOptions(), stripped=False)
@@ -299,7 +299,7 @@ def _keep_silent() -> None:
 
 
 def _load_library(backend: str) -> None:
-    importlib.import_module(BACKENDS[backend] if backend in ("onnxruntime", "openvino") else "export.tensorrt")
+    importlib.import_module(BACKENDS[backend] if backend in ("onnxruntime", "openvino") else "export.plans.tensorrt")
 
 
 def _failure(trial: Trial, piece: Path) -> str | None:
@@ -327,7 +327,7 @@ def _failure(trial: Trial, piece: Path) -> str | None:
 
 
 def _build_failure(trial: Trial, piece: Path) -> str | None:
-    from export.tensorrt import build_plan
+    from export.plans.tensorrt import build_plan
 
     if not load_graph(piece, weights=False).graph.input:
         return None  # a plan without inputs is none, whatever is in it

@@ -25,8 +25,8 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from export.four_bit import put_in_blocks
 from export.lower import INPUT, inline
+from export.plans.four_bit import put_in_blocks
 from runtime.artifacts import write_atomically
 from runtime.engines import device
 from runtime.engines.trt import complaints, logger
@@ -55,7 +55,7 @@ class PlanOptions:
         hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
         version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
         stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
-        own_kernels: Whether merging is our Triton kernels (`export.plugin`) instead of the operator's body.
+        own_kernels: Whether merging is our Triton kernels (`export.plans.plugin`) instead of the operator's body.
 
     Raises:
         InputError: If a value is not one of these.
@@ -143,7 +143,7 @@ def build_plan(graph: Path, backend: str, options: PlanOptions, cache: Path | No
     with tempfile.TemporaryDirectory() as folder, complaints() as messages:
         file = folded(graph, Path(folder), own_kernels=options.own_kernels)
         if options.own_kernels:
-            from export.plugin_tensorrt import register
+            from export.plans.plugin_tensorrt import register
 
             register()
         try:
@@ -292,7 +292,7 @@ def _without_functions(graph: Path, *, own_kernels: bool) -> onnx.ModelProto:
     proto = onnx.load(graph, load_external_data=False)
     if not own_kernels:
         return inline(proto)
-    from export.plugin import with_plugins, without_functions  # needs Triton
+    from export.plans.plugin import with_plugins, without_functions  # needs Triton
 
     return without_functions(with_plugins(proto))
 

@@ -1,7 +1,7 @@
 """Graph -> a graph whose merging TensorRT can hand to this project's Triton kernels; and how these are launched.
 
 TensorRT 10.15 and later take a node for a plugin where it names a namespace in which one of its type is registered,
-see `export.plugin_tensorrt`. Everything else expands the node's function. So one graph serves both.
+see `export.plans.plugin_tensorrt`. Everything else expands the node's function. So one graph serves both.
 
 A quickly deployable plugin with an ahead-of-time implementation is one kernel. TensorRT passes it pointers to its
 inputs and then to its outputs, all contiguous; between them could stand numbers. The kernels of `tocom.triton_merge`
@@ -10,10 +10,10 @@ in. Merging takes two launches, so a node becomes two, TokenMergeDecide and Toke
 not in the function of the one: NVIDIA's parser does not pass a function's attributes on to a function that it calls.
 
 Not verified: that TensorRT builds and runs this, which takes its libraries and a GPU. What is verified stands in
-tests/export/test_plugin.py: the parser of TensorRT for RTX takes a node for the plugin of its name; the declarations
-run in the Python code of `tensorrt.plugin` 10.16 and 11.4; the kernels compile, and launched in Triton's interpreter
-as the plugins have it they compute what the reference does. Taken on trust: that TensorRT's tensors begin at multiples
-of 16 bytes, and that it launches a kernel that takes no numbers.
+tests/export/plans/test_plugin.py: the parser of TensorRT for RTX takes a node for the plugin of its name; the
+declarations run in the Python code of `tensorrt.plugin` 10.16 and 11.4; the kernels compile, and launched in Triton's
+interpreter as the plugins have it they compute what the reference does. Taken on trust: that TensorRT's tensors begin
+at multiples of 16 bytes, and that it launches a kernel that takes no numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PTX_VERSION = 88  # of CUDA 12.9; Triton would write that of its own assembler, 
 POINTERS = {"FLOAT": "*fp32", "HALF": "*fp16", "BF16": "*bf16", "INT64": "*i64"}
 
 _ATTRIBUTES = {DECIDE: ("r", "tokens", "protected", "keep_order"), APPLY: ("r", "tokens", "protected")}
-_TEXT = "plugin_numbers"  # the same once more, see `export.plugin_tensorrt`
+_TEXT = "plugin_numbers"  # the same once more, see `export.plans.plugin_tensorrt`
 _SIGNATURES = {
     DECIDE: (("metric",), ("src", "dst", "unm")),
     APPLY: (("x", "token_size", "src", "dst", "unm"), ("merged", "merged_size")),

@@ -12,11 +12,11 @@ import onnx
 import pytest
 import torch
 
-import export.tensorrt
+import export.plans.tensorrt
 from bench.plain_tome import PlainToMe
 from export.cli import main
+from export.plans.tensorrt import PlanOptions, build_plan
 from export.precision import FORMATS, typed
-from export.tensorrt import PlanOptions, build_plan
 from runtime.engines import available, open_engine
 from runtime.engines.plan import check_header
 from runtime.errors import InputError
@@ -122,7 +122,7 @@ def test_bad_options_are_refused(options, words, typed_file):
 def plans(tmp_path_factory):
     """The digits example at degree 8 as plans, by the command line."""
     folder = tmp_path_factory.mktemp("plans")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     command = ["compile", "--model", f"{root}/examples/digits", "--degrees", "8", "--out", str(folder / "family")]
     command += ["--compensator", f"{root}/examples/digits/compensator.safetensors", "--source-degree", "0"]
     return [*command, "--backend", RTX, "--precision", "fp16", "--batch", "1:8:32", "--target", "sm80,sm89,sm120"]
@@ -172,7 +172,7 @@ def require_folded(graph, folder):
     """TensorRT for RTX would add the compensation to the weights again in every call."""
     initializers = onnx.load(graph, load_external_data=False).graph.initializer
     assert any(each.name.endswith(".gate") for each in initializers)
-    folded = onnx.load(export.tensorrt.folded(graph, folder), load_external_data=False)
+    folded = onnx.load(export.plans.tensorrt.folded(graph, folder), load_external_data=False)
     moving = {"pixel_values"}
     for node in folded.graph.node:
         assert moving & set(node.input), node

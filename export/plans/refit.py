@@ -8,7 +8,7 @@ from pathlib import Path
 
 from export.build import PLANNED
 from export.lock import locked
-from export.tensorrt import PlanOptions, plan_name, refitted
+from export.plans.tensorrt import PlanOptions, plan_name, refitted
 from runtime.artifacts import sha256_file, write_atomically
 from runtime.engines import device
 from runtime.errors import InputError

@@ -1,7 +1,7 @@
 """What the tests of the merge plugins do in a process of its own, where it prints what it finds.
 
-    python tests/export/plugin_steps.py declare NODE LIBRARY ...
-    TRITON_INTERPRET=1 python tests/export/plugin_steps.py interpret
+    python tests/export/plans/plugin_steps.py declare NODE LIBRARY ...
+    TRITON_INTERPRET=1 python tests/export/plans/plugin_steps.py interpret
 
 The first takes the attributes of a node as JSON, and libraries that TensorRT's bindings load without being TensorRT's.
 """
@@ -51,9 +51,9 @@ def declare(node: dict[str, int], libraries: list[str]) -> None:
     )
     trt.IDimensionExpr, trt.DimsExprs = Dimension, lambda count: [None] * count
     importlib.import_module("tensorrt.plugin")._tensor.SymExprImpl = lambda value: value._expr
-    plugin = importlib.import_module("export.plugin")
+    plugin = importlib.import_module("export.plans.plugin")
     for capability in (90, 80):  # the later one counts
-        importlib.import_module("export.plugin_tensorrt").register(capability)
+        importlib.import_module("export.plans.plugin_tensorrt").register(capability)
     tokens, r = node["tokens"], node["r"]
     decisions = [((-1, count, 1), trt.int64) for count in (r, r, plugin.counts_of(tokens, node["protected"])[0] - r)]
     given = {
@@ -100,7 +100,7 @@ def declare(node: dict[str, int], libraries: list[str]) -> None:
 
 def interpret() -> None:
     """Carries out both launches of some nodes through Triton's interpreter, and compares with the reference."""
-    plugin = importlib.import_module("export.plugin")
+    plugin = importlib.import_module("export.plans.plugin")
     merging = importlib.import_module("tocom.merging")
 
     def run(launch, *tensors: torch.Tensor) -> None:

@@ -234,7 +234,7 @@ def compare(engine: Engine, notify: Callable[[str], None] = lambda _: None) -> C
     Raises:
         InputError: If the graph is unusable.
     """
-    from export.validate import default_images
+    from export.proof.validate import default_images
 
     proto = load_graph(engine.source.file, weights=False)
     size = tuple(side.dim_value for side in proto.graph.input[0].type.tensor_type.shape.dim)[1:]
@@ -313,7 +313,7 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     """The engine's graph in another library than its own; what is made for that goes with the stack."""
     from export.build import as_engine, needs_inlining
     from export.lower import inline
-    from export.tensorrt import PlanOptions
+    from export.plans.tensorrt import PlanOptions
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto
     file = stack.enter_context(_beside(engine.source.file, variant))

@@ -23,9 +23,9 @@ for module in ("polygraphy", "onnx_graphsurgeon"):
 from export import failing_piece
 from export.cli import main
 from export.cli_graph import examine
-from export.failing_piece import smallest_failing_piece
-from export.polygraphy_tools import REFERENCE, compare, comparison_table
 from export.precision import typed
+from export.proof.failing_piece import smallest_failing_piece
+from export.proof.polygraphy_tools import REFERENCE, compare, comparison_table
 from runtime.artifacts import Report
 from tocom.reduction import PRUNE
 
@@ -216,7 +216,7 @@ def test_bad_input_is_one_line(exported, run, tmp_path):
 
 
 def test_without_polygraphy_it_says_what_to_install(exported, run, monkeypatch):
-    for name in ("export.cli_graph", "export.failing_piece", "export.polygraphy_tools"):
+    for name in ("export.cli_graph", "export.proof.failing_piece", "export.proof.polygraphy_tools"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx_graphsurgeon", None)
     refused(run("inspect", exported(*CASE).file), "pip install 'tocom[polygraphy]'")
@@ -264,7 +264,7 @@ def test_a_piece_that_takes_its_process_down_fails(exported):
 
 @pytest.mark.full
 def test_validate_compares_a_family(run, tmp_path):
-    example = Path(__file__).resolve().parents[2] / "examples" / "digits"
+    example = Path(__file__).resolve().parents[3] / "examples" / "digits"
     files = ["--model", example, "--compensator", example / "compensator.safetensors", "--degrees", "8"]
     assert run("compile", *files, "--source-degree", 0, "--backend", "openvino", "--out", tmp_path / "family")[0] == 0
     before = {file.name for file in (tmp_path / "family").iterdir()}

@@ -1,0 +1,1 @@
+"""Plans: engines of NVIDIA TensorRT, built from a graph."""
