@@ -83,7 +83,7 @@ def _row(model: str, entry: EngineEntry) -> list[str]:
     found, build = entry.validation, entry.build
     blocks = found["blocks"].values()
     shares = " ".join(f"{100 * block['equal'] / block['decisions']:.1f}" for block in blocks)
-    errors = " ".join(f"{1e4 * block['token_error']:.0f}" for block in blocks if block["token_error"] is not None)
+    errors = " ".join(f"{1e4 * block['output_error']:.0f}" for block in blocks if block["output_error"] is not None)
     return [
         model,
         entry.precision,

@@ -147,8 +147,8 @@ def validate_command(
 
         require_folder(bisect)
     from export.compile import validate_family
+    from export.proof.tables import block_table, verdict_table
     from export.source import CompileOptions
-    from export.table import block_table
 
     options = CompileOptions(
         model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
@@ -156,18 +156,8 @@ def validate_command(
     )  # fmt: skip
     with stages(len(wanted) or None) as notify:
         reports = validate_family(options, notify)
-    table = Table(title=f"validation of {engines}")
-    for name in ("degree", "verdict", "images", "agreement", "explained", "unexplained", "logit error", "top-1 equal"):
-        table.add_column(name, justify="right")
-    for degree, report in reports.items():
-        found = report.findings
-        table.add_row(
-            str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(found["images"]),
-            f"{found['agreement']:.2%}", str(found["explained"]), str(found["unexplained"]),
-            f"{found['max_logit_error']:.1e}", f"{found['top1_agreement']:.0%}",
-        )  # fmt: skip
     console = open_console()
-    console.print(table)
+    console.print(verdict_table(reports, f"validation of {engines}"))
     if per_block:
         console.print(block_table(reports))
     if examined:

@@ -20,7 +20,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.operators import DOMAIN, VERSION, operator_of
+from export.operators import DOMAIN, VERSION, operator_of, point_name
 from export.precision import precision_of, typed
 from export.projection import FACTORS, projections
 from export.retarget import Template
@@ -33,6 +33,7 @@ from tocom.vit import ReducedViT
 OPSET = 20
 _PROJECTION = re.compile(r"projections\.(\d+)\.([qkv])_(\w+)")
 _MODEL = "reference.model."  # before the model's own names
+_NORM = re.compile(re.escape(_MODEL) + r"blocks\.(\d+\.norm[12])")
 INPUT, OUTPUT = "pixel_values", "logits"
 
 
@@ -196,6 +197,8 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
     for node in model.graph:
         if (module := _module_of(node)) is not None:
             node.name = f"{module}.{node.op_type}"
+    for name, value in _points(model.graph, reference).items():
+        value.name = name
     for name, value in list(model.graph.initializers.items()):
         if _MODEL in name:
             value.name = name.replace(_MODEL, "")
@@ -207,6 +210,40 @@ def _name_values(model: ir.Model, reference: ReducedViT) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _points(graph: ir.Graph, reference: ReducedViT) -> dict[str, ir.Value]:
+    """The tokens between the parts of the blocks, by the names of `export.operators.point_name`.
+
+    A block's parts are told by what they begin with: its norms, which read the stream, and the sums that go on with it.
+    """
+    entering: dict[str, ir.Value] = {}
+    for node in graph:
+        scope = next((found[1] for each in _scopes(node) if (found := _NORM.fullmatch(each))), None)
+        moving = [value for value in node.inputs if value is not None and value.const_value is None]
+        if scope is not None and moving:
+            entering.setdefault(scope, moving[0])
+    points: dict[str, ir.Value] = {}
+    depth = len(reference.model.blocks)
+    for block in range(depth):
+        parts = [entering.get(f"{block}.norm{half}") for half in (1, 2)]
+        reduction = next((node for node in graph if node.name == f"block.{block}.{reference.reduction.name}"), None)
+        for name, value in zip(("tokens", "remaining"), parts, strict=True):
+            if value is not None:
+                points[point_name(block, name)] = value
+        if reduction is not None:
+            for name, value in zip(("attended", "signal"), (reduction.inputs[0], reduction.inputs[2]), strict=True):
+                points[point_name(block, name)] = value
+            points[point_name(block, "token_size")] = reduction.outputs[1]
+    last = points.get(point_name(depth - 1, "remaining"))
+    sums = [] if last is None else [node for node, _ in last.uses() if node.op_type == "Add"]
+    if len(sums) == 1:
+        points[point_name(depth, "tokens")] = sums[0].outputs[0]
+    return points
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    return ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
 
 
 def _module_of(node: ir.Node) -> str | None:
@@ -223,7 +260,7 @@ def _module_of(node: ir.Node) -> str | None:
         if match := _PROJECTION.fullmatch(value.name or ""):
             block, name, part = match.groups()
             return f"blocks.{block}.attn.{name}" if part == "weight" else None
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    scopes = _scopes(node)
     module = scopes[-2].partition(_MODEL)[2] if len(scopes) > 1 else ""
     return module if module.startswith("blocks.") and parameter.const_value is not None else None
 

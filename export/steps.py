@@ -15,7 +15,8 @@ from typing import Any, Self
 from calib.quantize.network import Quantization
 from export.build import build, graph_precision
 from export.lower import Lowering, reference_model
-from export.proof.validate import proving_runner, validate
+from export.proof.observe import proving_runner
+from export.proof.validate import validate
 from export.quantize import QUANTIZED, Drop, Quantizer
 from export.quantized import forms, quantized_graph
 from export.source import Source, validation_batches

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.table import Table
 
 from calib.scales_file import ScaleChoices, Trial
-from runtime.artifacts import Report
 from runtime.manifest import EngineEntry, Family
 
 _MIB = 1 << 20
@@ -77,29 +76,6 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
             f"top-1: {labelled:.0f} images" + (f", source degree {family.source_degree}." if compensated else ".")
         )
     table.caption = "\n".join(notes)
-    table.caption_justify = "left"
-    return table
-
-
-def block_table(reports: Mapping[int, Report]) -> Table:
-    """What validation found in every block that removes tokens.
-
-    Args:
-        reports: Degree -> report.
-    """
-    table = Table(title="block by block")
-    for name in ("degree", "block", "decisions", "agreement", "explained", "unexplained", "token error"):
-        table.add_column(name, justify="right")
-    for degree, report in reports.items():
-        for block, found in report.findings["blocks"].items():
-            error, decisions = found["token_error"], found["decisions"]
-            table.add_row(
-                str(degree), block, str(decisions), f"{found['equal'] / decisions:.2%}" if decisions else "-",
-                str(found["explained"]), str(found["unexplained"]), "-" if error is None else f"{error:.1e}",
-            )  # fmt: skip
-    table.caption = ("explained, unexplained: images that decide otherwise; token error: largest difference of the "
-                     "tokens that remain,\nas a share of the largest number in them, where the graph says its "
-                     "formats.")  # fmt: skip
     table.caption_justify = "left"
     return table
 

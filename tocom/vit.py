@@ -136,21 +136,52 @@ class ReducedViT(nn.Module):
         Returns:
             Logits, [B, classes].
         """
-        model = self.model
         reduce_step = reduce_step or self.reduce
-        x = model.patch_drop(model._pos_embed(model.patch_embed(pixel_values)))
-        x = model.norm_pre(x)
-        token_size = None  # all ones until the first reduction, which needs no bias
-        for index, (block, r) in enumerate(zip(model.blocks, self.schedule.removed, strict=True)):
-            queries = self.read_tokens if skip_unread and index == len(model.blocks) - 1 else None
-            attended, signal = self._attend(index, block.norm1(x), token_size, project_step or self.project, queries)
-            x = (x if queries is None else x[:, :queries]) + block.drop_path1(block.ls1(attended))
+        x, token_size = self.embed(pixel_values), None  # sizes are one until the first reduction: no bias is needed
+        last = len(self.model.blocks) - 1
+        for index, r in enumerate(self.schedule.removed):
+            queries = self.read_tokens if skip_unread and index == last else None
+            x, signal = self.attend(index, x, token_size, project_step, queries)
             if r and queries is None:
                 if token_size is None:
                     token_size = x.new_ones(x.shape[0], x.shape[1], 1)
                 x, token_size = reduce_step(index, x, token_size, signal, r)
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return self._classify(model.norm(x), token_size)
+            x = self.feed_forward(index, x)
+        return self.classify(x, token_size)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> the tokens entering block 0, [B, N, C]."""
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixel_values))))
+
+    def attend(
+        self,
+        index: int,
+        x: Tensor,
+        token_size: Tensor | None,
+        project_step: ProjectStep | None = None,
+        queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of a block, its residual included.
+
+        Args:
+            index: The block.
+            x: The tokens entering it, [B, N, C].
+            token_size: Their sizes, [B, N, 1]; None where all are one.
+            project_step: See `forward`.
+            queries: How many of the tokens, the first ones, go on; None for all.
+
+        Returns:
+            Tokens [B, N, C], or the first `queries` of them; and the signal that the reduction decides on.
+        """
+        block = self.model.blocks[index]
+        attended, signal = self._attend(index, block.norm1(x), token_size, project_step or self.project, queries)
+        return (x if queries is None else x[:, :queries]) + block.drop_path1(block.ls1(attended)), signal
+
+    def feed_forward(self, index: int, x: Tensor) -> Tensor:
+        """The second half of a block, each token on its own: [B, N, C] -> [B, N, C]."""
+        block = self.model.blocks[index]
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def reduce(self, _block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """The plain reduce step: decide, then apply."""
@@ -189,8 +220,9 @@ class ReducedViT(nn.Module):
         signal = weights(q[:, :, :1]).mean(dim=1).squeeze(1) if by_attention else k.mean(dim=1)
         return attn.proj_drop(attn.proj(out)), signal
 
-    def _classify(self, x: Tensor, token_size: Tensor | None) -> Tensor:
-        model = self.model
+    def classify(self, x: Tensor, token_size: Tensor | None) -> Tensor:
+        """Tokens that leave the last block [B, N, C], and their sizes [B, N, 1] -> logits [B, classes]."""
+        model, x = self.model, self.model.norm(x)
         if token_size is None or model.global_pool in ("token", "max"):
             return model.forward_head(x)
         if model.global_pool == "map":

@@ -6,8 +6,6 @@ library that is there with the reference.
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,9 +21,10 @@ from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
 from export.build import build
 from export.lower import OUTPUT
-from export.operators import DOMAIN, operator_of
-from export.proof.findings import LOGIT_TOLERANCE, Findings
-from export.proof.validate import compare, compare_decisions, default_images, validate
+from export.operators import operator_of, point_name
+from export.proof.findings import Findings
+from export.proof.observe import RunnerObserver, told_by
+from export.proof.validate import compare_decisions, default_images, prove, validate
 from runtime.engines import EngineRunner
 from runtime.engines.plan import TITLES
 from runtime.errors import InputError
@@ -109,7 +108,7 @@ def run_check(subject: Subject, degree: int, what: str) -> Check:
 
 def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[str, Any]:
     """What a check found."""
-    reference, findings = subject.reference(degree), Findings(precision=precision)
+    reference = subject.reference(degree)
     batches = default_images(subject.size, 1 + _LARGEST_BATCH)
     if who == STEP:
         return _compared_steps(subject.on_device(degree, DTYPES[precision]), batches)
@@ -117,27 +116,23 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
         backend = next(backend for backend, title in TITLES.items() if title == who)
         return _compared_plan(subject, degree, backend, precision, batches)
 
-    @functools.cache
-    def exact() -> ReducedViT:
-        return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule)
-
     with _runners(subject, degree, who, precision) as (shipped, telling):
-        for pixel_values in batches:
-            compare(shipped, telling, reference, exact, pixel_values, findings)
+        observer = RunnerObserver(shipped, telling, reference, precision, who)
+        findings = prove(observer, reference, batches, exact_copy=precision == "fp32")
     return _summary(findings.to_json())
 
 
 def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """What a check tells of `Findings`."""
-    differs = found["debug_copy_error"]
+    worst = found["gates"]["logits of the worst image"]
     return {
         "verdict": PASSED if found["passed"] else FAILED,
         "agreement": found["agreement"] if found["decisions"] else None,
         "explained": found["explained"],
         "unexplained": found["unexplained"],
-        "error": found["max_logit_error"],
-        "allowed": LOGIT_TOLERANCE[found["precision"]] * max(1.0, found["max_logit"]),
-        "why": "" if found["passed"] or not differs else f"the copy that tells decisions differs by {differs:.1e}",
+        "error": worst["found"],
+        "allowed": worst["allowed"],
+        "why": found["faults"][0] if found["faults"] else "",
     }
 
 
@@ -165,9 +160,8 @@ def _runners(subject: Subject, degree: int, who: str, precision: str) -> Iterato
 def _telling_copy(graph: Path) -> Iterator[Path]:
     """A copy of a graph that also puts out its decisions; removed afterwards."""
     proto = onnx.load(graph, load_external_data=False)
-    for node in proto.graph.node:
-        for name in node.output[2:] if node.domain == DOMAIN else ():
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    known = {value.name: value for value in proto.graph.value_info}
+    proto.graph.output.extend([known[name] for name in told_by(proto, native=False)])
     file = graph.with_name(f".{graph.stem}.telling.onnx")  # its weight files are found relative to it
     try:
         file.write_bytes(proto.SerializeToString())
@@ -199,7 +193,7 @@ class _TorchRunner(EngineRunner):
             for name, positions in zip(names, (chosen.src, chosen.dst, chosen.unm), strict=True):
                 found[name] = positions.cpu().numpy()
             x, token_size = merge_step(block, x, token_size, signal, r)
-            found[f"tokens of {block}"] = x.float().cpu().numpy()
+            found[point_name(block, "remaining")] = x.float().cpu().numpy()
             return x, token_size
 
         return {OUTPUT: _logits(self._reference, step, pixel_values).float().cpu().numpy(), **found}
@@ -243,7 +237,7 @@ def _compared_steps(reference: ReducedViT, batches: Iterator[np.ndarray]) -> dic
         nonlocal error
         expected, chosen = _on_cpu(decide(signal, r)), _on_cpu(decide_by_triton(signal, r))
         compare_decisions(
-            {block: chosen}, {block: expected}, len(x), reference, lambda: {block: signal.double().cpu()}, findings
+            {block: chosen}, {block: expected}, len(x), reference, lambda _: signal.double().cpu(), findings
         )
         merged, merged_size = step_by_triton(block, x, token_size, signal, r)
         wide = [each.float().cpu() for each in (x, token_size, merged, merged_size)]

@@ -181,27 +181,20 @@ def _rounded(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 class _BlockByBlock(ReducedViT):
     """The reference in pieces, with every decision given."""
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the tokens entering block 0, [B, N, C]."""
-        model = self.model
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))
-
     def through(
         self, index: int, x: Tensor, token_size: Tensor, decisions: Mapping[int, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block: [B, N, C] and sizes [B, N, 1] -> [B, N - r, C], [B, N - r, 1], and what it decides on."""
-        block = self.model.blocks[index]
-        attended, signal = self._attend(index, block.norm1(x), token_size, self.project, None)
-        x = x + block.drop_path1(block.ls1(attended))
+        x, signal = self.attend(index, x, token_size)
         if index in decisions:
             x, token_size = self.reduction.apply(x, token_size, signal, decisions[index])
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), token_size, signal
+        return self.feed_forward(index, x), token_size, signal
 
     def answer(self, start: int, x: Tensor, token_size: Tensor, decisions: Mapping[int, Any]) -> Tensor:
         """Tokens entering block `start` -> logits [B, classes]."""
         for index in range(start, len(self.model.blocks)):
             x, token_size, _ = self.through(index, x, token_size, decisions)
-        return self._classify(self.model.norm(x), token_size)
+        return self.classify(x, token_size)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from export.operators.interface import DOMAIN, VERSION, Operator
+from export.operators.interface import DOMAIN, POINTS, VERSION, Operator, point_name
 from export.operators.merge import MergeOperator
 from export.operators.prune import PruneOperator
 from tocom.reduction import MERGE, PRUNE, Reduction
 
-__all__ = ["DOMAIN", "OPERATORS", "VERSION", "Operator", "operator_of"]
+__all__ = ["DOMAIN", "OPERATORS", "POINTS", "VERSION", "Operator", "operator_of", "point_name"]
 
 OPERATORS: dict[str, Operator] = {MERGE.name: MergeOperator(), PRUNE.name: PruneOperator()}
 

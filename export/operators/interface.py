@@ -19,6 +19,19 @@ from tocom.vit import ReduceStep
 
 DOMAIN, VERSION = "ai.tocom", 1
 
+# Values between the parts of a block, in every graph under the name of `point_name`: the tokens that enter it; behind
+# attention and its residual, where something is removed; what that is decided on; the tokens and sizes that remain.
+POINTS = ("tokens", "attended", "signal", "remaining", "token_size")
+
+
+def point_name(block: int, point: str) -> str:
+    """Name in a graph of one of `POINTS`; the tokens that leave the last block are those entering the one behind it.
+
+    >>> point_name(3, "tokens")
+    'block.3.tokens'
+    """
+    return f"block.{block}.{point}"
+
 
 class Operator(ABC):
     """One token reduction in a graph.
@@ -50,7 +63,7 @@ class Operator(ABC):
 
     def decision_names(self, block: int) -> tuple[str, ...]:
         """Names of a block's decisions in every graph: values that a debug copy can make outputs."""
-        return tuple(f"block.{block}.{name}" for name in self.decisions)
+        return tuple(point_name(block, name) for name in self.decisions)
 
     def symbolic_step(self, model: nn.Module) -> ReduceStep:
         """A reduce step that puts the operator into the exported graph instead of computing."""

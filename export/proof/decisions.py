@@ -20,26 +20,11 @@ from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Decision, Reduction
 from tocom.vit import ReducedViT
 
-# Precision -> how much worse a decision may be by rounding alone. In float32 of the scores themselves, in a narrow
-# format of the tokens that they are computed from (11 or 8 bits, and a few of them are lost on the way through the
-# blocks).
-# A step of fp8 is 6% of the number, several times int8's: where a code flips, tokens move by that much.
-_QUANTIZED_MARGIN = {"int8": 2e-2, "fp8": 5e-2, "int8-weights": 2e-2, "int4-weights": 2e-2}
-MERGE_MARGIN = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2, **_QUANTIZED_MARGIN}  # cosine
-PRUNE_MARGIN = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 2e-2, **_QUANTIZED_MARGIN}  # share of the range of logits
-
-
 AnyDecision = Matching | Pruning
 
 
 class Judge(ABC, Generic[Decision]):
-    """Knows the decisions of one reduction. A decision covers a batch; questions are about one image of it.
-
-    Attributes:
-        bounds: Precision -> the margin below which another choice is a matter of rounding.
-    """
-
-    bounds: Mapping[str, float]
+    """Knows the decisions of one reduction. A decision covers a batch; questions are about one image of it."""
 
     @abstractmethod
     def read(self, positions: Sequence[Tensor], protected: int) -> Decision:
@@ -68,8 +53,6 @@ class Judge(ABC, Generic[Decision]):
 
 class MergeJudge(Judge[Matching]):
     """Who merges into whom; margins in cosine."""
-
-    bounds = MERGE_MARGIN
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Matching:
         """From src, dst and unm."""
@@ -137,8 +120,6 @@ def merge_margin(scores: Tensor, chosen: Matching, image: int, *, ordered_by_sco
 
 class PruneJudge(Judge[Pruning]):
     """Which tokens are dropped; margins in the logarithm of attention, which is a logit, as a share of its range."""
-
-    bounds = PRUNE_MARGIN
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Pruning:
         """From kept and dropped."""
@@ -208,10 +189,3 @@ def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> di
         positions = [torch.from_numpy(outputs[name]).flatten(1) for name in operator.decision_names(block)]
         found[block] = judge.read(positions, reference.model.num_prefix_tokens)
     return found
-
-
-def tokens_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, Tensor]:
-    """The tokens that remain behind each block's reduction, [B, N - r, C], where an engine's debug copy tells them."""
-    told = [value for value in outputs.values() if value.ndim == 3 and value.dtype.kind == "f"]
-    blocks = reference.deciding_blocks if told else ()
-    return {block: torch.from_numpy(tokens).float() for block, tokens in zip(blocks, told, strict=True)}

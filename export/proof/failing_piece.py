@@ -31,7 +31,7 @@ import onnx
 import onnx.shape_inference
 import onnxruntime
 
-from export.proof.findings import LOGIT_TOLERANCE
+from export.proof.gates import GATES
 from export.proof.polygraphy_tools import load_graph, plain_session, reduced
 from runtime.engines import BACKENDS, precisions
 from runtime.errors import InputError, one_line
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 BATCH = 2  # more than one, so that mixing up images shows
 
+_DEEP = 1024  # unit roundoffs that a whole network may be off by, at the least twenty times what healthy ones are
 _LINEAR = 24  # nodes of which each is left out in turn, once bisecting gets no further
 _KEY = "value of "  # before names in the file of values: NumPy takes some names for itself
 _WORD = re.compile(r"(?<![\w./])[A-Za-z]+(?![\w./])")  # without numbers, names of values and files
@@ -318,7 +319,7 @@ def _failure(trial: Trial, piece: Path) -> str | None:
         found = run(piece, feeds, trial.precision)
     except Exception as error:  # noqa: BLE001  # whatever a library throws is what is being looked for
         return f"{trial.backend} does not run it: {' '.join(str(error).split()).replace(str(piece), 'it')}"
-    tolerance = LOGIT_TOLERANCE[trial.precision]
+    tolerance = _DEEP * GATES[trial.precision].unit_roundoff
     error = max(_error(found[name], expected[name]) for name in expected)
     if error <= tolerance:
         return None

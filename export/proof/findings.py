@@ -1,21 +1,17 @@
-"""What a comparison of an engine with the reference found, and when that passes."""
+"""What comparing an engine with the reference found, and whether that is within the gates of `export.proof.gates`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
-# By precision; times the largest logit where that exceeds 1.
-LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2,
-                   "int8": 5e-2, "fp8": 5e-2, "int8-weights": 2e-2, "int4-weights": 2e-2}  # fmt: skip
-# Likewise, of the image in the middle. A number half-way between two of a grid's may be rounded to either, a whole step
-# apart, so single images of a quantized engine are further off than the typical one.
-TYPICAL_TOLERANCE = {**LOGIT_TOLERANCE, "int8": 2e-2, "fp8": 2e-2}
-# Where the rest of a quantized network is in half precision, every rounding there may move a code by a whole step: then
-# logits may be as far from the quantized network's as these are from float32's, times this (the largest, the typical).
-AS_FAR = (2.0, 1.25)
-DEBUG_TOLERANCE = 1e-6  # the debug copy may be optimized differently, not compute something else
+from export.proof.gates import AS_FAR, GATES, margin_allowed
+from export.proof.parts import in_order
+
+_EXACT_DEBUG_COPY = (
+    "fp32"  # the format by whose gate debug copies are judged that differ by kernels' order of sums only
+)
 
 
 @dataclass
@@ -27,42 +23,80 @@ class BlockFindings:
         equal: How many of them are the reference's.
         explained: Images that differ, where the choice is as good to within rounding.
         unexplained: Images that differ otherwise.
-        token_error: Largest difference of a number in the tokens that remain, decisions replayed, as a share of the
-            largest number in them; None where the engine does not tell its tokens.
+        margin: How much worse than the best its decisions are, at most.
+        output_error: Distance (`export.proof.parts.distance`) of the tokens that leave it, decisions replayed; None
+            where the engine does not tell its tokens.
+        parts: Part -> distance of what it puts out from what the reference makes of its input.
     """
 
     decisions: int = 0
     equal: int = 0
     explained: int = 0
     unexplained: int = 0
-    token_error: float | None = None
+    margin: float = 0.0
+    output_error: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A gate that does not hold.
+
+    Attributes:
+        block: Where; None where it is about the network as a whole.
+        part: One of `export.proof.parts.PARTS`, or what of the network.
+        found: What was measured.
+        allowed: The gate.
+    """
+
+    block: int | None
+    part: str
+    found: float
+    allowed: float
+
+    def __str__(self) -> str:
+        place = self.part if self.block is None else f"block {self.block}, {self.part}"
+        return f"{place}: {self.found:.1e}, allowed {self.allowed:.1e}"
 
 
 @dataclass
 class Findings:
-    """What was compared, over all images so far.
+    """What was compared, over all images so far. Errors of logits are shares of the largest logit where it exceeds 1.
 
     Attributes:
         precision: What the engine computes in: rounding is judged by it.
-        debug_tolerance: How far the logits of the debug copy may be from the engine's, times the largest logit where
-            that exceeds 1.
+        reduction: Name of the reduction, by which margins are judged.
+        depth: Blocks of the network.
+        exact_copy: Whether the debug copy has to compute what the engine does but for the order of sums.
+        images: How many.
         blocks: By block.
-        logit_errors: Largest difference of a logit, of every image.
+        max_logit_error: Largest difference of a logit, decisions replayed.
+        max_logit: Largest logit of the reference.
+        logit_errors: The largest of every image, as shares.
         quantization_errors: What quantizing changes, likewise: the reference's logits against float32, decisions
             replayed; empty for an engine that is not quantized.
+        top1_equal: Images with the same class, decisions replayed.
+        debug_copy_error: How far the debug copy's logits are from the engine's.
+        free_top1_equal: Images with the same class where the reference decides by itself.
+        cosines: Of the logits, where the reference decides by itself, of every image.
+        divergences: KL(reference || engine) of the classes' probabilities, likewise, nats.
     """
 
     precision: str = "fp32"
-    debug_tolerance: float = DEBUG_TOLERANCE
+    reduction: str = "merge"
+    depth: int = 1
+    exact_copy: bool = True
     images: int = 0
     blocks: dict[int, BlockFindings] = field(default_factory=dict)
-    largest_margin: float = 0.0
     max_logit_error: float = 0.0
     max_logit: float = 0.0
     logit_errors: list[float] = field(default_factory=list)
     quantization_errors: list[float] = field(default_factory=list)
     top1_equal: int = 0
     debug_copy_error: float = 0.0
+    free_top1_equal: int = 0
+    cosines: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
 
     def block(self, index: int) -> BlockFindings:
         """Of one block, to be added to."""
@@ -73,10 +107,49 @@ class Findings:
         return sum(getattr(block, name) for block in self.blocks.values())
 
     @property
+    def margin_allowed(self) -> float:
+        """How much worse than the best a decision may be by rounding."""
+        return margin_allowed(self.precision, self.reduction)
+
+    @property
     def agreement(self) -> float:
         """Share of decisions (who merges into whom, who is dropped) equal to the reference's; 1 where nothing goes."""
         decisions = self.total("decisions")
         return self.total("equal") / decisions if decisions else 1.0
+
+    @property
+    def largest_margin(self) -> float:
+        """How much worse than the best any decision is."""
+        return max((block.margin for block in self.blocks.values()), default=0.0)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Gates that do not hold: those of parts first, in the order of the network."""
+        gates = GATES[self.precision]
+        part_allowed = gates.part * gates.unit_roundoff
+        local: dict[tuple[int, str], Fault] = {}
+        for index, block in self.blocks.items():
+            for part, error in block.parts.items():
+                if not error <= part_allowed:
+                    local[index, part] = Fault(index, part, error, part_allowed)
+            if block.unexplained:
+                local[index, "decision"] = Fault(index, "decision", block.margin, self.margin_allowed)
+        return [local[each] for each in in_order(local)] + [
+            Fault(None, part, found, allowed) for part, found, allowed in self._whole() if not found <= allowed
+        ]
+
+    def _whole(self) -> list[tuple[str, float, float]]:
+        """What is judged of the network as a whole: found, allowed."""
+        typical, largest = GATES[self.precision].logits(self.depth)
+        copy = GATES[_EXACT_DEBUG_COPY].logits(self.depth)[1] if self.exact_copy else largest
+        if self.quantization_errors:
+            largest = max(largest, AS_FAR[0] * max(self.quantization_errors))
+            typical = max(typical, AS_FAR[1] * median(self.quantization_errors))
+        return [
+            ("logits of the worst image", max(self.logit_errors, default=0.0), largest),
+            ("logits of the image in the middle", self.typical_logit_error, typical),
+            ("debug copy", self.debug_copy_error, copy),
+        ]
 
     @property
     def typical_logit_error(self) -> float:
@@ -86,21 +159,13 @@ class Findings:
     @property
     def passed(self) -> bool:
         """Whether every gate holds."""
-        largest = max(1.0, self.max_logit)
-        as_far = (0.0, 0.0)
-        if self.quantization_errors:
-            as_far = AS_FAR[0] * max(self.quantization_errors), AS_FAR[1] * median(self.quantization_errors)
-        return (
-            self.total("unexplained") == 0
-            and self.max_logit_error <= max(LOGIT_TOLERANCE[self.precision] * largest, as_far[0])
-            and self.typical_logit_error <= max(TYPICAL_TOLERANCE[self.precision] * largest, as_far[1])
-            and self.debug_copy_error <= self.debug_tolerance * largest
-        )
+        return not self.faults
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest and for machines."""
+        faults = self.faults
         return {
-            "passed": self.passed,
+            "passed": not faults,
             "precision": self.precision,
             "images": self.images,
             "decisions": self.total("decisions"),
@@ -108,12 +173,22 @@ class Findings:
             "explained": self.total("explained"),
             "unexplained": self.total("unexplained"),
             "largest_margin": self.largest_margin,
+            "margin_allowed": self.margin_allowed,
             "max_logit_error": self.max_logit_error,
             "typical_logit_error": self.typical_logit_error,
             "typical_quantization_error": median(self.quantization_errors) if self.quantization_errors else None,
             "max_logit": self.max_logit,
             "debug_copy_error": self.debug_copy_error,
             "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
+            "free": {
+                "top1_agreement": self.free_top1_equal / self.images if self.images else 1.0,
+                "cosine": min(self.cosines, default=1.0),
+                "kl": mean(self.divergences) if self.divergences else 0.0,
+            },
+            "faults": [str(fault) for fault in faults],
+            "first_fault": asdict(faults[0]) if faults else None,
             "blocks_with_unexplained": [index for index, block in sorted(self.blocks.items()) if block.unexplained],
+            "gates": {part: {"found": found, "allowed": allowed} for part, found, allowed in self._whole()},
+            "part_allowed": GATES[self.precision].part * GATES[self.precision].unit_roundoff,
             "blocks": {str(index): asdict(block) for index, block in sorted(self.blocks.items())},
         }

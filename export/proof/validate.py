@@ -1,176 +1,107 @@
-"""Engine + reference -> report: are the decisions the reference's, and the logits right given the decisions?
+"""Engine + reference -> report: are the decisions the reference's, and the numbers right given the decisions?
 
 Removing tokens is discrete: one rounding can flip a tie, and every later number differs although nothing is wrong. So
-decisions and values are compared apart. The reference is run once more with the engine's decisions forced on it
-(replay): its own choice in every block is compared with the engine's, and the logits then compare at rounding level
-whatever was decided. A decision that differs is explained if it is as good as the best one to within rounding.
+decisions and values are compared apart, and twice. Replayed: the reference runs once more with the engine's decisions
+forced on it, so that logits and tokens compare at rounding level whatever was decided. Part by part: the reference gets
+what the engine put into each part of each block, so that nothing adds up, the part at fault is named, and a decision
+that differs is judged on the very tokens that it was made about: it is explained if it is as good as the best one to
+within the rounding of its number format.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calib.quantize.grids import FORMATS
-from export.build import PLANNED, as_engine, needs_inlining
-from export.lower import OUTPUT, inline
-from export.operators import DOMAIN
-from export.precision import HALF, precision_of
-from export.proof.decisions import AnyDecision, decisions_of, judge_of, tokens_of
-from export.proof.findings import DEBUG_TOLERANCE, LOGIT_TOLERANCE, Findings
-from export.rounding import rounded
+from export.build import PLANNED
+from export.operators import point_name
+from export.proof.decisions import AnyDecision, judge_of
+from export.proof.findings import Findings
+from export.proof.observe import Observed, Observer, Replay, in_format, observer_of, replay
+from export.proof.parts import compare_parts, distance, logit_distance
 from runtime.artifacts import Engine, Report
-from runtime.engines import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
-_SMALLEST = 1e-12  # nothing is divided by less
+EXACT = "fp64"
 
 
 def validate(
-    engine: Engine, reference: ReducedViT, batches: Iterator[np.ndarray], plain: ReducedViT | None = None
+    engine: Engine,
+    reference: ReducedViT,
+    batches: Iterator[np.ndarray],
+    plain: ReducedViT | None = None,
+    *,
+    batch: int | None = None,
 ) -> Report:
     """Compares an engine with the PyTorch reference of the same degree.
 
     Args:
         engine: What is to be proven.
-        reference: The reference with the same weights and schedule, float32; quantized where the engine is.
+        reference: The reference with the same weights and schedule, in float32 or float64; quantized where the engine
+            is.
         batches: Normalized images, float32 [B, 3, H, W].
         plain: Of a quantized engine, the reference that is not quantized.
+        batch: Images that the engine is prepared for; None for any number.
 
     Returns:
         The report; false if a gate failed.
     """
-    findings = Findings(precision=engine.precision, debug_tolerance=_debug_tolerance(engine))
-
-    @functools.cache  # twice the weights' memory, needed only where a decision differs
-    def exact() -> ReducedViT:
-        return ReducedViT(copy.deepcopy(reference.model).double(), reference.schedule, reduction=reference.reduction)
-
-    with _runners(engine) as (shipped, debugged):
-        for pixel_values in batches:
-            compare(shipped, debugged, reference, exact, pixel_values, findings, plain)
+    with observer_of(engine, reference, batch=batch) as observer:
+        findings = prove(observer, reference, batches, plain, exact_copy=_is_exact_copy(engine))
     found = {**findings.to_json(), "run": None if engine.unrunnable else engine.backend}
     return Report(engine=engine, passed=findings.passed, findings=found)
 
 
-@contextmanager
-def proving_runner(engine: Engine) -> Iterator[EngineRunner]:
-    """What answers as the engine does: itself, or where it cannot be run here its graph, on ONNX Runtime."""
-    if engine.unrunnable:
-        with debug_copy(engine) as runner:
-            yield runner
-    else:
-        with open_engine(**_opened_as(engine, engine.file)) as runner:
-            yield runner
+def _is_exact_copy(engine: Engine) -> bool:
+    """Whether more outputs change nothing but the order of sums.
 
-
-@contextmanager
-def _runners(engine: Engine) -> Iterator[tuple[EngineRunner, EngineRunner]]:
-    """What is shipped, and what also tells its decisions.
-
-    A native operator tells them as it is. What cannot be run here is proven by its graph, on ONNX Runtime.
+    A plan with more of them may be built of other kernels, and those of half precision round elsewhere; so may
+    quantized products be.
     """
-    if engine.native or engine.unrunnable:
-        with proving_runner(engine) as runner:
-            yield runner, runner
-    else:
-        with open_engine(**_opened_as(engine, engine.file)) as shipped, debug_copy(engine) as debugged:
-            yield shipped, debugged
+    return engine.backend not in PLANNED and engine.precision not in (*FORMATS, "fp16", "bf16")
 
 
-def _debug_tolerance(engine: Engine) -> float:
-    """A plan with more outputs may be built of other kernels, which round otherwise; so may quantized products be."""
-    exact = engine.backend not in PLANNED and engine.precision not in FORMATS
-    return DEBUG_TOLERANCE if exact else LOGIT_TOLERANCE[engine.precision]
+def prove(
+    observer: Observer,
+    reference: ReducedViT,
+    batches: Iterator[np.ndarray],
+    plain: ReducedViT | None = None,
+    *,
+    exact_copy: bool = True,
+) -> Findings:
+    """Compares whatever can be observed with the reference.
 
-
-def _opened_as(engine: Engine, file: Path) -> dict[str, Any]:
-    return {"path": file, "backend": engine.backend, "precision": engine.precision}
-
-
-@contextmanager
-def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
-    """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
-
-    Where the engine cannot be run, ONNX Runtime carries the copy out, with every rounding that stands in the graph.
-    """
-    graph = onnx.load(engine.source.file, load_external_data=False)
-    values = {value.name: value for value in graph.graph.value_info}
-    for node in graph.graph.node:
-        if node.domain == DOMAIN:
-            for name in node.output[2:]:
-                graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-            if precision_of(graph) in HALF:  # the formats are the graph's, so that this changes none
-                graph.graph.output.append(values[node.output[0]])
-    backend, precision = engine.backend, engine.precision
-    if engine.unrunnable:
-        graph, backend, precision = rounded(graph), "onnxruntime", "fp32"
-    elif needs_inlining(graph, backend):
-        graph = inline(graph)
-    # beside the original, because its weight files are found relative to the graph
-    file = engine.source.file.with_name(f".{engine.source.file.stem}.debug.onnx")
-    try:
-        file.write_bytes(graph.SerializeToString())
-        with (
-            as_engine(file, backend, engine.build) as opened,
-            open_engine(opened, backend, precision=precision) as runner,
-        ):
-            yield runner
-    finally:
-        file.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What the reference does with decisions forced on it.
-
-    Attributes:
-        logits: [B, classes].
-        natural: Block -> what it would have decided itself.
-        signals: Block -> what it decided on.
-        tokens: Block -> the tokens that remained, [B, N - r, C].
-    """
-
-    logits: Tensor
-    natural: Mapping[int, AnyDecision]
-    signals: Mapping[int, Tensor]
-    tokens: Mapping[int, Tensor]
-
-
-@torch.no_grad()
-def replay(reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision]) -> Replay:
-    """Runs the reference with given decisions forced on it; it decides itself where none are given.
+    Args:
+        observer: What is to be proven.
+        reference: See `validate`.
+        batches: Likewise.
+        plain: Likewise.
+        exact_copy: See `Findings`.
 
     Returns:
-        What it found.
+        What was found.
     """
-    reduction = reference.reduction
-    natural: dict[int, AnyDecision] = {}
-    signals: dict[int, Tensor] = {}
-    tokens: dict[int, Tensor] = {}
-
-    def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        natural[block] = reduction.decide(signal, r, reference.model)
-        signals[block] = signal
-        tokens[block], size = reduction.apply(x, token_size, signal, decisions.get(block, natural[block]))
-        return tokens[block], size
-
-    return Replay(reference(pixel_values, step), natural, signals, tokens)
+    findings = Findings(
+        precision=observer.precision,
+        reduction=reference.reduction.name,
+        depth=len(reference.model.blocks),
+        exact_copy=exact_copy,
+    )
+    # twice the weights' memory, needed only where a decision differs
+    exact = functools.cache(functools.partial(in_format, reference, EXACT))
+    for pixel_values in batches:
+        compare(observer, reference, exact, pixel_values, findings, plain)
+    return findings
 
 
 def compare(
-    shipped: EngineRunner,
-    debugged: EngineRunner,
+    observer: Observer,
     reference: ReducedViT,
     exact: Callable[[], ReducedViT],
     pixel_values: np.ndarray,
@@ -180,55 +111,120 @@ def compare(
     """Compares one batch, and adds what it finds.
 
     Args:
-        shipped: The engine.
-        debugged: What also tells its decisions.
+        observer: What is to be proven.
         reference: Of the same degree.
         exact: Makes it in float64, where that is needed.
         pixel_values: float32 [B, 3, H, W].
         findings: Added to.
         plain: See `validate`.
     """
-    logits = torch.from_numpy(shipped.infer(pixel_values))
-    outputs = debugged.infer_all(pixel_values)
-    decisions = decisions_of(outputs, reference)
-    images = torch.from_numpy(pixel_values)
+    observed, images = observer.observe(pixel_values), torch.from_numpy(pixel_values)
+    copied = observed.copy
     findings.images += len(images)
-    invalid = _blocks_with_none(decisions, reference, len(images))
-    if invalid:
+    if invalid := _blocks_with_none(observed, reference, len(images)) | _blocks_with_none(
+        copied, reference, len(images)
+    ):
         for block in invalid:
             findings.block(block).unexplained += 1
-        findings.largest_margin = findings.max_logit_error = float("inf")
+            findings.block(block).margin = float("inf")
+        findings.max_logit_error = float("inf")
+        findings.logit_errors += [float("inf")] * len(images)
         return  # there is nothing to replay
-    forced = replay(reference, images, decisions)
-    expected = forced.logits
+    forced = replay(reference, images, observed.decisions)
+    same = _alike(observed.decisions, copied.decisions, reference, len(images))
+    as_copied = forced if len(same) == len(observed.decisions) else replay(reference, images, copied.decisions)
+    _compare_copy(observed, forced, as_copied, findings)
+    local = compare_parts(reference, images, copied)
+    for (block, part), errors in local.errors.items():
+        found = findings.block(block).parts
+        found[part] = max(found.get(part, 0.0), float(errors.max()))
     compare_decisions(
-        decisions,
-        forced.natural,
-        len(images),
-        reference,
-        lambda: replay(exact(), images.double(), decisions).signals,
-        findings,
-    )
-    for block, tokens in tokens_of(outputs, reference).items():
-        largest = float(forced.tokens[block].abs().max())
-        error = _largest_difference(tokens, forced.tokens[block]) / max(largest, _SMALLEST)
-        findings.block(block).token_error = max(findings.block(block).token_error or 0.0, error)
-    findings.max_logit_error = max(findings.max_logit_error, _largest_difference(logits, expected))
-    findings.logit_errors += _of_each_image(logits, expected)
+        observed.decisions, forced.natural, len(images), reference,
+        _exact_signals(observed, images, exact, same & local.signals.keys()), findings,
+        {block: natural for block, natural in local.natural.items() if block in same},
+    )  # fmt: skip
+    _compare_outputs(copied.values, as_copied, findings)
+    _compare_logits(observed.logits.to(forced.logits.dtype), forced.logits, findings)
     if plain is not None:
-        findings.quantization_errors += _of_each_image(replay(plain, images, decisions).logits, expected)
+        quantized = logit_distance(replay(plain, images, observed.decisions).logits, forced.logits.float())
+        findings.quantization_errors += quantized.tolist()
+    _compare_freely(observed, forced, reference, images, findings)
+
+
+def _alike(
+    one: Mapping[int, AnyDecision], other: Mapping[int, AnyDecision], reference: ReducedViT, images: int
+) -> set[int]:
+    """The first blocks, up to one in which something else is decided of some image."""
+    judge, alike = judge_of(reference.reduction), set()
+    for block in sorted(one):
+        if not all(judge.is_equal(one[block], other[block], image) for image in range(images)):
+            break
+        alike.add(block)
+    return alike
+
+
+def _exact_signals(
+    observed: Observed, images: Tensor, exact: Callable[[], ReducedViT], known: Collection[int]
+) -> Callable[[int], Tensor]:
+    """What a block decides on, in float64: on the engine's own tokens in blocks where they are known, else replayed."""
+
+    @functools.cache
+    def on_its_tokens() -> Mapping[int, Tensor]:
+        return compare_parts(exact(), images, observed.copy).signals
+
+    @functools.cache
+    def replayed() -> Mapping[int, Tensor]:
+        return replay(exact(), images, observed.decisions).signals
+
+    return lambda block: (on_its_tokens() if block in known else replayed())[block]
+
+
+def _compare_copy(observed: Observed, forced: Replay, as_copied: Replay, findings: Findings) -> None:
+    """The debug copy's logits beside the engine's, each less what follows from its own decisions."""
+    dtype = forced.logits.dtype
+    expected = forced.logits + (observed.copy.logits.to(dtype) - as_copied.logits)
+    error = float(logit_distance(observed.logits.to(dtype), expected).max())
+    findings.debug_copy_error = max(findings.debug_copy_error, error)
+
+
+def _compare_outputs(told: Mapping[str, Tensor], forced: Replay, findings: Findings) -> None:
+    for block in range(findings.depth):
+        name = point_name(block + 1, "tokens")
+        if (tokens := told.get(name)) is not None:
+            expected = forced.values[name]
+            error = float(distance(tokens.to(expected.dtype), expected[:, : tokens.shape[1]]).max())
+            findings.block(block).output_error = max(findings.block(block).output_error or 0.0, error)
+
+
+def _compare_logits(logits: Tensor, expected: Tensor, findings: Findings) -> None:
+    error = (logits - expected).abs().max()
+    findings.max_logit_error = max(findings.max_logit_error, float(error) if error.isfinite() else float("inf"))
+    findings.logit_errors += logit_distance(logits, expected).tolist()
     findings.max_logit = max(findings.max_logit, float(expected.abs().max()))
     findings.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
-    debug_error = _largest_difference(logits, torch.from_numpy(outputs[OUTPUT]))
-    findings.debug_copy_error = max(findings.debug_copy_error, debug_error)
 
 
-def _blocks_with_none(decisions: Mapping[int, AnyDecision], reference: ReducedViT, images: int) -> set[int]:
+@torch.no_grad()
+def _compare_freely(
+    observed: Observed, forced: Replay, reference: ReducedViT, images: Tensor, findings: Findings
+) -> None:
+    """What a user sees: the engine beside the reference that decides by itself."""
+    same = _alike(observed.decisions, forced.natural, reference, len(images))
+    all_same = len(same) == len(observed.decisions)
+    free = (forced if all_same else replay(reference, images, {})).logits.double()
+    logits = observed.logits.double().nan_to_num(nan=torch.finfo(torch.float32).max)
+    findings.free_top1_equal += int((logits.argmax(1) == free.argmax(1)).sum())
+    findings.cosines += functional.cosine_similarity(logits, free).tolist()
+    ours, theirs = logits.log_softmax(1), free.log_softmax(1)
+    findings.divergences += functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(1).tolist()
+
+
+def _blocks_with_none(observed: Observed, reference: ReducedViT, images: int) -> set[int]:
     """Blocks whose outputs are no decisions at all, for one image or another."""
     judge, tokens = judge_of(reference.reduction), reference.schedule.tokens
     return {
         block
-        for block, chosen in decisions.items()
+        for block, chosen in observed.decisions.items()
         if not all(judge.is_valid(chosen, image, tokens[block]) for image in range(images))
     }
 
@@ -238,46 +234,37 @@ def compare_decisions(
     natural: Mapping[int, AnyDecision],
     images: int,
     reference: ReducedViT,
-    exact_signals: Callable[[], Mapping[int, Tensor]],
+    exact_signal: Callable[[int], Tensor],
     findings: Findings,
+    local: Mapping[int, AnyDecision] | None = None,
 ) -> None:
     """Compares the decisions of one batch, and adds what it finds.
 
     Args:
         decisions: Block -> what was decided.
-        natural: Block -> what the reference decides on the same tokens.
+        natural: Block -> what the reference decides there, with these decisions in the blocks before.
         images: How many.
         reference: The reference.
-        exact_signals: Block -> what is decided on, in float64, with the same decisions before; called where it is
-            needed.
+        exact_signal: Block -> what is decided on, in float64; called where it is needed.
         findings: Added to.
+        local: Block -> what the reference decides on the very same tokens, where they are known: one who decides
+            likewise on these is explained.
     """
-    judge = judge_of(reference.reduction)
-    signals: Mapping[int, Tensor] | None = None
+    judge, local = judge_of(reference.reduction), local or {}
     for block, chosen in decisions.items():
         found = findings.block(block)
         for image in range(images):
             found.decisions += judge.count(chosen)
             found.equal += judge.count_equal(natural[block], chosen, image)
-            if judge.is_equal(natural[block], chosen, image):
+            if judge.is_equal(local.get(block, natural[block]), chosen, image):
+                found.explained += not judge.is_equal(natural[block], chosen, image)
                 continue
-            signals = signals or exact_signals()
-            margin = judge.margin(signals[block], chosen, image, reference.model)
-            findings.largest_margin = max(findings.largest_margin, margin)
-            if margin < judge.bounds[findings.precision]:
+            margin = judge.margin(exact_signal(block), chosen, image, reference.model)
+            found.margin = max(found.margin, margin) if margin == margin else float("inf")
+            if margin <= findings.margin_allowed:
                 found.explained += 1
             else:
                 found.unexplained += 1
-
-
-def _of_each_image(one: Tensor, other: Tensor) -> list[float]:
-    """Largest difference of a logit."""
-    return (one - other).abs().amax(dim=1).nan_to_num(nan=float("inf")).tolist()
-
-
-def _largest_difference(one: Tensor, other: Tensor) -> float:
-    error = (one - other).abs().max()
-    return float(error) if error.isfinite() else float("inf")
 
 
 def default_images(size: tuple[int, int, int], images: int = 6, seed: int = 0) -> Iterator[np.ndarray]:

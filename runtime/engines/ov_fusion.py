@@ -251,7 +251,11 @@ def _create(kind: str, inputs: list[Output], attributes: dict[str, object]) -> N
 
 
 def _replace(old: Output, new: Output) -> None:
-    """Lets all readers of a value read another one."""
+    """Lets all readers of a value read another one, outputs of the graph under the same names."""
+    if any(reader.get_node().get_type_name() == "Result" for reader in old.get_target_inputs()):
+        names = old.get_names()
+        old.set_names(set())
+        new.set_names(names)
     for reader in list(old.get_target_inputs()):
         reader.replace_source_output(new)
 

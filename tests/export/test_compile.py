@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import export.auto
 from export.compile import compile_family, validate_family
 from export.fuse import fuse
+from export.proof.gates import GATES
 from export.source import CompileOptions
 from runtime.engines import open_engine
 from runtime.latency import Latency
@@ -235,7 +236,7 @@ def test_killed_while_a_listed_degree_is_made_anew(options: CompileOptions) -> N
 def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(options, degrees=(), images=None)
     old = compile_family(options).family
-    monkeypatch.setattr("export.proof.findings.LOGIT_TOLERANCE", {"fp32": -1.0})  # no engine is that good
+    monkeypatch.setitem(GATES, "fp32", replace(GATES["fp32"], part=-1.0))  # no engine is that good
     result = compile_family(replace(options, delta_scale=0.05))
     assert set(result.failed) == {0}
     assert require_sound(options.out) == (0,) and Family.read(options.out) == old

@@ -12,7 +12,8 @@ import torch
 from export.build import build
 from export.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
 from export.proof.decisions import decisions_of
-from export.proof.validate import debug_copy, default_images, validate
+from export.proof.observe import debug_copy
+from export.proof.validate import default_images, validate
 from export.weights import WeightStore
 from runtime.artifacts import sha256_file
 from runtime.engines import open_engine

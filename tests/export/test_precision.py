@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from export.lower import inline, reference_model
 from export.precision import HALF, precision_of, typed
-from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN
+from export.proof.gates import margin_allowed
 from export.proof.validate import validate
 from export.rounding import rounded
 from tocom.reduction import MERGE, PRUNE
@@ -61,18 +61,18 @@ def test_decisions_flip_only_where_rounding_allows_it(prove, family, precision):
     assert report, report.findings
     found = report.findings
     assert found["precision"] == precision and found["run"] is None
-    assert 0.9 < found["agreement"] <= 1 and found["largest_margin"] < MERGE_MARGIN[precision]
+    assert 0.9 < found["agreement"] <= 1 and found["largest_margin"] < margin_allowed(precision, "merge")
     assert found["max_logit_error"] > 1e-5  # it is not float32 that was computed
     for block in found["blocks"].values():
-        assert 0 < block["token_error"] < (4e-3 if precision == "fp16" else 3e-2)
-        assert block["decisions"] and block["unexplained"] == 0
+        assert 0 < block["output_error"] < (4e-3 if precision == "fp16" else 3e-2)
+        assert block["unexplained"] == 0
 
 
 @pytest.mark.parametrize("precision", HALF)
 def test_pruning_too(prove, precision):
     report = prove("deit_tiny", 8, precision, PRUNE)
     assert report, report.findings
-    assert report.findings["largest_margin"] < PRUNE_MARGIN[precision]
+    assert report.findings["largest_margin"] < margin_allowed(precision, "prune")
 
 
 def test_what_is_computed_wrong_still_fails(prove):

@@ -143,14 +143,15 @@ def check_equal(found: Matching, expected: Matching) -> None:
 
 def check_margins(found: Matching, metric: torch.Tensor, keep_order: bool) -> None:
     """Every decision is valid, and the best one to within float32's rounding."""
-    from export.proof.decisions import MERGE_MARGIN, MergeJudge, merge_margin
+    from export.proof.decisions import MergeJudge, merge_margin
+    from export.proof.gates import margin_allowed
 
     scores = cosine_scores(metric.double(), found.protected)
     for image in range(len(metric)):
         assert MergeJudge().is_valid(found, image, metric.shape[1])
         if found.src.shape[1]:
             margin = merge_margin(scores[image], found, image, ordered_by_score=not keep_order)
-            assert margin < MERGE_MARGIN["fp32"]
+            assert margin < margin_allowed("fp32", "merge")
 
 
 @pytest.mark.parametrize(("prefix", "number_format"), PREFIXES_AND_FORMATS)

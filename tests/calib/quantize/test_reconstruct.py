@@ -29,7 +29,7 @@ from calib.quantize.reconstruct import (
     reconstruct,
     recorded,
 )
-from export.proof.validate import replay
+from export.proof.observe import replay
 from tocom.merging import Matching
 from tocom.reduction import MERGE, PRUNE, Merge, Reduction
 from tocom.vit import ReducedViT, schedule_for
@@ -156,7 +156,7 @@ def test_a_block_that_got_worse_is_not_taken(model, pixels):
     assert work.learn(0, given, lambda _done: None) is given
     with torch.no_grad():  # and the next block gets what the network that was kept makes
         narrow = ReducedViT(quantized_model(model, given), 3)
-        expected = replay(narrow, pixels, recorded(ReducedViT(model, 3), pixels, 8)[1]).tokens[0]
+        expected = replay(narrow, pixels, recorded(ReducedViT(model, 3), pixels, 8)[1]).values["block.0.remaining"]
         mlp = narrow.model.blocks[0]
         expected = expected + mlp.ls2(mlp.mlp(mlp.norm2(expected)))
     assert torch.allclose(work.x, expected, atol=1e-5, rtol=0)

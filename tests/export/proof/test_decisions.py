@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN, judge_of, merge_margin, prune_margin
+from export.proof.decisions import judge_of, merge_margin, prune_margin
+from export.proof.gates import margin_allowed
 from tocom.merging import Matching
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE
@@ -32,7 +33,7 @@ def test_the_best_decisions_have_no_margin():
 def test_near_ties_have_a_margin_that_is_explained():
     assert margin_of([2, 4], [1, 7], [6]) == pytest.approx(4e-7, rel=0.2)  # another destination, nearly as good
     assert margin_of([2, 6], [1, 5], [4]) == pytest.approx(5e-7, rel=0.2)  # another token, nearly as good
-    assert margin_of([2, 6], [1, 5], [4]) < MERGE_MARGIN["fp32"]
+    assert margin_of([2, 6], [1, 5], [4]) < margin_allowed("fp32", "merge")
 
 
 def test_real_errors_have_a_margin_that_is_not():
@@ -42,10 +43,10 @@ def test_real_errors_have_a_margin_that_is_not():
 
 
 def test_the_margin_that_is_explained_is_a_rounding_error_wide():
-    assert MERGE_MARGIN["fp32"] == 1e-6
+    assert 9e-7 < margin_allowed("fp32", "merge") < 1e-6
     small = SCORES.clone()
     small[0, 1] = 0.9 - 2e-6
-    assert margin_of([2, 4], [3, 3], [6], scores=small) > MERGE_MARGIN["fp32"]  # small, but no rounding
+    assert margin_of([2, 4], [3, 3], [6], scores=small) > margin_allowed("fp32", "merge")  # small, but no rounding
 
 
 def test_the_order_of_the_tokens_that_stay_counts():
@@ -78,7 +79,7 @@ def test_what_is_no_decision_has_an_infinite_margin(src, dst, unm):
 def test_scores_that_are_not_numbers_explain_nothing():
     scores = SCORES.clone()
     scores[0, 0] = torch.nan
-    assert not margin_of([2, 4], [1, 3], [6], scores=scores) < MERGE_MARGIN["fp32"]
+    assert not margin_of([2, 4], [1, 3], [6], scores=scores) < margin_allowed("fp32", "merge")
 
 
 # token 0 protected; tokens 3 and 4 are nearly alike
@@ -101,7 +102,7 @@ def test_the_best_prunings_have_no_margin():
 
 def test_a_near_tie_of_attention_has_a_margin_that_is_explained():
     assert prune_margin_of([1, 2, 4], [3, 5, 6]) == pytest.approx(4e-6 / RANGE, rel=1e-3)
-    assert prune_margin_of([1, 2, 4], [3, 5, 6]) < PRUNE_MARGIN["fp32"] == 1e-5
+    assert prune_margin_of([1, 2, 4], [3, 5, 6]) < margin_allowed("fp32", "prune") < 1e-5
 
 
 def test_wrongly_dropped_tokens_have_a_margin_that_is_not():
@@ -109,7 +110,9 @@ def test_wrongly_dropped_tokens_have_a_margin_that_is_not():
     assert prune_margin_of([6], [1, 2, 3, 4, 5]) == pytest.approx(1)
     worse = ATTENTION.clone()
     worse[4] = 0.1 * (1 - 4e-5)
-    assert prune_margin_of([1, 2, 4], [3, 5, 6], attention=worse) > PRUNE_MARGIN["fp32"]  # small, but no rounding
+    assert prune_margin_of([1, 2, 4], [3, 5, 6], attention=worse) > margin_allowed(
+        "fp32", "prune"
+    )  # small, but no rounding
 
 
 def test_the_margin_of_a_pruning_does_not_depend_on_the_attention_of_the_prefix():
@@ -153,7 +156,7 @@ def test_what_is_no_pruning_has_an_infinite_margin(make_vit, kept, dropped):
 def test_attention_that_is_no_number_explains_nothing():
     attention = ATTENTION.clone()
     attention[3] = torch.nan
-    assert not prune_margin_of([1, 2, 3, 4], [5, 6], attention=attention) < PRUNE_MARGIN["fp32"]
+    assert not prune_margin_of([1, 2, 3, 4], [5, 6], attention=attention) < margin_allowed("fp32", "prune")
 
 
 def test_equal_prunings_are_counted_by_dropped_token():

@@ -20,10 +20,10 @@ for module in ("polygraphy", "onnx_graphsurgeon"):
         module, reason="Polygraphy is not installed: pip install tocom[polygraphy]", exc_type=ImportError
     )
 
-from export import failing_piece
 from export.cli import main
 from export.cli_graph import examine
 from export.precision import typed
+from export.proof import failing_piece
 from export.proof.failing_piece import smallest_failing_piece
 from export.proof.polygraphy_tools import REFERENCE, compare, comparison_table
 from runtime.artifacts import Report

@@ -11,18 +11,22 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-import export.proof.validate
+import export.proof.observe
 from export.build import build
 from export.lower import reference_model
-from export.proof.decisions import MERGE_MARGIN, PRUNE_MARGIN, decisions_of
+from export.operators import POINTS
+from export.proof.decisions import decisions_of
 from export.proof.findings import BlockFindings, Findings
-from export.proof.validate import default_images, replay, validate
+from export.proof.gates import margin_allowed
+from export.proof.observe import debug_copy, replay
+from export.proof.validate import default_images, validate
 from runtime.engines import open_engine
 from runtime.errors import InputError
 from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 
 FAMILY, DEGREE = "deit_tiny", 8
+ROUNDOFF = 2**-24  # of float32
 
 
 @pytest.fixture(params=[MERGE], ids=["merge"])
@@ -197,7 +201,7 @@ def test_the_good_pruned_engine_passes(engine, reference):
     found = report.findings
     assert (found["images"], found["decisions"], found["unexplained"]) == (12, 12 * 3 * (DEGREE + 1), 0)
     assert found["agreement"] > 0.99
-    assert found["largest_margin"] < PRUNE_MARGIN["fp32"]
+    assert found["largest_margin"] < margin_allowed("fp32", "prune")
     assert found["max_logit_error"] < 1e-4
     assert found["top1_agreement"] == 1
 
@@ -305,7 +309,7 @@ def test_another_choice_among_exact_ties_is_explained(tampered, reference, reduc
     assert report, report.findings
     assert report.findings["agreement"] < 0.5
     assert report.findings["explained"] > 0
-    assert report.findings["largest_margin"] < {MERGE: MERGE_MARGIN["fp32"], PRUNE: PRUNE_MARGIN["fp32"]}[reduction]
+    assert report.findings["largest_margin"] < margin_allowed("fp32", reduction.name)
 
 
 @pytest.mark.parametrize(
@@ -347,14 +351,14 @@ class Altered:
     "alter", [lambda x: x * np.float32(1.01), lambda x: x * np.float32(np.nan)], ids=["scaled", "NaN"]
 )
 def test_a_debug_copy_that_computes_something_else_fails(engine, reference, monkeypatch, alter):
-    true_copy = export.proof.validate.debug_copy
+    true_copy = export.proof.observe.debug_copy
 
     @contextmanager
     def altered_copy(engine):
         with true_copy(engine) as runner:
             yield Altered(runner, alter)
 
-    monkeypatch.setattr(export.proof.validate, "debug_copy", altered_copy)
+    monkeypatch.setattr(export.proof.observe, "debug_copy", altered_copy)
     report = validate(engine, reference, images())
     assert not report
     assert report.findings["max_logit_error"] <= 1e-4
@@ -391,12 +395,13 @@ def test_the_debug_copy_leaves_no_file_and_the_engine_alone(engine, reference):
 @with_both
 def test_replay_of_ones_own_decisions_changes_nothing(engine, reference):
     pixel_values = next(images())
-    with export.proof.validate.debug_copy(engine) as runner:
+    with debug_copy(engine) as runner:
         decisions = decisions_of(runner.infer_all(pixel_values), reference)
     forced = replay(reference, torch.from_numpy(pixel_values), decisions)
     logits = forced.logits
     assert torch.equal(logits, reference(torch.from_numpy(pixel_values)))
-    assert forced.natural.keys() == forced.signals.keys() == forced.tokens.keys() == {0, 1, 2, 3}
+    assert forced.natural.keys() == forced.signals.keys() == {0, 1, 2, 3}
+    assert {f"block.{block}.{point}" for block in range(4) for point in POINTS} <= forced.values.keys()
     with open_engine(engine.file, engine.backend) as runner:
         assert np.abs(runner.infer(pixel_values) - logits.numpy()).max() <= 1e-4
 
@@ -415,15 +420,34 @@ def test_default_images_are_of_both_kinds_and_batches():
         ({}, True),
         ({"blocks": {3: BlockFindings(unexplained=1)}}, False),
         ({"blocks": {3: BlockFindings(explained=9)}}, True),
-        ({"max_logit_error": 0.9e-4}, True),
-        ({"max_logit_error": 1.1e-4}, False),
-        ({"max_logit_error": 1.1e-4, "max_logit": 5.0}, True),
-        ({"max_logit_error": 6e-4, "max_logit": 5.0}, False),
-        ({"debug_copy_error": 2e-6}, False),
-        ({"max_logit_error": float("inf")}, False),
+        ({"blocks": {3: BlockFindings(parts={"mlp": 31 * ROUNDOFF})}}, True),
+        ({"blocks": {3: BlockFindings(parts={"mlp": 33 * ROUNDOFF})}}, False),
+        ({"blocks": {3: BlockFindings(parts={"mlp": float("nan")})}}, False),
+        ({"logit_errors": [7 * ROUNDOFF, 23 * ROUNDOFF, 7 * ROUNDOFF]}, True),
+        ({"logit_errors": [7 * ROUNDOFF, 25 * ROUNDOFF, 7 * ROUNDOFF]}, False),
+        ({"logit_errors": [7 * ROUNDOFF, 9 * ROUNDOFF, 9 * ROUNDOFF]}, False),
+        ({"logit_errors": [15 * ROUNDOFF], "depth": 4}, True),
+        ({"logit_errors": [float("inf")]}, False),
+        ({"debug_copy_error": 25 * ROUNDOFF}, False),
+        ({"debug_copy_error": 2**-11, "precision": "fp16"}, False),
+        ({"debug_copy_error": 2**-11, "precision": "fp16", "exact_copy": False}, True),
     ],
 )
 def test_every_gate_decides(change, passed):
     findings = Findings(images=1, **change)
     assert findings.passed is passed
     assert findings.to_json()["passed"] is passed
+
+
+def test_the_first_fault_is_where_the_network_first_goes_wrong():
+    wrong = 1e-2
+    blocks = {
+        2: BlockFindings(parts={"attention": wrong}),
+        1: BlockFindings(unexplained=1, margin=wrong, parts={"reduction": wrong, "signal": 0.0, "mlp": wrong}),
+    }
+    findings = Findings(images=1, blocks=blocks, logit_errors=[wrong], depth=3)
+    assert [(fault.block, fault.part) for fault in findings.faults] == [
+        (1, "decision"), (1, "reduction"), (1, "mlp"), (2, "attention"),
+        (None, "logits of the worst image"), (None, "logits of the image in the middle"),
+    ]  # fmt: skip
+    assert findings.to_json()["first_fault"]["block"] == 1

@@ -1,0 +1,160 @@
+"""Every part of the network by itself: the reference gets what the candidate put into a part, and both answer.
+
+So errors do not add up on the way, a part may be as far off as its own rounding makes it, and one that is further off
+is where the fault lies, whatever it did to all that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from export.operators import point_name
+from export.proof.decisions import AnyDecision
+from export.proof.observe import Observed
+from tocom.vit import ReducedViT
+
+# of a block, in order; "decision" is judged by its margin, the ends belong to the first and last block
+PARTS = ("embedding", "attention", "signal", "decision", "reduction", "mlp", "head")
+
+_SMALLEST = 1e-30  # nothing is divided by less
+
+
+@dataclass
+class Compared:
+    """What the reference makes of a candidate's own numbers.
+
+    Attributes:
+        errors: (block, part) -> distance of the candidate's answer from the reference's, of every image.
+        natural: Block -> what the reference decides on the candidate's tokens.
+        signals: Block -> what it decides that on.
+    """
+
+    errors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    natural: dict[int, AnyDecision] = field(default_factory=dict)
+    signals: dict[int, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observed) -> Compared:
+    """Compares every part whose input and output the candidate tells.
+
+    Args:
+        reference: In float32 or float64.
+        pixel_values: [B, 3, H, W].
+        observed: What the candidate told of them, itself or its debug copy; its decisions are valid.
+
+    Returns:
+        What was found. Where the candidate does not tell the tokens between two parts, they are compared as one, under
+        the later one's name.
+    """
+    found = Compared()
+    dtype = next(reference.model.parameters()).dtype
+    told = {name: value.to(dtype) for name, value in observed.values.items()}
+    depth = len(reference.model.blocks)
+
+    def compare(block: int, part: str, expected: Tensor, point: str) -> None:
+        if (value := told.get(point_name(block + (point == "tokens"), point))) is not None:
+            found.errors[block, part] = distance(value, expected[:, : value.shape[1]])
+
+    if (entering := told.get(point_name(0, "tokens"))) is not None:
+        found.errors[0, "embedding"] = distance(entering, reference.embed(pixel_values.to(dtype)))
+    token_size = None
+    for block, r in enumerate(reference.schedule.removed):
+        x = told.get(point_name(block, "tokens"))
+        if x is not None:
+            x, signal = reference.attend(block, x, token_size)
+            if r and block in observed.decisions:
+                found.natural[block] = reference.reduction.decide(signal, r, reference.model)
+                found.signals[block] = signal
+                compare(block, "signal", signal, "signal")
+                compare(block, "attention", x, "attended")
+            elif not r or block not in observed.decisions:
+                compare(block, "attention", x, "remaining")
+        if block in observed.decisions:
+            before = told.get(point_name(block, "attended"), x)
+            token_size = _reduced(reference, block, before, token_size, observed, told, found)
+        remaining = told.get(point_name(block, "remaining"))
+        if remaining is not None:
+            compare(block, "mlp", reference.feed_forward(block, remaining), "tokens")
+    leaving = told.get(point_name(depth, "tokens"))
+    if leaving is not None:
+        logits = observed.logits.to(dtype)
+        expected = reference.classify(leaving, _sizes_left(reference, token_size))
+        found.errors[depth - 1, "head"] = logit_distance(logits, expected)
+    return found
+
+
+def _reduced(
+    reference: ReducedViT,
+    block: int,
+    before: Tensor | None,
+    token_size: Tensor | None,
+    observed: Observed,
+    told: Mapping[str, Tensor],
+    found: Compared,
+) -> Tensor | None:
+    """Compares what a block's reduction made, and returns the sizes that remain."""
+    size = told.get(point_name(block, "token_size"))
+    remaining = told.get(point_name(block, "remaining"))
+    if before is None:
+        return size
+    ones = before.new_ones(*before.shape[:2], 1)
+    signal = told.get(point_name(block, "signal"), found.signals.get(block))
+    chosen = observed.decisions[block]
+    expected, expected_size = reference.reduction.apply(
+        before, ones if token_size is None else token_size, signal, chosen
+    )
+    errors = [] if remaining is None else [distance(remaining, expected)]
+    if size is not None:
+        errors.append(((size - expected_size).abs() / expected_size).amax(dim=(1, 2)).nan_to_num(nan=torch.inf))
+    if errors:
+        found.errors[block, "reduction"] = torch.stack(errors).amax(dim=0)
+    return expected_size if size is None else size
+
+
+def _sizes_left(reference: ReducedViT, token_size: Tensor | None) -> Tensor | None:
+    """The sizes that the head may weigh by; a head that reads protected tokens only weighs none."""
+    return None if reference.read_tokens is not None else token_size
+
+
+def distance(one: Tensor, other: Tensor) -> Tensor:
+    """How far apart tokens are, [B]: of the worst token of each image, as a share of its length.
+
+    A token that is shorter than the one in the middle counts as long as that one: what attention and residuals cancel
+    to nearly nothing carries the rounding of what was cancelled.
+
+    Args:
+        one: [B, N, C], or [B, N] for one number per token.
+        other: Likewise.
+
+    >>> distance(torch.tensor([[[3.0, 4.5]]]), torch.tensor([[[3.0, 4.0]]]))
+    tensor([0.1000])
+    """
+    if one.ndim == 2:
+        one, other = one.unsqueeze(1), other.unsqueeze(1)
+    length = other.norm(dim=-1)
+    length = length.maximum(length.median(dim=1, keepdim=True).values).clamp_min(_SMALLEST)
+    return ((one - other).norm(dim=-1) / length).amax(dim=1).nan_to_num(nan=torch.inf)
+
+
+def logit_distance(one: Tensor, other: Tensor) -> Tensor:
+    """How far apart logits are, [B]: the largest difference, as a share of the largest logit where that exceeds 1.
+
+    >>> logit_distance(torch.tensor([[1.0, -4.0]]), torch.tensor([[2.0, -4.0]]))
+    tensor([0.2500])
+    """
+    largest = other.abs().amax(dim=1).clamp_min(1)
+    return ((one - other).abs().amax(dim=1) / largest).nan_to_num(nan=torch.inf)
+
+
+def in_order(parts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Parts of blocks, first to last in the network.
+
+    >>> in_order([(1, "mlp"), (1, "attention"), (0, "mlp")])
+    [(0, 'mlp'), (1, 'attention'), (1, 'mlp')]
+    """
+    return sorted(parts, key=lambda each: (each[0], PARTS.index(each[1])))
