@@ -31,7 +31,7 @@ AUTO = "auto"
 PLANNED = tuple(LIBRARIES)  # backends whose engines are plans
 
 _EXPANDS_FUNCTIONS = ("onnxruntime", *PLANNED)
-_TYPED = ("onnxruntime", *PLANNED)  # compute in the formats that stand in the graph; OpenVINO chooses by a hint
+TYPED = ("onnxruntime", *PLANNED)  # compute in the formats that stand in the graph; OpenVINO chooses by a hint
 
 
 def graph_precision(backend: str, precision: str) -> str:
@@ -39,7 +39,7 @@ def graph_precision(backend: str, precision: str) -> str:
     if precision in FORMATS:
         form = forms(backend)
         return "+".join([precision, form.rest, *(["unsigned"] if form.unsigned else [])])
-    return precision if backend in _TYPED else "fp32"
+    return precision if backend in TYPED else "fp32"
 
 
 def build(

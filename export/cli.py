@@ -16,12 +16,11 @@ from export.cli_calib import choose_scale_command
 from export.cli_compile import quantize_command, run_compile
 from export.cli_distill import distill_command
 from export.cli_options import (
-    BisectFolder,
     BisectGraph,
     Calibration,
     Checkpoint,
-    Compare,
     CompensatorFile,
+    FloatBlocks,
     Images,
     Limit,
     MaxDrop,
@@ -36,10 +35,12 @@ from export.cli_options import (
     Schedule,
     Show,
     SourceDegree,
+    read_blocks,
     read_degrees,
     read_model_args,
     read_plan_options,
 )
+from export.cli_validate import validate_command
 from export.console import complain, open_console, stages
 from runtime.errors import GateError
 
@@ -85,6 +86,7 @@ def compile_command(
             envvar="TOCOM_BACKEND",
         ),
     ] = "auto",
+    float_blocks: FloatBlocks = None,
     batch: PlanBatch = "1:8:32",
     target: PlanTarget = "",
     plan_option: PlanOption = None,
@@ -116,56 +118,12 @@ def compile_command(
         source_degree=source_degree, delta_scale=scale, precision=precision, backend=backend, images=images,
         limit=limit, num_classes=num_classes, model_args=arguments, schedule=schedule,
         reduction=reduction, replace=replace, plan=read_plan_options(batch, target, plan_option or ()),
-        quantize=QuantizeOptions(calibration=calibration, max_drop=max_drop),
+        quantize=QuantizeOptions(calibration=calibration, max_drop=max_drop), float_blocks=read_blocks(float_blocks),
     )  # fmt: skip
     run_compile(options)
 
 
-@app.command("validate")
-def validate_command(
-    engines: Annotated[Path, typer.Option(help="Folder of the family.")],
-    model: Model,
-    checkpoint: Checkpoint = None,
-    compensator: CompensatorFile = None,
-    degrees: Annotated[str | None, typer.Option(help="Degrees to validate. Default: all.")] = None,
-    images: Images = None,
-    num_classes: NumClasses = None,
-    model_arg: ModelArgs = None,
-    per_block: Annotated[
-        bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
-    ] = False,
-    compare: Compare = False,
-    bisect: BisectFolder = None,
-) -> None:
-    """Prove the engines of a family once more, against the reference made from the original files.
-
-    Exit status: 0 all pass, 1 an engine fails, 2 bad input.
-    """
-    wanted = read_degrees(degrees) if degrees else ()
-    if examined := compare or bisect is not None:
-        from export.cli_graph import examine, require_folder
-
-        require_folder(bisect)
-    from export.compile import validate_family
-    from export.proof.tables import block_table, verdict_table
-    from export.source import CompileOptions
-
-    options = CompileOptions(
-        model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
-        num_classes=num_classes, model_args=read_model_args(model_arg),
-    )  # fmt: skip
-    with stages(len(wanted) or None) as notify:
-        reports = validate_family(options, notify)
-    console = open_console()
-    console.print(verdict_table(reports, f"validation of {engines}"))
-    if per_block:
-        console.print(block_table(reports))
-    if examined:
-        examine(reports, comparing=compare, folder=bisect)
-    if not all(reports.values()):
-        raise typer.Exit(1)
-
-
+app.command("validate")(validate_command)
 app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
 app.command("choose-scale")(choose_scale_command)

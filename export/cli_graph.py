@@ -38,12 +38,6 @@ def inspect_graph(path: Path, show: str, backend: str | None, out: Path | None) 
     _write(piece, out)
 
 
-def require_folder(folder: Path | None) -> None:
-    """Refuses, before work begins, what can be no folder for pieces."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise InputError(f"--bisect must be a folder for the pieces that fail, got the file {one_line(folder)}")
-
-
 def examine(reports: Mapping[int, Report], *, comparing: bool, folder: Path | None) -> None:
     """Looks further into what validation found.
 

@@ -82,6 +82,15 @@ MaxDrop = Annotated[
         "until it holds. Default: 1.0 where there are labelled images.",
     ),
 ]
+FloatBlocks = Annotated[
+    str | None,
+    typer.Option(
+        "--float-blocks",
+        metavar="N,...",
+        help="Blocks that stay float32 in an fp16 or bf16 graph (onnxruntime, tensorrt), e.g. where activations are "
+        "too large for fp16. `tocom validate --bisect` finds them.",
+    ),
+]
 Compare = Annotated[
     bool,
     typer.Option("--compare", help="Also compare each degree across all engine libraries that run here (Polygraphy)."),
@@ -91,7 +100,8 @@ BisectFolder = Annotated[
     typer.Option(
         "--bisect",
         metavar="DIR",
-        help="For each degree that fails, write the smallest piece of its graph that its engine library fails on to "
+        help="For each degree that fails, say which operator of which block is the first to be wrong, and which blocks "
+        "kept in float32 bring it back; and write the smallest piece of its graph that its engine library fails on to "
         "DIR/rNN.onnx (Polygraphy).",
     ),
 ]
@@ -132,6 +142,21 @@ def read_degrees(text: str) -> tuple[int, ...]:
             raise InputError(f"degree r must be 0 or more tokens per block, got {degrees[-1]}. "
                                             "Use 0 to export without merging.")  # fmt: skip
     return tuple(degrees)
+
+
+def read_blocks(text: str | None) -> tuple[int, ...]:
+    """Reads numbers of blocks parted by commas.
+
+    Raises:
+        InputError: If one is not a whole number of 0 or more.
+
+    >>> read_blocks("3,11")
+    (3, 11)
+    """
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
+        raise InputError(f"blocks must be whole numbers parted by commas, like 3,11, got {text!r}.")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def read_plan_options(batch: str, target: str, names: Sequence[str]) -> PlanOptions:

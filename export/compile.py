@@ -15,20 +15,16 @@ from pathlib import Path
 import torch
 
 from calib.labelled import LabelledImages
-from calib.quantize.network import quantized_model
 from export.auto import fastest, listed_backend
-from export.build import AUTO, backends_for, graph_precision, why_unrunnable
+from export.build import AUTO, backends_for, graph_precision
 from export.latency import BATCHES, measured
 from export.lock import locked
-from export.lower import reference_model
-from export.proof.validate import validate
 from export.quantize import QUANTIZED
-from export.quantized_reading import read_quantization
 from export.scales import at_chosen_scales
-from export.source import CompileOptions, Source, load_source, validation_batches
+from export.source import CompileOptions, Source, load_source
 from export.steps import Notify, Steps, steps_of
 from export.weights import WeightStore
-from runtime.artifacts import Engine, OnnxGraph, Report
+from runtime.artifacts import Report
 from runtime.engines import open_engine
 from runtime.errors import InputError
 from runtime.manifest import FILE_NAME, EngineEntry, Family
@@ -40,7 +36,8 @@ _BESIDE_PLAN = (
     r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
 )
 _FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
-_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|\.{_DEGREE}(\.inlined)?\.(debug|slice|plan)\.(onnx|plan)"
+_VARIANT = rf"\.{_DEGREE}(\.inlined)?\.([a-z0-9_]{{8}}\.)?(debug|slice|plan)\.(onnx|plan)"
+_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|{_VARIANT}"
 _OURS = re.compile(rf"{_FILES}|{_PASSING}")
 
 
@@ -97,63 +94,6 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
-
-
-def validate_family(options: CompileOptions, notify: Notify = _silent) -> dict[int, Report]:
-    """Proves the engines that a folder lists once more, against the reference made from the original files.
-
-    Args:
-        options: As they were compiled; `degrees` selects some, none takes all.
-        notify: Told of every degree.
-
-    Returns:
-        A report per degree.
-
-    Raises:
-        InputError: If the folder holds no such family, or an engine file was altered.
-    """
-    listed = Family.read(options.out)
-    degrees = options.degrees or tuple(entry.degree for entry in listed.engines)
-    known = _known_source(options, listed)
-    as_listed = {"source_degree": known, "schedule": listed.schedule, "reduction": listed.reduction}
-    source = load_source(replace(options, degrees=degrees, **as_listed))
-    if replace(listed, engines=()) != source.family:
-        raise InputError(f"{options.out} was compiled from another checkpoint, compensator or source degree than those "
-                         "given: validate with the files it was made from.")  # fmt: skip
-    reports = {}
-    for degree in degrees:
-        entry = listed.entry(degree)
-        listed.check_files(options.out, entry)
-        notify(degree, "validating")
-        fused = source.fused(degree, entry.scale)
-        graph = OnnxGraph(options.out / entry.onnx, entry.sha256, entry.tokens, entry.gmacs, fused, entry.precision)
-        engine = Engine(
-            file=options.out / entry.engine,
-            backend=entry.backend,
-            precision=entry.precision,
-            files=entry.sha256,
-            source=graph,
-            native=entry.native,
-            build=entry.build,
-            unrunnable=why_unrunnable(entry, options.out),
-        )
-        plain = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
-        if graph.precision in QUANTIZED:
-            reference = _quantized_reference(plain, graph)
-            reports[degree] = validate(engine, reference, validation_batches(source), plain)
-        else:
-            reports[degree] = validate(engine, plain, validation_batches(source))
-    return reports
-
-
-def _quantized_reference(plain: ReducedViT, graph: OnnxGraph) -> ReducedViT:
-    """What the graph of a listed engine says, in PyTorch."""
-    found = read_quantization(graph.file, plain.model, graph.source.weights, graph.precision)
-    return ReducedViT(quantized_model(plain.model, found), plain.schedule, reduction=plain.reduction).eval()
-
-
-def _known_source(options: CompileOptions, listed: Family) -> int | None:
-    return listed.source_degree if options.source_degree is None else options.source_degree
 
 
 def _listed(source: Source) -> Family:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runtime.errors import readable
+
 
 def open_console(*, stderr: bool = False) -> Console:
     """A console that is wide enough for a table where the output is no terminal."""
@@ -45,4 +47,4 @@ def complain(message: object) -> None:
     torch = sys.modules.get("torch")
     if os.environ.get("RANK", "0") != "0" and not (torch and torch.distributed.is_initialized()):
         return
-    print(f"tocom: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"tocom: {readable(' '.join(str(message).split()))}", file=sys.stderr)

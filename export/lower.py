@@ -10,6 +10,7 @@ import copy
 import logging
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
@@ -50,7 +51,14 @@ class Lowering:
         self._model, self._store, self._reduction = model, store, reduction
         self._templates: dict[tuple[int, ...], tuple[Template, tuple[str, ...]]] = {}  # by blocks that reduce
 
-    def lower(self, schedule: MergeSchedule, fused: FusedCheckpoint, name: str, precision: str = "fp32") -> OnnxGraph:
+    def lower(
+        self,
+        schedule: MergeSchedule,
+        fused: FusedCheckpoint,
+        name: str,
+        precision: str = "fp32",
+        float_blocks: Collection[int] = (),
+    ) -> OnnxGraph:
         """Exports one degree.
 
         Args:
@@ -58,13 +66,14 @@ class Lowering:
             fused: The weights of this degree.
             name: File name of the graph, within the store's folder.
             precision: Number format that stands in the graph, one of `export.precision.FORMATS`.
+            float_blocks: Blocks that stay float32.
 
         Returns:
             The graph, and the weight files it needs.
         """
         reference = reference_model(self._model, schedule, fused, self._reduction)
         proto, weight_files = self._graph(reference, fused)
-        proto = typed(proto, precision)
+        proto = typed(proto, precision, float_blocks)
         file = self._store.folder / name
         write_atomically(file, proto.SerializeToString())
         _ensure_contract(file, proto, reference)

@@ -16,10 +16,12 @@ half. Scales are chosen so that float16 holds them exactly; bfloat16 does not, a
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 import onnx_ir as ir
 
-from export.operators import DOMAIN
+from export.operators import DOMAIN, point_name
 
 FLOAT = ir.DataType.FLOAT
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -32,17 +34,19 @@ _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _EXACT_SCALES = ir.DataType.FLOAT16  # of the narrow formats the one that holds every scale
 
 
-def typed(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+def typed(proto: onnx.ModelProto, precision: str, float_blocks: Collection[int] = ()) -> onnx.ModelProto:
     """A copy of a float32 graph in a narrow format; its inputs and outputs stay float32.
 
     Args:
         proto: As `export.lower` makes it; large weights may lie outside.
         precision: One of `FORMATS`; float32 is returned as it is.
+        float_blocks: Blocks that stay float32.
     """
     if precision == "fp32":
         return proto
     model = ir.from_proto(proto)
-    _Typing(model, HALF[precision], wide_residual=precision in WIDE_RESIDUAL).apply()
+    kept = {node for block in float_blocks for node in nodes_of_block(model.graph, block)}
+    _Typing(model, HALF[precision], wide_residual=precision in WIDE_RESIDUAL, kept=kept).apply()
     parts = (model.graph, *model.functions.values())
     opset = max(OPSET[precision], *(part.opset_imports[""] for part in parts))  # int4 is later than float16
     for part in parts:
@@ -65,12 +69,12 @@ def precision_of(proto: onnx.ModelProto) -> str:
 class _Typing:
     """Decides the type of every node of one graph, in order, and puts casts between."""
 
-    def __init__(self, model: ir.Model, half: ir.DataType, *, wide_residual: bool) -> None:
+    def __init__(self, model: ir.Model, half: ir.DataType, *, wide_residual: bool, kept: Collection[ir.Node]) -> None:
         self._graph, self._half, self._wide_residual = model.graph, half, wide_residual
         self._types: dict[ir.Value, ir.DataType] = {}  # of the floats that depend on the input
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._sizes: set[ir.Value] = set()  # token sizes, and what is made of them alone
-        self._judging = _judging_nodes(model.graph)
+        self._wide = {*_judging_nodes(model.graph), *kept}  # nodes that compute in float32
 
     def apply(self) -> None:
         for value in self._graph.inputs:
@@ -86,8 +90,9 @@ class _Typing:
     def _set(self, node: ir.Node) -> None:
         if node.domain == DOMAIN:
             x, *wide = node.inputs
-            self._feed(node, {0: self._types[x]} | {1 + index: FLOAT for index in range(len(wide))})
-            self._declare(node.outputs[0], self._types[x])
+            stream = FLOAT if node in self._wide else self._types[x]
+            self._feed(node, {0: stream} | {1 + index: FLOAT for index in range(len(wide))})
+            self._declare(node.outputs[0], stream)
             self._declare(node.outputs[1], FLOAT)
             self._sizes.add(node.outputs[1])
             return
@@ -102,7 +107,7 @@ class _Typing:
 
     def _type_of(self, node: ir.Node) -> ir.DataType:
         moving = [value for value in node.inputs if value in self._types]
-        if node in self._judging:
+        if node in self._wide:
             return FLOAT
         if node.op_type in _QUANTIZERS:
             return self._half if self._half == _EXACT_SCALES else FLOAT
@@ -151,6 +156,31 @@ class _Typing:
         cast = cast_of(value, FLOAT, name)
         self._graph.append(cast)
         self._graph.outputs[index] = cast.outputs[0]
+
+
+def nodes_of_block(graph: ir.Graph, block: int) -> set[ir.Node]:
+    """The nodes between the tokens that enter a block and those that leave it.
+
+    Args:
+        graph: With the names of `export.operators.point_name`.
+        block: Which.
+    """
+    values = {value.name: value for node in graph for value in node.outputs}
+    entering = values.get(point_name(block, "tokens"))
+    leaving = values.get(point_name(block + 1, "tokens"))
+    if entering is None or leaving is None:
+        return set()
+    behind = {entering.producer()}
+    for node in graph:  # in order, so that what a node reads was seen before it
+        if any(value is not None and value.producer() in behind for value in node.inputs):
+            behind.add(node)
+    found, waiting = set(), [leaving.producer()]
+    while waiting:
+        node = waiting.pop()
+        if node in behind and node is not entering.producer() and node not in found:
+            found.add(node)
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    return found
 
 
 def cast_of(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

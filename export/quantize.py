@@ -127,7 +127,7 @@ def require_usable(source: Source) -> None:
     if unknown:
         raise InputError(f"keep-float must name products like {', '.join(products[:3])}, got {', '.join(unknown)}.")
     if options.is_file:
-        made_with = read_calibration(options.calibration, _made_for(source)).method.format
+        made_with = read_calibration(options.calibration, _made_for(source), source.loaded.model).method.format
         if made_with != precision:
             raise InputError(f"{options.calibration} is a calibration for {made_with}, the precision is {precision}.")
     elif options.calibration is not None:
@@ -237,11 +237,11 @@ class Quantizer:
     def _calibrated(self, degree: int | None) -> Calibration:
         made_for = _made_for(self._source)
         if self._options.is_file:
-            return read_calibration(self._options.calibration, made_for)
+            return read_calibration(self._options.calibration, made_for, self._source.loaded.model)
         recipe = json.dumps([self._options.recipe(), made_for, degree, self._method.format], sort_keys=True)
         file = self._folder / f"calibration-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
         if file.exists():
-            return read_calibration(file, made_for)
+            return read_calibration(file, made_for, self._source.loaded.model)
         degrees = self._observed() if degree is None else (degree,)
         calibration = calibrate([self.network(each) for each in degrees], self.pixels(), self._method)
         if not calibration.rows and not self._method.reconstruct:

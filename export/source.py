@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from calib.labelled import LabelledImages
-from export.build import PLANNED, backends_for, graph_precision
+from export.build import PLANNED, TYPED, backends_for, graph_precision
 from export.fuse import fuse
 from export.plans.tensorrt import PlanOptions, plan_recipe, require_buildable
+from export.precision import HALF
 from export.proof.validate import default_images
 from export.quantize import QUANTIZED, QuantizeOptions, require_usable
 from runtime.artifacts import FusedCheckpoint
@@ -49,6 +50,7 @@ class CompileOptions:
         delta_scale: Weight of the compensator's change at every degree; None takes the choices in the folder's
             scales.json, and the compensator's training scale where there is none.
         precision: Number format of the engines.
+        float_blocks: Blocks that stay float32 where the format of a graph is half precision.
         backend: Engine library; "auto" takes the fastest one that runs here.
         images: Folder of images to validate on; with one folder per class, top-1 is measured too.
         limit: At most this many labelled images, evenly spread.
@@ -69,6 +71,7 @@ class CompileOptions:
     source_degree: int | None = None
     delta_scale: float | None = None
     precision: str = "fp32"
+    float_blocks: tuple[int, ...] = ()
     backend: str = "onnxruntime"
     images: Path | None = None
     limit: int = 5000
@@ -165,6 +168,7 @@ class Source:
             "removed": self.schedules[degree].removed,
             "reduction": self.options.reduction,
             "degree": degree,
+            **({"float_blocks": sorted(self.options.float_blocks)} if self.options.float_blocks else {}),
             **self._quantization(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -199,6 +203,7 @@ def load_source(options: CompileOptions) -> Source:
     loaded = load_model(
         options.model, checkpoint=options.checkpoint, num_classes=options.num_classes, **options.model_args
     )
+    _require_blocks(options, len(loaded.model.blocks))
     degrees = tuple(sorted({BASELINE, *options.degrees}))
     schedule_family, reduction = ScheduleFamily(options.schedule), reduction_named(options.reduction)
     reduction.require_supported(loaded.model)
@@ -237,6 +242,22 @@ def load_source(options: CompileOptions) -> Source:
     source = Source(options, loaded, compensator, sha256, schedules, scales, images, family)
     require_usable(source)
     return source
+
+
+def _require_blocks(options: CompileOptions, depth: int) -> None:
+    """Checks that the blocks to be left in float32 are there, and that the format stands in the graph.
+
+    Raises:
+        InputError: If not.
+    """
+    if not options.float_blocks:
+        return
+    if not all(0 <= block < depth for block in options.float_blocks):
+        raise InputError(f"float blocks must be among 0 to {depth - 1}, got {list(options.float_blocks)}.")
+    if options.precision not in HALF or options.backend not in TYPED:
+        raise InputError(f"float blocks are for {' and '.join(HALF)} graphs of {', '.join(TYPED)}, got "
+                         f"{options.precision} on {options.backend}; name one of these with --backend. Quantized "
+                         "products are left in float by tocom quantize --keep-float.")  # fmt: skip
 
 
 def validation_batches(source: Source) -> Iterator[np.ndarray]:

@@ -55,7 +55,8 @@ class Steps:
         backend = backend or self.source.options.backend
         name = graph_name(degree, self.source.graph_recipe(degree, backend))
         precision = graph_precision(backend, self.source.options.precision)
-        graph = self._lowering.lower(self.source.schedules[degree], fused, name, precision)
+        kept = self.source.options.float_blocks
+        graph = self._lowering.lower(self.source.schedules[degree], fused, name, precision, kept)
         gc.collect()  # the exporter leaves cycles that hold copies of the weights
         return graph
 
@@ -82,7 +83,8 @@ class Steps:
         options = self.source.options
         engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
         self._notify(degree, "validating")
-        return validate(engine, self.reference(graph), validation_batches(self.source))
+        report = validate(engine, self.reference(graph), validation_batches(self.source))
+        return replace(report, findings={**report.findings, "float_blocks": list(options.float_blocks)})
 
     def __enter__(self) -> Self:
         return self

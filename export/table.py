@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from calib.scales_file import ScaleChoices, Trial
-from runtime.manifest import EngineEntry, Family
+from runtime.errors import InputError, one_line, readable
+from runtime.manifest import FILE_NAME, EngineEntry, Family
 
 _MIB = 1 << 20
 _ABOUT_TIMES = (
@@ -16,6 +18,7 @@ _ABOUT_TIMES = (
     "tokens unseen; MiB: all files the degree reads."
 )
 _TIMES = {False: ("ms p50", "p99", "speed-up", "tax"), True: ("ms p50", "speed-up", "tax", "gain")}
+_UNNOTED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # of notes that are of another kind
 _ALONE = {"merge": "merging", "prune": "pruning"}
 
 
@@ -26,7 +29,20 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         family: The family.
         folder: Where its files lie.
         degrees: Rows to show; None shows all.
+
+    Raises:
+        InputError: What is noted of an engine's proof, times or plan is not what a compile notes.
     """
+    try:
+        return _family_table(family, folder, degrees)
+    except _UNNOTED as error:
+        raise InputError(
+            f"{one_line(folder / FILE_NAME)} notes of an engine what no compile does ({type(error).__name__}: "
+            f"{readable(error)}): compile the family again"
+        ) from error
+
+
+def _family_table(family: Family, folder: Path, degrees: Collection[int] | None) -> Table:
     entries = [entry for entry in family.engines if degrees is None or entry.degree in degrees]
     labelled = next((entry.accuracy["images"] for entry in entries if "images" in entry.accuracy), None)
     compensated = family.compensator_sha256 is not None
@@ -45,7 +61,8 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
     for name in ("degree", "scale", *names) if scaled else ("degree", *names):
         table.add_column(name, justify="right")
     if labelled and compensated:
-        table.add_column(f"top-1 {_ALONE.get(family.reduction, family.reduction)} only", justify="right")
+        alone = _ALONE.get(family.reduction, escape(one_line(family.reduction)))
+        table.add_column(f"top-1 {alone} only", justify="right")
         table.add_column("with compensator", justify="right")
     elif labelled:
         table.add_column("top-1", justify="right")
@@ -64,7 +81,7 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         table.add_row(degree, *scale, *cells, *(_accuracy(entry, compensated) if labelled else ()))
     notes = [_ABOUT_TIMES if timed else "MiB: all files of the degree, also the graph that its plan was built from."]
     if planned:
-        notes.append(_about_plans(entries))
+        notes.append(escape(_about_plans(entries)))
     if idle := _idle(entries):
         notes.append(f"Not faster than degree 0 here: {idle}.")
     if quantized:
@@ -113,14 +130,14 @@ def _trial(trial: Trial | None, chosen: float) -> str:
 
 
 def _title(family: Family, entries: Sequence[EngineEntry]) -> str:
-    parts = [family.model]
+    parts = [one_line(family.model)]
     if entries:
-        parts.append(f"{entries[0].backend} {entries[0].precision}")
+        parts.append(one_line(f"{entries[0].backend} {entries[0].precision}"))
     if family.schedule != Family.schedule:
-        parts.append(f"schedule {family.schedule}")
+        parts.append(f"schedule {one_line(family.schedule)}")
     if family.reduction != Family.reduction:
-        parts.append(f"reduction {family.reduction}")
-    return ", ".join(parts)
+        parts.append(f"reduction {one_line(family.reduction)}")
+    return escape(", ".join(parts))
 
 
 def _size(entry: EngineEntry, folder: Path, *, brief: bool) -> list[str]:

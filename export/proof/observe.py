@@ -7,11 +7,14 @@ format, or the PyTorch reference in another number format than it is written in.
 from __future__ import annotations
 
 import copy
+import os
 import re
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -92,20 +95,27 @@ class RunnerObserver(Observer):
 
     def observe(self, pixel_values: np.ndarray) -> Observed:
         """See `Observer`."""
-        copied = self._read(self._telling.infer_all(pixel_values))
+        copied = self.read(self._telling.infer_all(pixel_values), self._reference)
         if self._shipped is self._telling:
             return copied
         shipped = self._shipped.infer_all(pixel_values)
         names = operator_of(self._reference.reduction).decision_names
         if all(name in shipped for block in self._reference.deciding_blocks for name in names(block)):
-            own = self._read(shipped)  # native operators tell what they decide
+            own = self.read(shipped, self._reference)  # native operators tell what they decide
             return Observed(own.logits, own.decisions, copied.values, copied)
         return Observed(torch.from_numpy(shipped[OUTPUT]), copied.decisions, copied.values, copied)
 
-    def _read(self, outputs: Mapping[str, np.ndarray]) -> Observed:
+    @staticmethod
+    def read(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> Observed:
+        """What the outputs of a runner that tells say.
+
+        Args:
+            outputs: By name.
+            reference: Of the same degree.
+        """
         return Observed(
             logits=torch.from_numpy(outputs[OUTPUT]),
-            decisions=decisions_of(outputs, self._reference),
+            decisions=decisions_of(outputs, reference),
             values={
                 name: torch.from_numpy(np.asarray(value, np.float32))
                 for name, value in outputs.items()
@@ -130,7 +140,11 @@ class TorchObserver(Observer):
         """See `Observer`."""
         found = replay(self._reference, torch.from_numpy(pixel_values), {})
         chosen = {block: found.natural[block] for block in self._reference.deciding_blocks}
-        return Observed(found.logits, chosen, found.values)
+        values, last = dict(found.values), len(self._reference.model.blocks) - 1
+        if (read := self._reference.read_tokens) is not None:  # nobody reads what else the last block puts out
+            for name in (point_name(last, "remaining"), point_name(last + 1, "tokens")):
+                values[name] = values[name][:, :read]
+        return Observed(found.logits, chosen, values)
 
 
 def in_format(reference: ReducedViT, precision: str) -> ReducedViT:
@@ -239,14 +253,31 @@ def told_by(graph: onnx.ModelProto, *, native: bool) -> Iterator[str]:
 
 
 @contextmanager
-def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
+def beside(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
+    """A variant of a graph for the moment, beside it because its weight files are found relative to it."""
+    handle, name = tempfile.mkstemp(prefix=f".{graph.stem}.", suffix=".debug.onnx", dir=graph.parent)
+    os.close(handle)
+    file = Path(name)
+    try:
+        file.write_bytes(variant.SerializeToString())
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def debug_copy(engine: Engine, more: Iterable[str] = ()) -> Iterator[EngineRunner]:
     """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
 
     Where the engine cannot be run, ONNX Runtime carries the copy out, with every rounding that stands in the graph.
+
+    Args:
+        engine: As listed.
+        more: Further values of the graph to put out.
     """
     graph = onnx.load(engine.source.file, load_external_data=False)
     known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
-    for name in told_by(graph, native=engine.native):
+    for name in dict.fromkeys((*told_by(graph, native=engine.native), *more)):
         # the formats are the graph's, so that this changes none
         unknown = onnx.helper.make_empty_tensor_value_info(name)
         graph.graph.output.append(known.get(name, unknown))
@@ -255,14 +286,9 @@ def debug_copy(engine: Engine) -> Iterator[EngineRunner]:
         graph, backend, precision = rounded(graph), "onnxruntime", "fp32"
     elif needs_inlining(graph, backend):
         graph = inline(graph)
-    # beside the original, because its weight files are found relative to the graph
-    file = engine.source.file.with_name(f".{engine.source.file.stem}.debug.onnx")
-    try:
-        file.write_bytes(graph.SerializeToString())
-        with (
-            as_engine(file, backend, engine.build) as opened,
-            open_engine(opened, backend, precision=precision) as runner,
-        ):
-            yield runner
-    finally:
-        file.unlink(missing_ok=True)
+    with (
+        beside(engine.source.file, graph) as file,
+        as_engine(file, backend, engine.build) as opened,
+        open_engine(opened, backend, precision=precision) as runner,
+    ):
+        yield runner

@@ -39,13 +39,14 @@ class Compared:
 
 
 @torch.no_grad()
-def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observed) -> Compared:
+def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observed, only: int | None = None) -> Compared:
     """Compares every part whose input and output the candidate tells.
 
     Args:
         reference: In float32 or float64.
         pixel_values: [B, 3, H, W].
         observed: What the candidate told of them, itself or its debug copy; its decisions are valid.
+        only: A block to compare, instead of all and of the ends.
 
     Returns:
         What was found. Where the candidate does not tell the tokens between two parts, they are compared as one, under
@@ -60,10 +61,13 @@ def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observe
         if (value := told.get(point_name(block + (point == "tokens"), point))) is not None:
             found.errors[block, part] = distance(value, expected[:, : value.shape[1]])
 
-    if (entering := told.get(point_name(0, "tokens"))) is not None:
+    if only is None and (entering := told.get(point_name(0, "tokens"))) is not None:
         found.errors[0, "embedding"] = distance(entering, reference.embed(pixel_values.to(dtype)))
     token_size = None
     for block, r in enumerate(reference.schedule.removed):
+        if only not in (None, block):
+            token_size = told.get(point_name(block, "token_size"), token_size)
+            continue
         x = told.get(point_name(block, "tokens"))
         if x is not None:
             x, signal = reference.attend(block, x, token_size)
@@ -72,7 +76,7 @@ def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observe
                 found.signals[block] = signal
                 compare(block, "signal", signal, "signal")
                 compare(block, "attention", x, "attended")
-            elif not r or block not in observed.decisions:
+            else:
                 compare(block, "attention", x, "remaining")
         if block in observed.decisions:
             before = told.get(point_name(block, "attended"), x)
@@ -81,7 +85,7 @@ def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observe
         if remaining is not None:
             compare(block, "mlp", reference.feed_forward(block, remaining), "tokens")
     leaving = told.get(point_name(depth, "tokens"))
-    if leaving is not None:
+    if only is None and leaving is not None:
         logits = observed.logits.to(dtype)
         expected = reference.classify(leaving, _sizes_left(reference, token_size))
         found.errors[depth - 1, "head"] = logit_distance(logits, expected)
@@ -110,7 +114,7 @@ def _reduced(
     )
     errors = [] if remaining is None else [distance(remaining, expected)]
     if size is not None:
-        errors.append(((size - expected_size).abs() / expected_size).amax(dim=(1, 2)).nan_to_num(nan=torch.inf))
+        errors.append(_or_infinity(((size - expected_size).abs() / expected_size).amax(dim=(1, 2))))
     if errors:
         found.errors[block, "reduction"] = torch.stack(errors).amax(dim=0)
     return expected_size if size is None else size
@@ -138,7 +142,7 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
         one, other = one.unsqueeze(1), other.unsqueeze(1)
     length = other.norm(dim=-1)
     length = length.maximum(length.median(dim=1, keepdim=True).values).clamp_min(_SMALLEST)
-    return ((one - other).norm(dim=-1) / length).amax(dim=1).nan_to_num(nan=torch.inf)
+    return _or_infinity(((one - other).norm(dim=-1) / length).amax(dim=1))
 
 
 def logit_distance(one: Tensor, other: Tensor) -> Tensor:
@@ -148,7 +152,12 @@ def logit_distance(one: Tensor, other: Tensor) -> Tensor:
     tensor([0.2500])
     """
     largest = other.abs().amax(dim=1).clamp_min(1)
-    return ((one - other).abs().amax(dim=1) / largest).nan_to_num(nan=torch.inf)
+    return _or_infinity((one - other).abs().amax(dim=1) / largest)
+
+
+def _or_infinity(errors: Tensor) -> Tensor:
+    """What is no number is infinitely far off."""
+    return errors.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def in_order(parts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:

@@ -303,9 +303,10 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
 def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> onnxruntime.InferenceSession:
     if precision == "fp32":
         return plain_session(graph)
+    from export.proof.observe import beside
     from export.rounding import rounded
 
-    with _beside(graph, rounded(proto)) as file:
+    with beside(graph, rounded(proto)) as file:
         return plain_session(file)
 
 
@@ -314,22 +315,12 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     from export.build import as_engine, needs_inlining
     from export.lower import inline
     from export.plans.tensorrt import PlanOptions
+    from export.proof.observe import beside
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto
-    file = stack.enter_context(_beside(engine.source.file, variant))
+    file = stack.enter_context(beside(engine.source.file, variant))
     plan = stack.enter_context(as_engine(file, backend, {"options": PlanOptions().to_json()}))
     return stack.enter_context(open_engine(plan, backend, precision=engine.source.precision))
-
-
-@contextmanager
-def _beside(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
-    """A variant of a graph for the moment, beside it because its weights are found relative to it."""
-    file = graph.with_name(f".{graph.stem}.debug.onnx")
-    try:
-        file.write_bytes(variant.SerializeToString())
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def _over_all(iterations: Sequence[Any], images: Sequence[int]) -> tuple[float, float]:

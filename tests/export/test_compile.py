@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import export.auto
-from export.compile import compile_family, validate_family
+from export.compile import compile_family
 from export.fuse import fuse
 from export.proof.gates import GATES
+from export.proving import validate_family
 from export.source import CompileOptions
 from runtime.engines import open_engine
 from runtime.latency import Latency

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import export.steps
 from calib.quantize.calibrate import Method
-from export.compile import compile_family, validate_family
+from export.compile import compile_family
+from export.proving import validate_family
 from export.quantize import Drop, QuantizeOptions
 from export.source import CompileOptions, load_source
 from runtime.engines import open_engine
@@ -193,15 +194,21 @@ def test_a_calibration_file_survives_the_disk(options, tmp_path):
     from calib.quantize.calibrate import Calibration
     from calib.quantize.calibration_file import read_calibration, write_calibration
     from calib.quantize.migrations import Migration
+    from calib.quantize.network import products_of
 
+    model = timm.create_model(NAME, **ARGS)
+    scales = dict.fromkeys(products_of(model), 0.125)
     kept = Calibration(
         Method(smooth=True, range="mse"),
-        {"blocks.0.attn.qkv": 0.125},
-        {"blocks.0.attn.qkv": Migration(torch.rand(32) + 0.5, torch.rand(32)), "a": Migration(torch.ones(3))},
+        scales,
+        {
+            "blocks.0.attn.qkv": Migration(torch.rand(32) + 0.5, torch.rand(32)),
+            "blocks.0.mlp.fc1": Migration(torch.ones(32)),
+        },
     )
     write_calibration(tmp_path / "c.safetensors", kept, {"model": "x"})
-    found = read_calibration(tmp_path / "c.safetensors", {"model": "x"})
+    found = read_calibration(tmp_path / "c.safetensors", {"model": "x"}, model)
     assert found.method == kept.method and found.activations == kept.activations
-    assert found.migrations.keys() == kept.migrations.keys() and found.migrations["a"].shift is None
+    assert found.migrations.keys() == kept.migrations.keys() and found.migrations["blocks.0.mlp.fc1"].shift is None
     assert torch.equal(found.migrations["blocks.0.attn.qkv"].shift, kept.migrations["blocks.0.attn.qkv"].shift)
     assert json.dumps(found.activations)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from calib.scale_choice import PAPER_SCALES
 from calib.scales_file import ScaleChoices
 from export import cli
-from export.compile import compile_family, validate_family
+from export.compile import compile_family
+from export.proving import validate_family
 from export.scales import at_chosen_scales, choose_family_scales
 from export.source import CompileOptions, load_source
 from export.table import family_table
