@@ -72,7 +72,7 @@ setup: .venv/ready-dev native
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report]'
 	touch $@
 
 .venv/ready-dev: .venv/ready
@@ -80,7 +80,7 @@ setup: .venv/ready-dev native
 	touch $@
 
 .venv/ready-rtx: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,tensorrt-rtx]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report,tensorrt-rtx]'
 	touch $@
 
 build/tensorrt-api/ready: Makefile .venv/ready

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +39,9 @@ _SIDE = (
     "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
     "another family of the checkpoint"
 )
+
+
+_VERSIONS = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino")  # of the report
 
 
 def validate_command(
@@ -140,6 +148,10 @@ def _require_report(report: Path | None, image: Path | None) -> None:
         raise InputError("--image is for the report: name its folder with --report.")
     if image is not None and not image.is_file():
         raise InputError(f"--image must be an image file, got {one_line(image)}")
+    if report is not None:
+        from export.proof.plots import require_matplotlib
+
+        require_matplotlib()
 
 
 def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
@@ -190,3 +202,29 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
 
 def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
     """Writes the report, and says where."""
+    from export.proof.pictures import merge_pictures
+    from export.proof.report import About, write_report
+    from export.proof.witnesses import Who, opened
+    from runtime.preprocess import load_image, preprocess
+
+    pictures = {}
+    for degree, proven in proof.degrees.items() if image is not None else ():
+        spec = proven.source.family.input
+        pixels = preprocess(load_image(image), spec)[None]
+        with opened(Who.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
+            pictures[degree] = merge_pictures(observer, proven.reference, pixels, spec)
+    first, found = next(iter(proof.degrees.values())), next(iter(proof.reports.values())).findings
+    family = first.source.family
+    about = About(
+        title=f"{family.model}: {options.files.out}",
+        model=family.model,
+        candidate=found["candidate"],
+        against=found["against"]["candidate"] if "against" in found else found["reference"],
+        date=datetime.now(UTC).date().isoformat(),
+        versions={name: version(name) for name in _VERSIONS if find_spec(name.partition("-")[0]) is not None},
+        checkpoint_sha256=family.checkpoint_sha256,
+        compensator_sha256=family.compensator_sha256,
+        command=shlex.join(["tocom", *sys.argv[1:]]),
+    )
+    for file in write_report(folder, proof.reports, about, pictures):
+        open_console().print("[green]wrote[/]", str(file), markup=True)

@@ -181,9 +181,9 @@ class Findings:
             "debug_copy_error": self.debug_copy_error,
             "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
             "free": {
-                "top1_agreement": self.free_top1_equal / self.images if self.images else 1.0,
-                "cosine": min(self.cosines, default=1.0),
-                "kl": mean(self.divergences) if self.divergences else 0.0,
+                "top1_agreement": self.free_top1_equal / len(self.cosines) if self.cosines else None,
+                "cosine": min(self.cosines, default=None),
+                "kl": mean(self.divergences) if self.divergences else None,
             },
             "faults": [str(fault) for fault in faults],
             "first_fault": asdict(faults[0]) if faults else None,

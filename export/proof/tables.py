@@ -10,6 +10,8 @@ from export.proof.gates import GATES
 from export.proof.parts import PARTS
 from runtime.artifacts import Report
 
+_FREE = {"top1_agreement": "{:.0%}", "cosine": "{:.6f}", "kl": "{:.1e}"}
+
 
 def verdict_table(reports: Mapping[int, Report], title: str) -> Table:
     """One row per degree.
@@ -30,7 +32,7 @@ def verdict_table(reports: Mapping[int, Report], title: str) -> Table:
             str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(found["images"]),
             f"{found['agreement']:.2%}", str(found["explained"]), str(found["unexplained"]),
             f"{max(parts) / unit:.1f}" if parts else "-", f"{found['typical_logit_error'] / unit:.1f}",
-            f"{free['top1_agreement']:.0%}", f"{free['cosine']:.6f}", f"{free['kl']:.1e}",
+            *(form.format(free[name]) if free[name] is not None else "-" for name, form in _FREE.items()),
         )  # fmt: skip
     table.caption = (
         "u: unit roundoff of the number format. Worst part: each part of each block by itself, on the engine's own "
