@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifacts import write_atomically
-from runtime.checked_json import Json, parse
+from runtime.checked_json import Json, parse, read_text
 from runtime.errors import InputError, one_line
 from runtime.manifest import InputSpec
 
@@ -123,9 +123,11 @@ class ScaleChoices:
         """
         file = Path(folder) / FILE_NAME
         try:
-            text = file.read_bytes().decode("utf-8-sig")  # -sig: some editors put a byte order mark first
+            text = read_text(file)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except InputError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: not UTF-8
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{one_line(file)} cannot be read: {one_line(reason)}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 import runtime.errors
@@ -42,7 +43,7 @@ from export.cli_options import (
 )
 from export.cli_validate import validate_command
 from export.console import complain, open_console, stages
-from runtime.errors import GateError
+from runtime.errors import GateError, one_line
 
 # Heavy imports (torch, timm) lie in the commands that need them: `tocom --help` and `tocom infer` answer at once.
 
@@ -178,9 +179,9 @@ def inspect_command(
     if path.is_file():
         from tocom.compensator import Compensator
 
-        table = Table("compensator", str(path))
+        table = Table("compensator", escape(str(path)))
         for name, value in asdict(Compensator.load(path).info).items():
-            table.add_row(name.replace("_", " "), "not recorded" if value is None else str(value))
+            table.add_row(name.replace("_", " "), "not recorded" if value is None else escape(one_line(value)))
         console.print(table)
         return
     family = Family.read(path)
@@ -198,7 +199,7 @@ def doctor_command() -> None:
 
     table = Table("part", "usable", "detail")
     for finding in diagnose():
-        table.add_row(finding.name, "[green]yes[/]" if finding.usable else "[yellow]no[/]", finding.detail)
+        table.add_row(finding.name, "[green]yes[/]" if finding.usable else "[yellow]no[/]", escape(finding.detail))
     open_console().print(table)
 
 

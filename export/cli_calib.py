@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from export.cli_options import (
@@ -76,7 +77,7 @@ def choose_scale_command(
         console.print(f"degree {source_degree} is the source degree: nothing is compensated there, no scale to choose")
     if chosen.degrees:
         console.print(scale_table(chosen.choices, chosen.degrees))
-        console.print(f"[green]wrote[/] {out / 'scales.json'}   `tocom compile` without --scale takes it")
+        console.print(f"[green]wrote[/] {escape(str(out / "scales.json"))}   `tocom compile` without --scale takes it")
 
 
 def _read_scales(text: str | None) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from export.cli_options import (
     Calibration,
@@ -145,7 +146,8 @@ def run_compile(options: CompileOptions) -> None:
                      f"tocom validate --candidate {options.backend}:{options.precision} --bisect DIR")  # fmt: skip
         raise typer.Exit(1)
     out = options.out
-    console.print(f"[green]wrote[/] {out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE...")
+    wrote = f"{out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE..."
+    console.print(f"[green]wrote[/] {escape(wrote)}")
 
 
 def _verdict(found: dict[str, object]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from export.cli_options import (
     BisectFolder,
@@ -105,9 +106,9 @@ def validate_command(
     with stages(len(wanted) or None) as notify:
         proof = prove_family(options, notify)
     console = open_console()
-    console.print(verdict_table(proof.reports, f"validation of {engines}"))
+    console.print(verdict_table(proof.reports, escape(f"validation of {engines}")))
     for line in fault_lines(proof.reports):
-        console.print(f"[red]{one_line(line)}[/]")
+        console.print(f"[red]{escape(one_line(line))}[/]")
     if any("pair" in each.findings for each in proof.reports.values()):
         console.print(pair_table(proof.reports))
     if per_block:

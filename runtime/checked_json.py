@@ -7,11 +7,29 @@ import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import InputError, one_line
 
 T = TypeVar("T")
+
+LARGEST_FILE = 32 << 20  # bytes; what this project writes is a hundredth of that, and more would take minutes to check
+
+
+def read_text(file: Path) -> str:
+    """A JSON file's text.
+
+    Raises:
+        InputError: It is larger than any that this project writes.
+        OSError: It cannot be read.
+        ValueError: It is not UTF-8, or the path is none.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise InputError(f"{one_line(file)} must not be larger than {LARGEST_FILE >> 20} MiB")
+    return content.decode("utf-8-sig")  # -sig: some editors put a byte order mark before what they save
 
 
 def _refuse_constant(name: str) -> NoReturn:

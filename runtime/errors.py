@@ -2,6 +2,7 @@
 
 import re
 
+_LONGEST = 1500  # characters of a message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -28,3 +29,13 @@ def one_line(text: object) -> str:
     'a\\nb'
     """
     return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), str(text))
+
+
+def readable(message: object) -> str:
+    """A message in one line that somebody can read: of a very long one, the beginning and the end.
+
+    >>> readable("a file named " + "x" * 100_000 + " is missing")[-20:]
+    'xxxxxxxxx is missing'
+    """
+    line = one_line(message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-295:]}"

@@ -21,7 +21,7 @@ if not __package__:
 import numpy as np
 
 from runtime.engines import EngineRunner, open_engine
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, one_line, readable
 from runtime.manifest import Family, InputSpec
 from runtime.preprocess import find_images, load_image, preprocess
 
@@ -284,7 +284,7 @@ def _tell_summary(score: _Score, failed: int, degree: int, elapsed: float) -> No
 
 
 def _complain(message: object) -> None:
-    print(f"infer: {one_line(message)}", file=sys.stderr)
+    print(f"infer: {readable(message)}", file=sys.stderr)
 
 
 def _keep_odd_names_printable() -> None:

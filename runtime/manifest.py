@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from runtime.artifacts import sha256_file, write_atomically
-from runtime.checked_json import Json, parse
+from runtime.checked_json import Json, parse, read_text
 from runtime.errors import InputError, one_line
 
 FORMAT = 1
@@ -229,8 +229,7 @@ class Family:
                     f"there is no {FILE_NAME} in {one_line(folder)}: give the folder of a compiled family, "
                     "or compile one with `make engines R=8,16`"
                 )
-            # utf-8-sig, because some editors put a byte order mark before what they save.
-            text = file.read_bytes().decode("utf-8-sig")
+            text = read_text(file)
         except InputError:
             raise
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the folder's name

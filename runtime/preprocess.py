@@ -82,6 +82,8 @@ def load_image(path: Path | str) -> Image.Image:
             # Advice to programmers about palettes and sizes; what cannot be decoded still raises.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
+                if image.format == "EPS":  # Pillow would run it, as the program that it is, by Ghostscript
+                    raise InputError(f"an image must be pixels, got PostScript in {one_line(path)}: convert it first")
                 return image.convert("RGB")
     except InputError:
         raise
@@ -104,7 +106,7 @@ def preprocess(image: Image.Image, spec: InputSpec) -> np.ndarray:
     Raises:
         InputError: The image is so thin that the resized one would have no pixels, or too many.
     """
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
     _, height, width = spec.size
     resized_height, resized_width = _resized_size(image.height, image.width, spec)
     if min(resized_height, resized_width) < 1 or resized_height * resized_width > _MAX_RESIZED_PIXELS:

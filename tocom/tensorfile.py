@@ -48,6 +48,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
             raise InputError(f"weights must be plain real numbers, tensor {name!r} is sparse, quantized, complex or "
                              f"without values in {file}.")  # fmt: skip
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            # expanded from fewer: a file of bytes could ask for terabytes
+            raise InputError(f"weights must be stored number by number, tensor {name!r} of shape {list(tensor.shape)} "
+                             f"repeats fewer in {file}. Save its contiguous copy.")  # fmt: skip
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"weights must be finite, tensor {name} holds NaN or infinity in {file}.")
     return tensors, metadata

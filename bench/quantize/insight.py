@@ -18,7 +18,7 @@ from calib.quantize.network import observe, products_of
 from calib.quantize.ranges import PERCENTILE
 from calib.quantize.sensitivity import sensitivity
 from export.proof.decisions import judge_of
-from export.proof.validate import replay
+from export.proof.observe import replay
 from tocom.vit import ReducedViT, schedule_for
 
 

@@ -97,20 +97,25 @@ def migrate(model: nn.Module, migrations: Mapping[str, Migration]) -> None:
         migrations: Product -> its change. Products that read the same source must be changed alike, all of them.
 
     Raises:
-        ValueError: If nothing takes the change of a product's input, products of one source are changed differently,
-            or a shift has no bias to go into; the model is then unchanged.
+        ValueError: If `require_possible` raises it; the model is then unchanged.
     """
-    readers = {source: names for source, names in readers_of(model).items() if not migrations.keys().isdisjoint(names)}
-    _require_possible(model, readers, migrations)
-    for source, products in readers.items():
+    for source, products in require_possible(model, migrations).items():
         for name in products:
             _take_back(model.get_submodule(name), migrations[name])
         _change(model, source, migrations[products[0]])
 
 
-def _require_possible(
-    model: nn.Module, readers: Mapping[str, tuple[str, ...]], migrations: Mapping[str, Migration]
-) -> None:
+def require_possible(model: nn.Module, migrations: Mapping[str, Migration]) -> dict[str, tuple[str, ...]]:
+    """Checks that a model can be changed so.
+
+    Returns:
+        Source that is changed -> the products that read it.
+
+    Raises:
+        ValueError: If nothing takes the change of a product's input, products of one source are changed differently,
+            or a shift has no bias to go into.
+    """
+    readers = {source: names for source, names in readers_of(model).items() if not migrations.keys().isdisjoint(names)}
     for name in migrations.keys() - {name for names in readers.values() for name in names}:
         raise ValueError(f"nothing takes the change of {name}'s input")
     for source, products in readers.items():
@@ -120,6 +125,7 @@ def _require_possible(
         for name in products:
             if migrations[name].shift is not None and not takes_shift(model, name):
                 raise ValueError(f"between {source} and {name} nothing can be shifted: no bias, or a gate")
+    return readers
 
 
 def _take_back(product: nn.Linear, migration: Migration) -> None:

@@ -9,7 +9,7 @@ import onnxruntime
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from runtime.engines.mapped_weights import mapped_weights, return_freed_memory
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, one_line, readable
 
 CPU = "CPUExecutionProvider"
 PRECISIONS = ("fp32", "fp16", "int8")  # the graph says which: all are the same to this module
@@ -86,7 +86,7 @@ class OrtRunner(EngineRunner):
                 return_freed_memory()
             return session
         except Exception as error:  # ONNX Runtime's exceptions have no common base class below Exception
-            raise InputError(f"{self._name} is not a graph that ONNX Runtime loads: {one_line(error)}") from error
+            raise InputError(f"{self._name} is not a graph that ONNX Runtime loads: {readable(error)}") from error
 
     def _contract(self) -> tuple[tuple[int, int, int], int]:
         """(3, H, W) and the number of classes that the graph declares.
@@ -118,7 +118,7 @@ class OrtRunner(EngineRunner):
         try:
             return self._session.run(names, {INPUT_NAME: pixel_values})
         except Exception as error:  # see _load
-            message = f"ONNX Runtime failed on a batch of {len(pixel_values)}: {one_line(error)}"
+            message = f"ONNX Runtime failed on a batch of {len(pixel_values)}: {readable(error)}"
             raise InputError(f"{self._name}: {message}") from error
 
     def _close(self) -> None:

@@ -12,7 +12,7 @@ from openvino.frontend import FrontEndManager
 
 from runtime.engines import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from runtime.engines.ov_fusion import NATIVE, fuse
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, one_line, readable
 from runtime.native import library, record
 
 PRECISIONS = ("fp32", "bf16", "int8")  # int8 stands in the graph, and the rest is bf16 where there is that
@@ -97,10 +97,10 @@ class OpenVinoRunner(EngineRunner):
                                  "`make native`, or compile the family again here") from error  # fmt: skip
             raise InputError(f"{self._name} is not a graph that OpenVINO loads: {_reason(error)}") from error
         self.input_size, self.classes = self._contract(model)
-        if settings.batch is not None and not settings.throughput:
-            model.reshape([settings.batch, *self.input_size])
-        self._merges = fuse(model, half=hint == "bf16")
         try:
+            if settings.batch is not None and not settings.throughput:
+                model.reshape([settings.batch, *self.input_size])
+            self._merges = fuse(model, half=hint == "bf16")
             self._compiled = core.compile_model(model, _DEVICE, properties)
             streams = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         except Exception as error:  # see above
@@ -188,4 +188,4 @@ class OpenVinoRunner(EngineRunner):
 def _reason(error: Exception) -> str:
     """The last line that OpenVINO gives: the others are places in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[-1] if lines else error)
+    return readable(lines[-1] if lines else error)

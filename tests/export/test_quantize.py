@@ -157,14 +157,16 @@ def test_without_labels_answers_are_compared(options, given):
 def test_what_cannot_be_used_is_refused_before_anything_is_written(options, given, tmp_path, change, words):
     from calib.quantize.calibrate import Calibration
     from calib.quantize.calibration_file import write_calibration
+    from calib.quantize.network import products_of
     from export.quantize import _made_for
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("this is no calibration, it is a sentence")
     (tmp_path / "model.safetensors").write_bytes((given / "model.safetensors").read_bytes())
-    made_for = _made_for(load_source(options))
+    source = load_source(options)
+    made_for, scales = _made_for(source), dict.fromkeys(products_of(source.loaded.model), 0.125)
     write_calibration(tmp_path / "other.safetensors", Calibration(Method(), {}, {}), {**made_for, "checkpoint": "b"})
-    write_calibration(tmp_path / "fp8.safetensors", Calibration(Method(format="fp8"), {}, {}), made_for)
+    write_calibration(tmp_path / "fp8.safetensors", Calibration(Method(format="fp8"), scales, {}), made_for)
     if "calibration" in change:
         change = {"calibration": tmp_path / change["calibration"]}
     with pytest.raises((InputError, ValueError), match=words):

@@ -1,0 +1,1 @@
+"""Damaged files at every entry point: a clear refusal or a right answer, and nothing else."""

@@ -1,0 +1,72 @@
+"""A campaign: cases one after the other, each outcome kept, and every file that brought a fault to light."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.fuzz.case import Case
+from bench.fuzz.given import Given, make
+from bench.fuzz.outcome import FINE, Outcome
+from bench.fuzz.registry import ENTRIES, cases
+from bench.fuzz.state import State
+from bench.fuzz.supervisor import Supervisor
+from bench.fuzz.worker import damaged
+
+Progress = Callable[[int, float, dict[str, Outcome]], None]
+"""(cases done, seconds so far, outcomes): told after every case."""
+
+
+def prepare(work: Path) -> Given:
+    """Makes the whole files, in a process of its own, so that this one stays small.
+
+    Raises:
+        RuntimeError: They cannot be made.
+    """
+    folder = work / "given"
+    if not folder.is_dir():
+        process = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError("the whole files cannot be made")
+    return Given(folder)
+
+
+def run(work: Path, state: State, *, count: int, seconds: float, seed: int, only: str = "", progress: Progress) -> None:
+    """Runs what is not done yet of the first cases.
+
+    Args:
+        work: Where whole files, and files that bring faults to light, are kept.
+        state: What is done.
+        count: Cases, at most.
+        seconds: To run, at most.
+        seed: Decides the cases.
+        only: Part of the names of the entry points that take part.
+        progress: Told after every case.
+    """
+    given, began = prepare(work), time.monotonic()
+    with Supervisor(given) as supervisor:
+        for number, case in zip(range(count), cases(seed, only), strict=False):
+            if time.monotonic() - began >= seconds:
+                break
+            if case.key not in state.outcomes:
+                start = time.monotonic()
+                outcome = supervisor.run(case)
+                if outcome.verdict not in FINE:
+                    keep(work / "faults", given, case, outcome)
+                state.add(case, outcome, time.monotonic() - start)
+            progress(number + 1, time.monotonic() - began, state.outcomes)
+
+
+def keep(folder: Path, given: Given, case: Case, outcome: Outcome) -> Path:
+    """Keeps the file of a fault, and beside it what it did and how it is made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (re.sub(r"[^a-z0-9]+", "-", case.key.lower()).strip("-") + f"-seed{case.seed}")
+    file.write_bytes(damaged(ENTRIES[case.entry], given, case))
+    file.with_suffix(".json").write_text(json.dumps({**case.__dict__, **outcome.to_json()}, indent=1) + "\n")
+    return file

@@ -1,0 +1,99 @@
+"""The process that meets the damaged files: it has the libraries loaded, and may die of a case."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import resource
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bench.fuzz.case import Case, Entry
+from bench.fuzz.given import Given
+from bench.fuzz.outcome import DIFFERENT, ESCAPED, REFUSED, SAME, FaultError, Outcome, RefusedError
+
+_BETWEEN_COLLECTIONS = 25  # cases; each would cost more than most of them
+_ADDRESSES = 16 << 30  # bytes that a worker may map beyond what it starts with
+
+
+def work(connection: Connection, folder: Path, scratch: Path) -> None:
+    """Runs the cases that come through a connection, until it closes.
+
+    Args:
+        connection: Takes (case, content) and gives an `Outcome`.
+        folder: The whole files.
+        scratch: Where damaged ones are put.
+    """
+    import torch
+
+    from bench.fuzz.registry import ENTRIES
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for the supervisor
+    torch.set_num_threads(1)
+    given = Given(folder)
+    _ = given.source, given.logits  # what is loaded once is no case's memory
+    _limit_addresses()
+    gc.freeze()  # collecting what a case leaves is quick then
+    connection.send("ready")
+    with contextlib.suppress(EOFError):
+        for number in itertools.count():
+            case, content = connection.recv()
+            if number % _BETWEEN_COLLECTIONS == 0:
+                gc.collect()
+            connection.send(run(ENTRIES[case.entry], given, content, scratch))
+
+
+def damaged(entry: Entry, given: Given, case: Case) -> bytes:
+    """The file of a case; the same bytes whenever it is asked for."""
+    draw = case.random()
+    return entry.kinds[case.kind](draw, entry.whole(given, draw))
+
+
+def run(entry: Entry, given: Given, content: bytes, scratch: Path) -> Outcome:
+    """Puts the file of a case where it belongs, runs the entry point on it, and says what came of it."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    try:
+        entry.place(given, folder, content)
+        before, _ = _resident()
+        began = time.perf_counter()
+        verdict, message = _verdict(entry, given, folder)
+        seconds, (_, peak) = time.perf_counter() - began, _resident()
+        return Outcome(verdict, message.replace(str(folder), "..."), max(0.0, peak - before), seconds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verdict(entry: Entry, given: Given, folder: Path) -> tuple[str, str]:
+    try:
+        return (SAME if entry.run(given, folder) else DIFFERENT), ""
+    except RefusedError as refused:
+        return REFUSED, str(refused)
+    except FaultError as fault:
+        return fault.verdict, str(fault)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+        frames = traceback.extract_tb(error.__traceback__)
+        where = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
+        place = f"{Path(where.filename).name}:{where.lineno} in {where.name}"
+        return ESCAPED, f"{type(error).__name__}: {str(error)[:300]} ({place})"
+
+
+def _limit_addresses() -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + _ADDRESSES, mapped + _ADDRESSES))
+
+
+def _resident() -> tuple[float, float]:
+    """Resident memory now, and its peak since this was asked last, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    now, peak = (
+        int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) / 1024
+        for name in ("VmRSS", "VmHWM")
+    )
+    Path("/proc/self/clear_refs").write_text("5")
+    return now, peak
