@@ -77,7 +77,8 @@ def choose_scale_command(
         console.print(f"degree {source_degree} is the source degree: nothing is compensated there, no scale to choose")
     if chosen.degrees:
         console.print(scale_table(chosen.choices, chosen.degrees))
-        console.print(f"[green]wrote[/] {escape(str(out / "scales.json"))}   `tocom compile` without --scale takes it")
+        wrote = escape(str(out / "scales.json"))
+        console.print(f"[green]wrote[/] {wrote}   `tocom compile` without --scale takes it")
 
 
 def _read_scales(text: str | None) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from export.build import why_unrunnable
 from export.lower import reference_model
 from export.proof.observe import in_format, proving_runner
 from export.proof.pair import compare_pair
-from export.proof.validate import is_exact_copy, prove
+from export.proof.validate import prove
 from export.proof.witnesses import ENGINES, EXACT, Who, opened
 from export.quantize import QUANTIZED
 from export.quantized_reading import read_quantization
@@ -132,8 +132,7 @@ def _findings(proven: Proven, who: Who, precision: str, batch: int | None) -> di
     reference = in_format(proven.reference, precision)
     plain = None if proven.plain is None else in_format(proven.plain, precision)
     with opened(who, proven.engine, proven.reference, batch) as observer:
-        exact_copy = who.kind == "torch" or is_exact_copy(proven.engine.backend, observer.precision)
-        findings = prove(observer, reference, validation_batches(proven.source), plain, exact_copy=exact_copy)
+        findings = prove(observer, reference, validation_batches(proven.source), plain)
         name = observer.name
     run = None if who.kind != "torch" and proven.engine.unrunnable else name.partition(" ")[0]
     return {**findings.to_json(), "candidate": name, "reference": f"torch {precision}", "run": run}

@@ -117,8 +117,8 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
         return _compared_plan(subject, degree, backend, precision, batches)
 
     with _runners(subject, degree, who, precision) as (shipped, telling):
-        observer = RunnerObserver(shipped, telling, reference, precision, who)
-        findings = prove(observer, reference, batches, exact_copy=precision == "fp32")
+        observer = RunnerObserver(shipped, telling, reference, precision, name=who)
+        findings = prove(observer, reference, batches)
     return _summary(findings.to_json())
 
 

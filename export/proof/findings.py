@@ -6,12 +6,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean, median
 from typing import Any
 
-from export.proof.gates import AS_FAR, GATES, margin_allowed
+from export.proof.gates import GATES, margin_allowed
 from export.proof.parts import in_order
-
-_EXACT_DEBUG_COPY = (
-    "fp32"  # the format by whose gate debug copies are judged that differ by kernels' order of sums only
-)
 
 
 @dataclass
@@ -67,16 +63,16 @@ class Findings:
         precision: What the engine computes in: rounding is judged by it.
         reduction: Name of the reduction, by which margins are judged.
         depth: Blocks of the network.
-        exact_copy: Whether the debug copy has to compute what the engine does but for the order of sums.
         images: How many.
         blocks: By block.
         max_logit_error: Largest difference of a logit, decisions replayed.
         max_logit: Largest logit of the reference.
         logit_errors: The largest of every image, as shares.
+        shaken: What one rounding behind every part does to the logits of every image, likewise, in the reference.
         quantization_errors: What quantizing changes, likewise: the reference's logits against float32, decisions
             replayed; empty for an engine that is not quantized.
         top1_equal: Images with the same class, decisions replayed.
-        debug_copy_error: How far the debug copy's logits are from the engine's.
+        debug_copy_errors: How far the debug copy's logits are from the engine's, of every image.
         free_top1_equal: Images with the same class where the reference decides by itself.
         cosines: Of the logits, where the reference decides by itself, of every image.
         divergences: KL(reference || engine) of the classes' probabilities, likewise, nats.
@@ -85,15 +81,15 @@ class Findings:
     precision: str = "fp32"
     reduction: str = "merge"
     depth: int = 1
-    exact_copy: bool = True
     images: int = 0
     blocks: dict[int, BlockFindings] = field(default_factory=dict)
     max_logit_error: float = 0.0
     max_logit: float = 0.0
     logit_errors: list[float] = field(default_factory=list)
+    shaken: list[float] = field(default_factory=list)
     quantization_errors: list[float] = field(default_factory=list)
     top1_equal: int = 0
-    debug_copy_error: float = 0.0
+    debug_copy_errors: list[float] = field(default_factory=list)
     free_top1_equal: int = 0
     cosines: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -140,15 +136,12 @@ class Findings:
 
     def _whole(self) -> list[tuple[str, float, float]]:
         """What is judged of the network as a whole: found, allowed."""
-        typical, largest = GATES[self.precision].logits(self.depth)
-        copy = GATES[_EXACT_DEBUG_COPY].logits(self.depth)[1] if self.exact_copy else largest
-        if self.quantization_errors:
-            largest = max(largest, AS_FAR[0] * max(self.quantization_errors))
-            typical = max(typical, AS_FAR[1] * median(self.quantization_errors))
+        gates, least = GATES[self.precision], GATES[self.precision].least_error(self.depth)
+        expected = [max(least, each) for each in self.shaken] or [least]
         return [
-            ("logits of the worst image", max(self.logit_errors, default=0.0), largest),
-            ("logits of the image in the middle", self.typical_logit_error, typical),
-            ("debug copy", self.debug_copy_error, copy),
+            ("logits of the worst image", *_worst(self.logit_errors, expected, gates.largest)),
+            ("logits of the image in the middle", self.typical_logit_error, gates.typical * median(expected)),
+            ("debug copy", *_worst(self.debug_copy_errors, expected, gates.largest)),
         ]
 
     @property
@@ -178,7 +171,8 @@ class Findings:
             "typical_logit_error": self.typical_logit_error,
             "typical_quantization_error": median(self.quantization_errors) if self.quantization_errors else None,
             "max_logit": self.max_logit,
-            "debug_copy_error": self.debug_copy_error,
+            "debug_copy_error": max(self.debug_copy_errors, default=0.0),
+            "shaken": median(self.shaken) if self.shaken else None,
             "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
             "free": {
                 "top1_agreement": self.free_top1_equal / len(self.cosines) if self.cosines else None,
@@ -192,3 +186,12 @@ class Findings:
             "part_allowed": GATES[self.precision].part * GATES[self.precision].unit_roundoff,
             "blocks": {str(index): asdict(block) for index, block in sorted(self.blocks.items())},
         }
+
+
+def _worst(errors: list[float], expected: list[float], times: float) -> tuple[float, float]:
+    """The error of the image that is furthest off for what is expected of it, and what it may be."""
+    if not errors:
+        return 0.0, times * min(expected)
+    expected = expected if len(expected) == len(errors) else [min(expected)] * len(errors)
+    error, usual = max(zip(errors, expected, strict=True), key=lambda each: each[0] / each[1])
+    return error, times * usual

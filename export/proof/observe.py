@@ -25,6 +25,7 @@ from export.build import as_engine, needs_inlining
 from export.lower import OUTPUT, inline
 from export.operators import DOMAIN, POINTS, operator_of, point_name
 from export.proof.decisions import AnyDecision, decisions_of
+from export.proof.gates import judged_as
 from export.rounding import rounded
 from runtime.artifacts import Engine
 from runtime.engines import EngineRunner, open_engine
@@ -65,7 +66,7 @@ class Observer(ABC):
 
     Attributes:
         name: For people.
-        precision: Number format that it computes in: rounding is judged by it.
+        precision: Row of `export.proof.gates.GATES` that rounding is judged by.
     """
 
     name: str
@@ -83,15 +84,23 @@ class RunnerObserver(Observer):
         shipped: The engine.
         telling: See above.
         reference: Of the same degree, for what decisions look like.
-        precision: The engine's.
+        precision: Number format of the engine.
+        backend: Its library; None takes what runs it.
         name: For people.
     """
 
     def __init__(
-        self, shipped: EngineRunner, telling: EngineRunner, reference: ReducedViT, precision: str, name: str = ""
+        self,
+        shipped: EngineRunner,
+        telling: EngineRunner,
+        reference: ReducedViT,
+        precision: str,
+        backend: str | None = None,
+        name: str = "",
     ) -> None:
         self._shipped, self._telling, self._reference = shipped, telling, reference
-        self.precision, self.name = precision, name or f"{shipped.backend} {precision}"
+        backend = backend or shipped.backend
+        self.precision, self.name = judged_as(backend, precision), name or f"{backend} {precision}"
 
     def observe(self, pixel_values: np.ndarray) -> Observed:
         """See `Observer`."""
@@ -174,25 +183,38 @@ class Replay:
 
 
 @torch.no_grad()
-def replay(reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision]) -> Replay:
+def replay(
+    reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, AnyDecision], shake: float = 0.0
+) -> Replay:
     """Runs the reference with given decisions forced on it; it decides itself where none are given.
 
     Args:
         reference: In any number format, on any device.
         pixel_values: [B, 3, H, W], in any format.
         decisions: Block -> what is decided there.
+        shake: Every number of the tokens behind every part changes by up to this share, at random but the same each
+            time: what roundings of that size do to the network at hand.
 
     Returns:
         What it found.
     """
+    draw = torch.Generator().manual_seed(0)
+
+    def shaken(x: Tensor) -> Tensor:
+        if not shake:
+            return x
+        noise = torch.rand(x.shape, generator=draw, dtype=torch.float32).to(x.device, x.dtype)
+        return x * (1 + shake * (2 * noise - 1))
+
     parameter = next(reference.model.parameters())
     natural: dict[int, AnyDecision] = {}
     signals: dict[int, Tensor] = {}
     values: dict[str, Tensor] = {}
-    x, token_size = reference.embed(pixel_values.to(parameter.device, parameter.dtype)), None
+    x, token_size = shaken(reference.embed(pixel_values.to(parameter.device, parameter.dtype))), None
     for block, r in enumerate(reference.schedule.removed):
         values[point_name(block, "tokens")] = x
         x, signal = reference.attend(block, x, token_size)
+        x = shaken(x)
         if r:
             values[point_name(block, "attended")], values[point_name(block, "signal")] = x, signal
             natural[block], signals[block] = reference.reduction.decide(signal, r, reference.model), signal
@@ -201,7 +223,7 @@ def replay(reference: ReducedViT, pixel_values: Tensor, decisions: Mapping[int, 
             x, token_size = reference.reduction.apply(x, token_size, signal, chosen)
             values[point_name(block, "token_size")] = token_size
         values[point_name(block, "remaining")] = x
-        x = reference.feed_forward(block, x)
+        x = shaken(reference.feed_forward(block, x))
     values[point_name(len(reference.model.blocks), "tokens")] = x
     return Replay(reference.classify(x, token_size), natural, signals, values)
 
@@ -228,7 +250,7 @@ def observer_of(engine: Engine, reference: ReducedViT, *, batch: int | None = No
     """
     with debug_copy(engine) as telling:
         if engine.unrunnable:
-            yield RunnerObserver(telling, telling, reference, engine.precision, f"{engine.backend} {engine.precision}")
+            yield RunnerObserver(telling, telling, reference, engine.precision, engine.backend)
             return
         with open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch) as shipped:
             yield RunnerObserver(shipped, telling, reference, engine.precision)

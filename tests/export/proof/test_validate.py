@@ -420,21 +420,23 @@ def test_default_images_are_of_both_kinds_and_batches():
         ({}, True),
         ({"blocks": {3: BlockFindings(unexplained=1)}}, False),
         ({"blocks": {3: BlockFindings(explained=9)}}, True),
-        ({"blocks": {3: BlockFindings(parts={"mlp": 31 * ROUNDOFF})}}, True),
-        ({"blocks": {3: BlockFindings(parts={"mlp": 33 * ROUNDOFF})}}, False),
+        ({"blocks": {3: BlockFindings(parts={"mlp": 63 * ROUNDOFF})}}, True),
+        ({"blocks": {3: BlockFindings(parts={"mlp": 65 * ROUNDOFF})}}, False),
         ({"blocks": {3: BlockFindings(parts={"mlp": float("nan")})}}, False),
-        ({"logit_errors": [7 * ROUNDOFF, 23 * ROUNDOFF, 7 * ROUNDOFF]}, True),
-        ({"logit_errors": [7 * ROUNDOFF, 25 * ROUNDOFF, 7 * ROUNDOFF]}, False),
-        ({"logit_errors": [7 * ROUNDOFF, 9 * ROUNDOFF, 9 * ROUNDOFF]}, False),
-        ({"logit_errors": [15 * ROUNDOFF], "depth": 4}, True),
+        ({"logit_errors": [23 * ROUNDOFF, 71 * ROUNDOFF, 23 * ROUNDOFF]}, True),
+        ({"logit_errors": [23 * ROUNDOFF, 73 * ROUNDOFF, 23 * ROUNDOFF]}, False),
+        ({"logit_errors": [23 * ROUNDOFF, 25 * ROUNDOFF, 25 * ROUNDOFF]}, False),
+        ({"logit_errors": [47 * ROUNDOFF], "shaken": [4 * ROUNDOFF]}, True),
+        ({"logit_errors": [49 * ROUNDOFF], "shaken": [4 * ROUNDOFF]}, False),
+        ({"logit_errors": [23 * ROUNDOFF] * 2 + [71 * ROUNDOFF], "shaken": [4 * ROUNDOFF, 0.0, 0.0]}, True),
+        ({"logit_errors": [23 * ROUNDOFF] * 2 + [73 * ROUNDOFF], "shaken": [4 * ROUNDOFF, 0.0, 0.0]}, False),
         ({"logit_errors": [float("inf")]}, False),
-        ({"debug_copy_error": 25 * ROUNDOFF}, False),
-        ({"debug_copy_error": 2**-11, "precision": "fp16"}, False),
-        ({"debug_copy_error": 2**-11, "precision": "fp16", "exact_copy": False}, True),
+        ({"debug_copy_errors": [0.0, 73 * ROUNDOFF]}, False),
+        ({"debug_copy_errors": [2**-11], "precision": "fp16"}, True),
     ],
 )
 def test_every_gate_decides(change, passed):
-    findings = Findings(images=1, **change)
+    findings = Findings(images=1, depth=2, **change)  # the root of depth + 2 is 2
     assert findings.passed is passed
     assert findings.to_json()["passed"] is passed
 
