@@ -21,7 +21,7 @@ from export.quantized_reading import read_quantization
 from export.source import CompileOptions, Source, load_source, validation_batches
 from export.steps import Notify
 from runtime.artifacts import Engine, OnnxGraph, Report
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.manifest import Family
 from tocom.vit import ReducedViT
 
@@ -94,6 +94,10 @@ def prove_family(options: ProofOptions, notify: Notify = lambda _degree, _stage:
         for who in (candidate, against)
         if who.kind == "family"
     }
+    for who, other in others.items():
+        if (other.options.reduction, other.schedules) != (source.options.reduction, source.schedules):
+            raise InputError(f"{one_line(who.folder)} removes tokens otherwise than {one_line(options.files.out)}: "
+                             "families that are compared have the same reduction and schedule.")  # fmt: skip
     proof = FamilyProof()
     for degree in degrees:
         notify(degree, "validating")

@@ -22,7 +22,8 @@ class BlockFindings:
         margin: How much worse than the best its decisions are, at most.
         output_error: Distance (`export.proof.parts.distance`) of the tokens that leave it, decisions replayed; None
             where the engine does not tell its tokens.
-        parts: Part -> distance of what it puts out from what the reference makes of its input.
+        parts: Part -> distance of what it puts out from what the reference makes of its input: of the worst token.
+        middles: Likewise, of the token in the middle of the worst image.
     """
 
     decisions: int = 0
@@ -32,6 +33,7 @@ class BlockFindings:
     margin: float = 0.0
     output_error: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    middles: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class Fault:
         part: One of `export.proof.parts.PARTS`, or what of the network.
         found: What was measured.
         allowed: The gate.
+        of: What of the part; empty for its worst token.
     """
 
     block: int | None
     part: str
     found: float
     allowed: float
+    of: str = ""
 
     def __str__(self) -> str:
         place = self.part if self.block is None else f"block {self.block}, {self.part}"
+        place += f" ({self.of})" if self.of else ""
         return f"{place}: {self.found:.1e}, allowed {self.allowed:.1e}"
 
 
@@ -122,12 +127,15 @@ class Findings:
     def faults(self) -> list[Fault]:
         """Gates that do not hold: those of parts first, in the order of the network."""
         gates = GATES[self.precision]
-        part_allowed = gates.part * gates.unit_roundoff
+        part_allowed, middle_allowed = gates.part * gates.unit_roundoff, gates.middle * gates.unit_roundoff
         local: dict[tuple[int, str], Fault] = {}
         for index, block in self.blocks.items():
             for part, error in block.parts.items():
+                middle = block.middles.get(part, 0.0)
                 if not error <= part_allowed:
                     local[index, part] = Fault(index, part, error, part_allowed)
+                elif not middle <= middle_allowed:
+                    local[index, part] = Fault(index, part, middle, middle_allowed, "token in the middle")
             if block.unexplained:
                 local[index, "decision"] = Fault(index, "decision", block.margin, self.margin_allowed)
         return [local[each] for each in in_order(local)] + [
@@ -184,6 +192,7 @@ class Findings:
             "blocks_with_unexplained": [index for index, block in sorted(self.blocks.items()) if block.unexplained],
             "gates": {part: {"found": found, "allowed": allowed} for part, found, allowed in self._whole()},
             "part_allowed": GATES[self.precision].part * GATES[self.precision].unit_roundoff,
+            "middle_allowed": GATES[self.precision].middle * GATES[self.precision].unit_roundoff,
             "blocks": {str(index): asdict(block) for index, block in sorted(self.blocks.items())},
         }
 

@@ -20,7 +20,9 @@ class Gates:
     Attributes:
         unit_roundoff: u. Of a quantized format, half a step as a share of the largest number; where activations are
             not quantized, that of the format that the rest may compute in.
-        part: Distance of one part's output (attention, merging, MLP, ...) from what the reference makes of its input.
+        part: Distance of one part's output (attention, merging, MLP, ...) from what the reference makes of its input:
+            of the worst token.
+        middle: Likewise, of the token in the middle, which a code that flips or a saturated softmax rarely hits.
         merge: How much worse than the best a merge may be, in cosine.
         prune: How much worse a dropped token may be, in the logarithm of attention, as a share of its range.
         typical: Error of the logits with decisions replayed: of the image in the middle. Counted in what one rounding
@@ -31,6 +33,7 @@ class Gates:
 
     unit_roundoff: float
     part: float
+    middle: float
     merge: float
     prune: float
     typical: float
@@ -41,15 +44,15 @@ class Gates:
         return self.unit_roundoff * math.sqrt(depth + 2)
 
 
-_FP16 = Gates(2**-11, part=12, merge=4, prune=6, typical=4, largest=12)
+_FP16 = Gates(2**-11, part=8, middle=5, merge=4, prune=6, typical=4, largest=12)
 GATES = {
-    "fp64": Gates(2**-53, part=64, merge=32, prune=256, typical=12, largest=36),
-    "fp32": Gates(2**-24, part=64, merge=16, prune=160, typical=12, largest=36),
+    "fp64": Gates(2**-53, part=40, middle=20, merge=32, prune=256, typical=12, largest=36),
+    "fp32": Gates(2**-24, part=40, middle=20, merge=16, prune=160, typical=12, largest=36),
     "fp16": _FP16,
-    "bf16": Gates(2**-8, part=12, merge=4, prune=6, typical=4, largest=12),
-    "int8": Gates(2**-8, part=4, merge=4, prune=6, typical=1, largest=4),
-    "int8+half": Gates(2**-8, part=32, merge=6, prune=6, typical=4, largest=12),
-    "fp8": Gates(2**-4, part=8, merge=2, prune=2, typical=4, largest=12),
+    "bf16": Gates(2**-8, part=8, middle=5, merge=4, prune=6, typical=4, largest=12),
+    "int8": Gates(2**-8, part=4, middle=0.1, merge=4, prune=6, typical=1, largest=4),
+    "int8+half": Gates(2**-8, part=32, middle=8, merge=6, prune=6, typical=4, largest=12),
+    "fp8": Gates(2**-4, part=8, middle=4, merge=2, prune=2, typical=4, largest=12),
     "int8-weights": _FP16,
     "int4-weights": _FP16,
 }

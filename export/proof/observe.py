@@ -12,7 +12,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from tocom.vit import ReducedViT
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _POINT = re.compile(rf"block\.\d+\.({'|'.join(POINTS)})")
+_FUSES_BY_OUTPUTS = ("openvino",)  # with more outputs, less is fused, and half precision rounds elsewhere
 _INSIDE_NATIVE = ("attended", "signal")  # never stand outside a native operator: asking for them would undo it
 
 
@@ -87,6 +88,7 @@ class RunnerObserver(Observer):
         precision: Number format of the engine.
         backend: Its library; None takes what runs it.
         name: For people.
+        deciding: What tells the decisions of the engine where more outputs make the other one decide otherwise.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class RunnerObserver(Observer):
         precision: str,
         backend: str | None = None,
         name: str = "",
+        deciding: EngineRunner | None = None,
     ) -> None:
         self._shipped, self._telling, self._reference = shipped, telling, reference
+        self._deciding = deciding
         backend = backend or shipped.backend
         self.precision, self.name = judged_as(backend, precision), name or f"{backend} {precision}"
 
@@ -112,7 +116,10 @@ class RunnerObserver(Observer):
         if all(name in shipped for block in self._reference.deciding_blocks for name in names(block)):
             own = self.read(shipped, self._reference)  # native operators tell what they decide
             return Observed(own.logits, own.decisions, copied.values, copied)
-        return Observed(torch.from_numpy(shipped[OUTPUT]), copied.decisions, copied.values, copied)
+        decisions = copied.decisions
+        if self._deciding is not None:
+            decisions = decisions_of(self._deciding.infer_all(pixel_values), self._reference)
+        return Observed(torch.from_numpy(shipped[OUTPUT]), decisions, copied.values, copied)
 
     @staticmethod
     def read(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> Observed:
@@ -252,22 +259,27 @@ def observer_of(engine: Engine, reference: ReducedViT, *, batch: int | None = No
         if engine.unrunnable:
             yield RunnerObserver(telling, telling, reference, engine.precision, engine.backend)
             return
-        with open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch) as shipped:
-            yield RunnerObserver(shipped, telling, reference, engine.precision)
+        with ExitStack() as stack:
+            opened = open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch)
+            shipped, deciding = stack.enter_context(opened), None
+            if engine.backend in _FUSES_BY_OUTPUTS and engine.precision != "fp32" and not engine.native:
+                deciding = stack.enter_context(debug_copy(engine, points=False))
+            yield RunnerObserver(shipped, telling, reference, engine.precision, deciding=deciding)
 
 
-def told_by(graph: onnx.ModelProto, *, native: bool) -> Iterator[str]:
+def told_by(graph: onnx.ModelProto, *, native: bool, points: bool = True) -> Iterator[str]:
     """Names of the values that a debug copy of a graph also puts out, in order: decisions, and the tokens between.
 
     Args:
         graph: Of one degree.
         native: Whether native operators run it: they tell their decisions themselves.
+        points: Whether to tell the tokens between as well.
     """
     outputs = {value.name for value in graph.graph.output}
     names = [name for node in graph.graph.node for name in (*node.input, *node.output)]
     for name in dict.fromkeys(names):
         point = _POINT.fullmatch(name)
-        if point and name not in outputs and not (native and point[1] in _INSIDE_NATIVE):
+        if points and point and name not in outputs and not (native and point[1] in _INSIDE_NATIVE):
             yield name
     for node in graph.graph.node:
         if node.domain == DOMAIN and not native:
@@ -288,7 +300,7 @@ def beside(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
 
 
 @contextmanager
-def debug_copy(engine: Engine, more: Iterable[str] = ()) -> Iterator[EngineRunner]:
+def debug_copy(engine: Engine, more: Iterable[str] = (), *, points: bool = True) -> Iterator[EngineRunner]:
     """Runs a copy of the engine's graph that also puts out its decisions; the shipped file is not touched.
 
     Where the engine cannot be run, ONNX Runtime carries the copy out, with every rounding that stands in the graph.
@@ -296,10 +308,11 @@ def debug_copy(engine: Engine, more: Iterable[str] = ()) -> Iterator[EngineRunne
     Args:
         engine: As listed.
         more: Further values of the graph to put out.
+        points: Whether to tell the tokens between the parts as well.
     """
     graph = onnx.load(engine.source.file, load_external_data=False)
     known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
-    for name in dict.fromkeys((*told_by(graph, native=engine.native), *more)):
+    for name in dict.fromkeys((*told_by(graph, native=engine.native, points=points), *more)):
         # the formats are the graph's, so that this changes none
         unknown = onnx.helper.make_empty_tensor_value_info(name)
         graph.graph.output.append(known.get(name, unknown))

@@ -28,14 +28,23 @@ class Compared:
     """What the reference makes of a candidate's own numbers.
 
     Attributes:
-        errors: (block, part) -> distance of the candidate's answer from the reference's, of every image.
+        errors: (block, part) -> distance of the candidate's answer from the reference's: of every image's worst token.
+        middles: Likewise, the token in the middle.
         natural: Block -> what the reference decides on the candidate's tokens.
         signals: Block -> what it decides that on.
     """
 
     errors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    middles: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     natural: dict[int, AnyDecision] = field(default_factory=dict)
     signals: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, block: int, part: str, value: Tensor, expected: Tensor) -> None:
+        """Compares what a part puts out, [B, N, C] or [B, N]."""
+        errors = distances(value, expected[:, : value.shape[1]])
+        self.errors[block, part] = errors.amax(dim=1)
+        if errors.shape[1] > 1:
+            self.middles[block, part] = errors.median(dim=1).values
 
 
 @torch.no_grad()
@@ -59,10 +68,10 @@ def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observe
 
     def compare(block: int, part: str, expected: Tensor, point: str) -> None:
         if (value := told.get(point_name(block + (point == "tokens"), point))) is not None:
-            found.errors[block, part] = distance(value, expected[:, : value.shape[1]])
+            found.add(block, part, value, expected)
 
     if only is None and (entering := told.get(point_name(0, "tokens"))) is not None:
-        found.errors[0, "embedding"] = distance(entering, reference.embed(pixel_values.to(dtype)))
+        found.add(0, "embedding", entering, reference.embed(pixel_values.to(dtype)))
     token_size = None
     for block, r in enumerate(reference.schedule.removed):
         if only not in (None, block):
@@ -112,11 +121,11 @@ def _reduced(
     expected, expected_size = reference.reduction.apply(
         before, ones if token_size is None else token_size, signal, chosen
     )
-    errors = [] if remaining is None else [distance(remaining, expected)]
+    if remaining is not None:
+        found.add(block, "reduction", remaining, expected)
     if size is not None:
-        errors.append(_or_infinity(((size - expected_size).abs() / expected_size).amax(dim=(1, 2))))
-    if errors:
-        found.errors[block, "reduction"] = torch.stack(errors).amax(dim=0)
+        error = _or_infinity(((size - expected_size).abs() / expected_size).amax(dim=(1, 2)))
+        found.errors[block, "reduction"] = error.maximum(found.errors.get((block, "reduction"), error))
     return expected_size if size is None else size
 
 
@@ -126,23 +135,28 @@ def _sizes_left(reference: ReducedViT, token_size: Tensor | None) -> Tensor | No
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
-    """How far apart tokens are, [B]: of the worst token of each image, as a share of its length.
+    """How far apart the worst tokens are, [B]; see `distances`."""
+    return distances(one, other).amax(dim=1)
+
+
+def distances(one: Tensor, other: Tensor) -> Tensor:
+    """How far apart tokens are, [B, N], as a share of their length.
 
     A token that is shorter than the one in the middle counts as long as that one: what attention and residuals cancel
     to nearly nothing carries the rounding of what was cancelled.
 
     Args:
-        one: [B, N, C], or [B, N] for one number per token.
+        one: [B, N, C], or [B, N] for one number per token, which count as one token.
         other: Likewise.
 
-    >>> distance(torch.tensor([[[3.0, 4.5]]]), torch.tensor([[[3.0, 4.0]]]))
-    tensor([0.1000])
+    >>> distances(torch.tensor([[[3.0, 4.5]]]), torch.tensor([[[3.0, 4.0]]]))
+    tensor([[0.1000]])
     """
     if one.ndim == 2:
         one, other = one.unsqueeze(1), other.unsqueeze(1)
     length = other.norm(dim=-1)
     length = length.maximum(length.median(dim=1, keepdim=True).values).clamp_min(_SMALLEST)
-    return _or_infinity(((one - other).norm(dim=-1) / length).amax(dim=1))
+    return _or_infinity((one - other).norm(dim=-1) / length)
 
 
 def logit_distance(one: Tensor, other: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def _next(found: Mapping[str, Any], kept: tuple[int, ...]) -> int | None:
     first = [
         block
         for block in sorted(wrong)
-        if not wrong[block] <= found["part_allowed"] or found["blocks"][str(block)]["unexplained"]
+        if not wrong[block] <= found["part_allowed"]
+        or not max(found["blocks"][str(block)]["middles"].values(), default=0.0) <= found["middle_allowed"]
+        or found["blocks"][str(block)]["unexplained"]
     ]
     if first:
         return first[0]

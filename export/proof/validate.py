@@ -122,8 +122,10 @@ def compare(
     _compare_copy(observed, forced, as_copied, findings)
     local = compare_parts(reference, images, copied)
     for (block, part), errors in local.errors.items():
-        found = findings.block(block).parts
-        found[part] = max(found.get(part, 0.0), float(errors.max()))
+        found = findings.block(block)
+        found.parts[part] = max(found.parts.get(part, 0.0), float(errors.max()))
+        if (middles := local.middles.get((block, part))) is not None:
+            found.middles[part] = max(found.middles.get(part, 0.0), float(middles.max()))
     compare_decisions(
         observed.decisions, forced.natural, len(images), reference,
         _exact_signals(observed, images, exact, same & local.signals.keys()), findings,

@@ -227,9 +227,10 @@ def test_the_first_operator_to_be_wrong_is_named(
 def test_recovery_keeps_the_first_block_at_fault_each_time() -> None:
     def report(wrong: tuple[int, ...]) -> Report:
         blocks = {
-            str(block): {"parts": {"mlp": 1.0 if block in wrong else 0.1}, "unexplained": 0} for block in range(4)
+            str(block): {"parts": {"mlp": 1.0 if block in wrong else 0.1}, "middles": {}, "unexplained": 0}
+            for block in range(4)
         }
-        return Report(None, not wrong, {"blocks": blocks, "part_allowed": 0.5})
+        return Report(None, not wrong, {"blocks": blocks, "part_allowed": 0.5, "middle_allowed": 0.5})
 
     tried = []
 

@@ -30,7 +30,7 @@ DOCUMENTED = {
 def test_the_documented_gates_are_those_in_use(precision: str) -> None:
     gates = GATES[precision]
     unit = f"2^{int(math.log2(gates.unit_roundoff))}"
-    numbers = [gates.part, gates.merge, gates.prune, gates.typical, gates.largest]
+    numbers = [gates.part, gates.middle, gates.merge, gates.prune, gates.typical, gates.largest]
     row = " | ".join(["", DOCUMENTED[precision], unit, *(f"{number:g}" for number in numbers), ""]).strip()
     document = Path(__file__).resolve().parents[3] / "docs" / "proof.md"
     assert row in document.read_text()
