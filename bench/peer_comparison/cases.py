@@ -37,8 +37,6 @@ from runtime.engines.ov import precision_hint
 from tocom.vit import ReducedViT, schedule_for
 
 ENGINES = (("openvino", "fp32"), ("onnxruntime", "fp16"), ("openvino", "bf16"))
-STATISTICS = {"max": "largest error", "mean": "mean error", "median": "median error", "quantile": "99% quantile",
-              "cosine": "1 - cosine"}  # fmt: skip
 _BATCH = 250
 
 

@@ -12,6 +12,7 @@ import torch
 
 from bench.proof.case import check
 from bench.proof.condition import own_errors
+from bench.proof.judging import judged
 from bench.proof.models import Drawn, draw
 from bench.proof.state import Record, State
 
@@ -35,9 +36,9 @@ def run(
     with _workers(jobs) as proven:
         for record in proven(_checked, left):
             state.add(record)
-            done = [state.records[number] for number in range(models) if number in state.records]
+            done = [judged(state.records[number]) for number in range(models) if number in state.records]
             progress(len(done), alarms(done))
-    return [state.records[number] for number in range(models)]
+    return [judged(state.records[number]) for number in range(models)]
 
 
 @contextmanager

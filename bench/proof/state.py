@@ -11,7 +11,7 @@ from typing import Any
 from runtime.errors import InputError, one_line
 
 Record = dict[str, Any]  # see `bench.proof.case.check`
-_JUDGING = ("decisions.py", "findings.py", "gates.py", "observe.py", "parts.py", "validate.py")
+_MEASURING = ("decisions.py", "observe.py", "parts.py", "validate.py")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class State:
             except ValueError:
                 continue
             if found.get("code", code) != code:
-                raise InputError(f"{one_line(file)} is of other models or gates: give --fresh to begin anew.")
+                raise InputError(f"{one_line(file)} is of other models or measurements: give --fresh to begin anew.")
             if "drawn" in found:
                 state.records[found["drawn"]["number"]] = found
         return state
@@ -60,9 +60,9 @@ class State:
 
 
 def fingerprint() -> str:
-    """Tells the models and the gates from others: what a number stands for, and what passing means."""
+    """Tells the models and what is measured of them from others."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256(Path(__file__).with_name("models.py").read_bytes())
-    for name in _JUDGING:
+    for name in _MEASURING:
         digest.update((root / "export" / "proof" / name).read_bytes())
     return digest.hexdigest()[:16]

@@ -44,12 +44,12 @@ class Gates:
         return self.unit_roundoff * math.sqrt(depth + 2)
 
 
-_FP16 = Gates(2**-11, part=8, middle=5, merge=4, prune=6, typical=4, largest=12)
+_FP16 = Gates(2**-11, part=16, middle=5, merge=4, prune=6, typical=4, largest=12)
 GATES = {
     "fp64": Gates(2**-53, part=40, middle=20, merge=32, prune=256, typical=12, largest=36),
     "fp32": Gates(2**-24, part=40, middle=20, merge=16, prune=160, typical=12, largest=36),
     "fp16": _FP16,
-    "bf16": Gates(2**-8, part=8, middle=5, merge=4, prune=6, typical=4, largest=12),
+    "bf16": Gates(2**-8, part=16, middle=5, merge=4, prune=6, typical=4, largest=12),
     "int8": Gates(2**-8, part=4, middle=0.1, merge=4, prune=6, typical=1, largest=4),
     "int8+half": Gates(2**-8, part=32, middle=8, merge=6, prune=6, typical=4, largest=12),
     "fp8": Gates(2**-4, part=8, middle=4, merge=2, prune=2, typical=4, largest=12),

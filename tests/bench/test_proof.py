@@ -67,7 +67,7 @@ def test_an_alarm_is_kept_and_explained(tmp_path, monkeypatch):
     assert "## The alarms" in (tmp_path / "proof.md").read_text()
 
 
-@pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("passed", "status"), [pytest.param(True, 0, marks=pytest.mark.full), (False, 1)])
 def test_the_exit_status_tells_of_alarms(tmp_path, passed, status):
     state = State.load(tmp_path / "models-0.jsonl")
     drawn = json.loads(json.dumps(draw(0, 0).__dict__))

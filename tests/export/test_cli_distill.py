@@ -89,6 +89,7 @@ def refused(result: tuple[int, str], *words: str, status: int = 2) -> None:
     assert all(word in errors[0] for word in words), (words, err)
 
 
+@pytest.mark.full
 def test_two_processes_train_what_one_trains(given: Path, tmp_path: Path, run: Run) -> None:
     """torchrun, with augmentation, mixing and dropout: the same compensator but for rounding, and one process talks."""
     common = ("--random-erasing", 0.5, "--dropout", 0.3)

@@ -178,7 +178,8 @@ def _run(target: Callable[..., object], *arguments: object) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("more", [False, True])
 def test_killed_around_every_rename(options: CompileOptions, more: bool) -> None:
     """Killed at the next rename again and again: every run leaves a sound folder, and the last one finishes."""
     options = replace(options, degrees=(2,), images=None)
@@ -243,6 +244,7 @@ def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, mon
     assert require_sound(options.out) == (0,) and Family.read(options.out) == old
 
 
+@pytest.mark.full
 def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(options, degrees=(4,), images=None)
     compile_family(options)

@@ -97,6 +97,7 @@ def test_a_quantized_family_is_listed_proven_and_kept(options):
     assert entry.sha256[entry.onnx] == same.sha256[same.onnx]
 
 
+@pytest.mark.full
 def test_products_return_to_float_until_the_drop_is_small(options, given, monkeypatch):
     """The drop is what the test says; that it is measured right is seen by the family's own accuracy."""
     counts = []

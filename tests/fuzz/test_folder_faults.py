@@ -190,9 +190,7 @@ def test_a_disk_that_is_read_only(start: Start, checkpoint: Path, family: Path) 
 
 
 @needs_root
-@pytest.mark.parametrize(
-    "kib", [80, pytest.param(8, marks=pytest.mark.full), pytest.param(160, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("kib", [pytest.param(size, marks=pytest.mark.full) for size in (8, 80, 160)])
 def test_a_disk_that_is_full(start: Start, checkpoint: Path, tmp_path: Path, kib: int) -> None:
     """A real file system that is too small for the family: refused, and nothing half-written stays on it."""
     disk, seen = tmp_path / "disk", tmp_path / "seen"

@@ -76,7 +76,8 @@ def forced_errors(model: nn.Module, quantization: Quantization, r: int, pixels: 
     """Mean squared error of the tokens that every block's merge leaves, and of the logits, the decisions forced."""
     plain = replay(ReducedViT(model, r), pixels, {})
     narrow = replay(ReducedViT(quantized_model(model, quantization), r), pixels, plain.natural)
-    tokens = [float((narrow.tokens[block] - plain.tokens[block]).square().mean()) for block in plain.tokens]
+    names = [f"block.{block}.remaining" for block in plain.natural]
+    tokens = [float((narrow.values[name] - plain.values[name]).square().mean()) for name in names]
     return [*tokens, float((narrow.logits - plain.logits).square().mean())]
 
 

@@ -158,10 +158,11 @@ HIDDEN: Mapping[str, tuple[float, tuple[str, ...]]] = {
 }
 
 # What the gates let pass although it is further off than healthy engines are: (name, format) -> how far off it makes
-# its part. Native operators do not tell what they decide on, so that a wrong signal shows only in decisions that are far
-# off; and healthy parts of badly conditioned networks are as far off as a wrong bit in one weight of bfloat16.
+# its part. Native operators do not tell what they decide on, so that a wrong signal shows only in decisions that are
+# far off; and healthy parts of badly conditioned networks are as far off as one wrong token or bit of a weight.
 MISSED: Mapping[tuple[str, str], float] = {
     ("bias of k dropped", "bf16"): 0.46,
+    ("fused without weights", "bf16"): 4.0e-2,
     ("exponent bit flipped", "bf16"): 2.5e-2,
 }
 

@@ -93,6 +93,7 @@ def refused(result, *words):
         assert word in line, line
 
 
+@pytest.mark.full
 def test_what_a_plan_builder_refuses_is_cut_out(altered, run, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed", exc_type=ImportError)
     file = altered(SCATTER)
