@@ -66,7 +66,7 @@ def test_no_fault(supervisor: Supervisor) -> None:
     outcomes = run_all(supervisor, list(itertools.islice(quick, 100)))
     assert {key.split("|")[0] for key in outcomes} == ENTRIES.keys() - {*SLOW}
     counts = total(outcomes).verdicts
-    assert counts[REFUSED] > 120 and counts[SAME] > 10 and counts[DIFFERENT] > 5  # it looks at all three
+    assert counts[REFUSED] > 50 and counts[SAME] > 5 and counts[DIFFERENT] > 2  # it looks at all three
 
 
 @pytest.mark.full
