@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.lower import OUTPUT
 from export.operators import operator_of
 from tocom.merging import Matching, cosine_scores, first_positions
 from tocom.pruning import Pruning
@@ -184,8 +185,10 @@ def judge_of(reduction: Reduction) -> Judge:
 def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, AnyDecision]:
     """The engine's decisions by block, from the outputs of its debug copy."""
     operator, judge = operator_of(reference.reduction), judge_of(reference.reduction)
-    found = {}
+    found, images = {}, len(outputs[OUTPUT])
     for block in reference.deciding_blocks:
-        positions = [torch.from_numpy(outputs[name]).flatten(1) for name in operator.decision_names(block)]
+        told = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
+        # by hand, because libraries lose the batch of a decision that holds no position, where every token goes
+        positions = [each.reshape(images, each.numel() // images) for each in told]
         found[block] = judge.read(positions, reference.model.num_prefix_tokens)
     return found
