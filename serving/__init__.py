@@ -1,0 +1,1 @@
+"""Families behind servers: MLServer, Ray Serve, Triton repositories, and the page."""
