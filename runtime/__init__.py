@@ -1,1 +1,29 @@
-"""The torch-free room: what a deployed family needs; numpy, Pillow and one engine library suffice."""
+"""The torch-free room: what a deployed family needs; numpy, Pillow and one engine library suffice.
+
+```
+family = runtime.load("engines/digits")
+family.predict("photo.png", budget_ms=5)
+```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.predictor import LoadedFamily, Prediction, load
+
+__all__ = ["LoadedFamily", "Prediction", "load"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports numpy and Pillow when they are first needed: commands that only explain themselves answer at once.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from runtime import predictor
+
+    return getattr(predictor, name)

@@ -7,6 +7,7 @@ one shifts every pixel, and moves accuracy.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import warnings
@@ -20,6 +21,8 @@ from runtime.errors import InputError, one_line
 from runtime.manifest import InputSpec
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # timm's default, so that folders hold the same images for both
+
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's many decoders, what a server exposes
 
 # Pillow's own limit for a file, in pixels. A thin image can pass it and still explode when its short edge is enlarged.
 _MAX_RESIZED_PIXELS = 178_956_970
@@ -91,6 +94,29 @@ def load_image(path: Path | str) -> Image.Image:
         # Pillow repeats the path in some messages; the type says enough where there are no words.
         reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f"{one_line(path)} cannot be decoded: {one_line(reason) or type(error).__name__}") from error
+
+
+def decode_image(content: bytes, max_pixels: int) -> Image.Image:
+    """Decodes an image that somebody sent to RGB: only formats of `SENT_FORMATS`, and only up to a size.
+
+    Args:
+        content: The encoded image.
+        max_pixels: Width times height that is decoded at most.
+
+    Raises:
+        InputError: It is none of these formats, truncated, or larger.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=SENT_FORMATS) as image:
+            if image.width * image.height > max_pixels:  # before a pixel is decoded
+                raise InputError(f"an image must have {max_pixels} pixels at most, got {image.width}x{image.height}")
+            return image.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # as in load_image
+        formats = f"not an image in one of the formats {', '.join(SENT_FORMATS)}"
+        reason = formats if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"the image cannot be decoded: {one_line(reason) or type(error).__name__}") from error
 
 
 def preprocess(image: Image.Image, spec: InputSpec) -> np.ndarray:

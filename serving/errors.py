@@ -1,15 +1,37 @@
-"""How serving refuses what it cannot take on now."""
+"""Why a server does not answer a request that was fine in itself."""
 
 from __future__ import annotations
 
 
-class BusyError(RuntimeError):
+class ServingError(RuntimeError):
+    """A valid request that is not answered; the message is one line.
+
+    Attributes:
+        status: HTTP status that says so.
+    """
+
+    status = 500
+
+
+class BusyError(ServingError):
     """More requests wait than the server takes on: a client is told to come back, instead of waiting without an end.
 
     Attributes:
         retry_after_s: Seconds after which it is worth trying again.
     """
 
+    status = 503
+
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EngineFailedError(ServingError):
+    """An engine fails on a batch that fits it, or cannot be opened."""
+
+
+class WorkerDiedError(ServingError):
+    """The process that holds the engines died, and so did the one that replaced it."""
+
+    status = 503

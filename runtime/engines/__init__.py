@@ -69,7 +69,8 @@ class EngineSettings:
 class EngineRunner(ABC):
     """A loaded engine: a context manager that turns images into logits.
 
-    The checks live here, so that every backend refuses the same things in the same words.
+    The checks live here, so that every backend refuses the same things in the same words. Several threads may call at
+    the same time; a library that runs one call at a time makes the others wait.
 
     Attributes:
         backend: One of `BACKENDS`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,6 +106,7 @@ class OpenVinoRunner(EngineRunner):
             streams = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         except Exception as error:  # see above
             raise InputError(f"{self._name} cannot be compiled by OpenVINO: {_reason(error)}") from error
+        self._calls = threading.Lock()  # a request runs one call at a time, and one call takes all of them
         self._requests = [self._compiled.create_infer_request() for _ in range(streams if settings.throughput else 1)]
         self._outputs = {name: index for index, port in enumerate(self._compiled.outputs) for name in port.get_names()}
 
@@ -131,18 +133,25 @@ class OpenVinoRunner(EngineRunner):
     def _infer(self, pixel_values: np.ndarray) -> np.ndarray:
         parts = list(self._parts(pixel_values))
         logits = []
-        for start in range(0, len(parts), len(self._requests)):
-            logits += [found[OUTPUT_NAME] for found in self._run(parts[start : start + len(self._requests)])]
+        with self._calls:
+            for start in range(0, len(parts), len(self._requests)):
+                logits += [found[OUTPUT_NAME] for found in self._run(parts[start : start + len(self._requests)])]
         return np.concatenate(logits) if len(logits) > 1 else logits[0]
 
     def _infer_all(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
         """All outputs, and what the native operator decided, under the names of its outputs."""
+        with self._calls:
+            return self._told(pixel_values)
+
+    def _told(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
         parts = []
         for part in self._parts(pixel_values):  # one after the other, so that the operator's calls are in order
             found = {}
             calls = record(lambda part=part, found=found: found.update(self._run([part])[0])) if self._merges else None
             if calls is None:
                 found = self._run([part])[0]
+            elif len(calls) != len(self._merges):  # the record is the process's
+                raise InputError(f"{self._name}: other engines merged tokens meanwhile, so its decisions are not known")
             for merge, call in zip(self._merges, calls or (), strict=True):
                 found |= merge.split(call, len(part))
             parts.append(found)

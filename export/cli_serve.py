@@ -1,0 +1,95 @@
+"""`tocom serve`: a family behind MLServer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from export.console import open_console
+from runtime.errors import InputError, one_line
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def serve_command(
+    engines: Annotated[Path, typer.Argument(help="Folder of the family.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. The default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP: the protocol, the page, /metrics.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC.")] = 8081,
+    name: Annotated[str | None, typer.Option(help="Of the model in the protocol. Default: the folder's name.")] = None,
+    objective_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="What 99 of 100 requests are to take at most. While the load is too high for it the degree rises, and "
+            "falls back when the load does. Default: the degree never changes.",
+        ),
+    ] = None,
+    degree: Annotated[
+        int | None, typer.Option(metavar="R", help="Where the degree begins. Default: the lowest there is.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=64,
+            help="Processes that hold the engines, each running one batch at a time; one that dies is started again. "
+            "0: the engines run in the server's own process, which saves small networks some time.",
+        ),
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each worker. Default: the engine's choice.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that wait; more are refused with 503.")] = 256,
+    max_wait_s: Annotated[float, typer.Option(help="After waiting so long a request is refused.")] = 30.0,
+    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request.")] = 16,
+    max_megapixels: Annotated[float, typer.Option(help="Size of an image, decoded.")] = 40.0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+) -> None:
+    """Serve a family: Open Inference Protocol over HTTP and gRPC, a page to look at, Prometheus metrics.
+
+    The family's folder can be compiled anew while it is served: POST /v2/repository/models/NAME/load takes it over once
+    all of its engines run.
+
+    Exit status: 0 ended by Ctrl-C or SIGTERM after what was accepted is answered, 2 bad input.
+    """
+    name = engines.resolve().name if name is None else name
+    if not _NAME.fullmatch(name):
+        raise InputError(f"a model's name must be letters, digits, _, - and ., got {one_line(name)}: give --name")
+    if port == grpc_port:
+        raise InputError(f"--port and --grpc-port must differ, got {port} for both")
+    if not max_megapixels > 0:
+        raise InputError(f"--max-megapixels must be more than 0, got {max_megapixels:g}")
+    try:
+        from serving.mlserver_app import Addresses, ServerOptions, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
+    from serving.http_guard import HttpLimits
+    from serving.metrics import ServiceMetrics
+    from serving.scheduler import Limits
+    from serving.service import ServeOptions, Service
+
+    options = ServeOptions(
+        objective_ms=objective_ms, degree=degree, workers=workers, threads=threads,
+        limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
+    )  # fmt: skip
+    metrics = ServiceMetrics()
+    console = open_console()
+    with console.status("opening every engine ..."):
+        service = Service(engines, options, metrics.batch)
+    degrees = ", ".join(str(entry.degree) for entry in service.family.engines)
+    load = "fixed" if objective_ms is None else f"chosen by the load for {objective_ms:g} ms"
+    console.print(f"[green]serving[/] {escape(one_line(name))}: degrees {degrees}, {load}")
+    console.print(f"page     http://{host}:{port}/", highlight=False)
+    console.print(f"infer    POST http://{host}:{port}/v2/models/{escape(name)}/infer, gRPC {host}:{grpc_port}",
+                  highlight=False)  # fmt: skip
+    console.print(f"metrics  http://{host}:{port}/metrics", highlight=False)
+    serve(service, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
+                                 verbose), metrics)  # fmt: skip

@@ -1,0 +1,394 @@
+"""A family that is served: engines in workers, the scheduler in front of them, and the next version of the family.
+
+The files of the family are copied when it is opened, so that whatever happens to them on disk afterwards, replaced,
+damaged or removed, the engines that serve can be started again. `reload` opens what lies there now beside what serves,
+and only when all of its engines have run takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.choosing import Point, points
+from runtime.errors import InputError, one_line
+from runtime.local_latency import Times, local_latencies
+from runtime.manifest import Family
+from runtime.merge_trace import MergeTracer
+from runtime.predictor import LoadedFamily, Prediction, load
+from runtime.preprocess import decode_image, preprocess
+from serving.adaptive import DegreePolicy, Speed, useful
+from serving.errors import BusyError, EngineFailedError
+from serving.scheduler import ANY, Answer, Infer, Limits, Scheduler, Want
+from serving.workers import EngineProcess
+
+MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a family is served.
+
+    Attributes:
+        objective_ms: What 99 of 100 requests are to take at most; while the load is too high for it, the degree rises.
+            None: the degree never changes.
+        degree: Where it begins: the least compressed degree that load may choose. None: the family's lowest.
+        workers: Processes that hold the engines. 0: they run in this process, which is faster for small networks, and
+            ends with them when one crashes.
+        threads: CPU threads for one batch; the engine's choice by default.
+        limits: Of the queue.
+        max_pixels: Of an image that is sent encoded.
+        hold_s: Seconds that a lower degree must have sufficed before it is fallen back to.
+    """
+
+    objective_ms: float | None = None
+    degree: int | None = None
+    workers: int = 1
+    threads: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    max_pixels: int = MAX_PIXELS
+    hold_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.objective_ms is not None and not (math.isfinite(self.objective_ms) and self.objective_ms > 0):
+            raise InputError(f"objective_ms must be more than 0 ms, got {self.objective_ms}")
+        if self.workers < 0 or self.max_pixels < 1:
+            raise InputError(f"workers must be 0 or more and max_pixels 1 or more, got {self.workers} and "
+                             f"{self.max_pixels}")  # fmt: skip
+
+
+_DEFAULTS = ServeOptions()
+
+
+class _Generation:
+    """One version of the family, open: its copy on disk, its workers and their scheduler."""
+
+    def __init__(self, folder: Path, options: ServeOptions, on_batch: Callable[[int, int, float], None]) -> None:
+        """Copies, checks and opens the family, and runs every engine once.
+
+        Args:
+            folder: Of the family.
+            options: How.
+            on_batch: See `Scheduler`.
+
+        Raises:
+            InputError: The family cannot be opened, or has not what the options name.
+            OSError: It cannot be copied.
+        """
+        with contextlib.ExitStack() as made:
+            self.folder = Path(tempfile.mkdtemp(prefix="tocom-serving-"))
+            made.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            _copy(folder, self.folder)
+            self.family = Family.read(self.folder)
+            degrees = [entry.degree for entry in self.family.engines]
+            first = self.family.entry(degrees[0] if options.degree is None else options.degree).degree
+            times = {batch: self._times(batch) for batch in (1, max(options.limits.max_batch, 2))}
+            self.points: tuple[Point, ...] = points(self.family, times[1])
+            self.workers: list[EngineProcess] = []
+            made.callback(lambda: [worker.close() for worker in self.workers])
+            self._local: LoadedFamily | None = None
+            self.scheduler = Scheduler(
+                self._infers(options, made),
+                degrees,
+                self._policy(times, first, options),
+                options.limits,
+                on_batch,
+            )
+            self._tracers: dict[int, MergeTracer] = {}
+            self._tracing = threading.Lock()
+            made.callback(self._close_tracers)
+            self._made = made.pop_all()
+
+    def _times(self, batch: int) -> dict[int, Times]:
+        return local_latencies(self.folder, self.family, batch)
+
+    def _policy(self, times: dict[int, dict[int, Times]], first: int, options: ServeOptions) -> DegreePolicy:
+        (_, ones), (many, manys) = times.items()
+        pays = {point.degree: manys[point.degree].p50_ms < manys[first].p50_ms for point in self.points}
+        degrees = useful([point.degree for point in self.points if point.degree >= first], pays)
+        speeds = {
+            degree: Speed.through(ones[degree].p50_ms / 1e3, many, manys[degree].p50_ms / 1e3) for degree in degrees
+        }
+        objective_s = None if options.objective_ms is None else options.objective_ms / 1e3
+        return DegreePolicy(
+            speeds, objective_s, max_batch=options.limits.max_batch, workers=max(options.workers, 1),
+            hold_s=options.hold_s,
+        )  # fmt: skip
+
+    def _infers(self, options: ServeOptions, made: contextlib.ExitStack) -> Sequence[Infer]:
+        if options.workers == 0:
+            family = made.enter_context(load(self.folder, threads=options.threads))
+            family.warm()
+            return [_failing_as_engine(family.infer)]
+        for _ in range(options.workers):
+            self.workers.append(EngineProcess(self.folder, threads=options.threads))
+        return [worker.infer for worker in self.workers]
+
+    def tracer(self, degree: int) -> MergeTracer:
+        """What follows the patches through a degree's blocks; made when first asked for."""
+        with self._tracing:
+            if degree not in self._tracers:
+                self._tracers[degree] = MergeTracer(self.folder, self.family, degree)
+            return self._tracers[degree]
+
+    def _close_tracers(self) -> None:
+        with self._tracing:
+            for tracer in self._tracers.values():
+                tracer.close()
+            self._tracers.clear()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Answers what was accepted, then frees everything."""
+        self.scheduler.close(drain=drain)
+        self._made.close()
+
+
+class Service:
+    """Answers requests with a family. Safe to use from several threads at once.
+
+    Attributes:
+        folder: Where the family lies; `reload` looks there again.
+        options: How it is served.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        options: ServeOptions = _DEFAULTS,
+        on_batch: Callable[[int, int, float], None] = lambda _degree, _images, _seconds: None,
+    ) -> None:
+        """Opens the family and waits until every engine has run once.
+
+        Args:
+            folder: See above.
+            options: See above.
+            on_batch: Told of every finished batch: degree, images, seconds.
+
+        Raises:
+            InputError: The family cannot be opened, or has not what the options name.
+            OSError: It cannot be copied.
+        """
+        self.folder, self.options, self._on_batch = Path(folder), options, on_batch
+        self._reloading = threading.Lock()
+        self._generation = _Generation(self.folder, options, on_batch)
+
+    @property
+    def family(self) -> Family:
+        """The manifest of what serves."""
+        return self._generation.family
+
+    @property
+    def degree(self) -> int:
+        """The degree in force for requests that leave it to the load."""
+        return self._generation.scheduler.degree
+
+    @property
+    def queued(self) -> int:
+        """Images that wait."""
+        return self._generation.scheduler.queued
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine process was started again, of what serves now."""
+        return sum(worker.restarts for worker in self._generation.workers)
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Of the engine processes."""
+        return tuple(worker.pid for worker in self._generation.workers)
+
+    def prepare(self, contents: Sequence[bytes]) -> np.ndarray:
+        """Decodes images and makes them the network's input.
+
+        Args:
+            contents: Encoded images.
+
+        Returns:
+            float32 [n, 3, H, W].
+
+        Raises:
+            InputError: One is no image, or larger than the options allow; there is none.
+        """
+        if not contents:
+            raise InputError("a request must hold at least one image, got none")
+        spec, most = self.family.input, self.options.max_pixels
+        return np.stack([preprocess(decode_image(content, most), spec) for content in contents])
+
+    def submit(self, pixel_values: np.ndarray, want: Want = ANY) -> Future[Answer]:
+        """Accepts a request.
+
+        Args:
+            pixel_values: float32 [n, 3, H, W].
+            want: What degree it asks for.
+
+        Returns:
+            Its answer to be; what goes wrong later is raised there.
+
+        Raises:
+            InputError: The request fits neither the network nor a degree.
+            BusyError: The queue is full.
+        """
+        size = self.family.input.size
+        shape = f"FP32 [n, {', '.join(map(str, size))}] with n of 1 or more"
+        if pixel_values.dtype != np.float32 or pixel_values.ndim != 4 or pixel_values.shape[1:] != size:
+            raise InputError(f"pixel_values must be {shape}, got {pixel_values.dtype} {list(pixel_values.shape)}")
+        most = self.options.limits.max_queued
+        if not 1 <= len(pixel_values) <= most:
+            raise InputError(f"a request must have 1 to {most} images, got {len(pixel_values)}")
+        if not np.isfinite(pixel_values).all():
+            raise InputError("pixel_values must be finite numbers, got others")
+        while True:
+            generation = self._generation
+            try:
+                return generation.scheduler.submit(pixel_values, want)
+            except BusyError:
+                if generation is self._generation:
+                    raise  # else it was closed between the two lines above: the new one takes it
+
+    def predict_image(self, content: bytes, want: Want = ANY, top_k: int = 5) -> dict[str, Any]:
+        """Classifies an encoded image, and waits for it.
+
+        Args:
+            content: PNG, JPEG, or whatever Pillow reads.
+            want: What degree it asks for.
+            top_k: Classes to tell.
+
+        Returns:
+            JSON-ready: degree, queue_ms, engine_ms, predictions.
+
+        Raises:
+            InputError: It is no usable image, or there is no such degree.
+            ServingError: The queue is full, or the engine failed.
+        """
+        answer = self.submit(self.prepare([content]), want).result()
+        best = Prediction.of(answer.logits[0], self.family.class_names, top_k, answer.degree)
+        predictions = [
+            {"class": index, "name": name, "probability": probability}
+            for index, name, probability in zip(best.classes, best.names, best.probabilities, strict=True)
+        ]
+        return {
+            "degree": answer.degree,
+            "queue_ms": round(answer.queue_ms, 3),
+            "engine_ms": round(answer.engine_ms, 3),
+            "predictions": predictions,
+        }
+
+    def merges(self, content: bytes, degree: int) -> dict[str, Any]:
+        """Which patches of an encoded image are one token behind each block, at a degree.
+
+        Args:
+            content: As for `predict_image`.
+            degree: Degree r.
+
+        Returns:
+            JSON-ready; see `runtime.merge_trace`.
+
+        Raises:
+            InputError: It is no usable image, or there is no such degree.
+        """
+        generation = self._generation
+        generation.family.entry(degree)
+        return generation.tracer(degree).trace(self.prepare([content])[0]).to_json()
+
+    def describe(self) -> dict[str, Any]:
+        """The family and the state of its server, JSON-ready."""
+        generation = self._generation
+        family, scheduler = generation.family, generation.scheduler
+        entries = {entry.degree: entry for entry in family.engines}
+        return {
+            "model": family.model,
+            "reduction": family.reduction,
+            "schedule": family.schedule,
+            "source_degree": family.source_degree,
+            "classes": family.classes,
+            "class_names": None if family.class_names is None else list(family.class_names),
+            "input": {"size": list(family.input.size)},
+            "backend": family.engines[0].backend,
+            "precision": family.engines[0].precision,
+            "degrees": [asdict(point) | {"tokens": list(entries[point.degree].tokens)} for point in generation.points],
+            "adaptive": {
+                "enabled": self.options.objective_ms is not None,
+                "objective_ms": self.options.objective_ms,
+                "degree": scheduler.degree,
+                "queued": scheduler.queued,
+            },
+        }
+
+    def reload(self) -> bool:
+        """Opens what lies in the folder now, and lets it take over once all of its engines have run.
+
+        What was accepted before is answered by what it was accepted by.
+
+        Returns:
+            Whether there was anything new.
+
+        Raises:
+            InputError: What lies there cannot be served; the old family goes on.
+            OSError: It cannot be copied; likewise.
+        """
+        with self._reloading:
+            old = self._generation
+            if Family.read(self.folder) == old.family:
+                return False
+            self._generation = _Generation(self.folder, self.options, self._on_batch)
+            old.close()
+            return True
+
+    def close(self, *, drain: bool = True) -> None:
+        """Answers what was accepted, then frees everything.
+
+        Args:
+            drain: Whether to run what waits; else it is refused.
+        """
+        with self._reloading:
+            self._generation.close(drain=drain)
+
+
+def _failing_as_engine(infer: Infer) -> Infer:
+    def run(pixel_values: np.ndarray, degree: int) -> np.ndarray:
+        try:
+            return infer(pixel_values, degree)
+        except InputError as error:
+            raise EngineFailedError(str(error)) from error
+
+    return run
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copies the files that the manifest names, checks them, and only then the manifest.
+
+    Raises:
+        InputError: A file is missing or has changed.
+    """
+    family = Family.read(folder)
+    if not family.engines:
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+    for name in _files(family):
+        target = to / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(folder / name, target)
+        except FileNotFoundError:
+            raise InputError(f"{one_line(folder / name)} is missing: compile the family again") from None
+    for entry in family.engines:
+        family.check_files(to, entry)
+    family.write(to)
+
+
+def _files(family: Family) -> Iterator[str]:
+    seen: set[str] = set()
+    for entry in family.engines:
+        for name in entry.sha256:
+            if name not in seen:
+                seen.add(name)
+                yield name
