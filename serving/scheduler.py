@@ -1,8 +1,8 @@
 """Requests in, batches out: a bounded queue, and one degree for every batch.
 
-A batch holds whole requests, in the order they came, that may all run at the degree chosen for the first of them. There
-is no waiting for a batch to fill: while all workers are busy requests gather by themselves, and an idle worker takes
-what there is.
+A batch holds whole requests, in the order they came, that all run at the degree of the first of them: the one that the
+load asks for, or the closest one that the request allows. There is no waiting for a batch to fill: while all workers
+are busy requests gather by themselves, and an idle worker takes what there is.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Scheduler:
             first = self._waiting[0]
             chosen = self._policy.choose(self._queued, now - first.came, now)
             degree = nearest(self.degrees, chosen, first.want)
-            batch = self._gather(degree, min(self.limits.max_batch, self._policy.batch_limit(degree)))
+            batch = self._gather(degree, chosen, min(self.limits.max_batch, self._policy.batch_limit(degree)))
         return batch, degree
 
     def _drop_late(self, now: float) -> None:
@@ -225,14 +225,14 @@ class Scheduler:
             _refuse(late, BusyError(f"it waited more than {self.limits.max_wait_s:g} s",
                                     retry_after_s=self._policy.drain_s(self._queued)))  # fmt: skip
 
-    def _gather(self, degree: int, most: int) -> list[_Request]:
-        """Takes requests that may run at a degree out of the queue, in order; the first one however large it is."""
+    def _gather(self, degree: int, chosen: int, most: int) -> list[_Request]:
+        """Takes requests of a degree out of the queue, in order; the first one however large it is."""
         batch: list[_Request] = []
         images, passed = 0, []
         while self._waiting:
             request = self._waiting.popleft()
             size = len(request.pixel_values)
-            if not request.want.allows(degree):
+            if nearest(self.degrees, chosen, request.want) != degree:
                 passed.append(request)
             elif batch and images + size > most:
                 passed.append(request)
