@@ -108,6 +108,7 @@ class EngineEntry:
         native: Whether the backend's own operator removes the tokens, instead of the function body.
         pays: Batch size -> whether the engine was faster than degree 0 in the same run.
         build: What is known of a plan that was built: library, options, seconds, bytes, layers; empty for a graph.
+        machine: What `runtime.local_latency.this_machine` called the machine of `latency_ms`; "" where that is unknown.
     """
 
     degree: int
@@ -127,6 +128,7 @@ class EngineEntry:
     native: bool = False
     pays: Mapping[str, bool] = field(default_factory=dict)
     build: Mapping[str, Any] = field(default_factory=dict)
+    machine: str = ""
 
     @classmethod
     def from_json(cls, value: Any, where: str = "engine") -> EngineEntry:
@@ -154,6 +156,7 @@ class EngineEntry:
             native=node.key_or("native", False).boolean(),
             pays=node.key_or("pays", {}).mapping(Json.boolean),
             build=node.key_or("build", {}).mapping(Json.plain),
+            machine=node.key_or("machine", "").text(),
         )
         if len(entry.tokens) != len(entry.schedule) + 1:
             node.key("tokens").refuse(f"one number more than the schedule's {len(entry.schedule)}")
