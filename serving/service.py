@@ -104,9 +104,7 @@ class _Generation:
                 options.limits,
                 on_batch,
             )
-            self._tracers: dict[int, MergeTracer] = {}
-            self._tracing = threading.Lock()
-            made.callback(self._close_tracers)
+            self.tracer = made.enter_context(MergeTracer(self.folder, self.family, threads=options.threads))
             self._made = made.pop_all()
 
     def _times(self, batch: int) -> dict[int, Times]:
@@ -133,19 +131,6 @@ class _Generation:
         for _ in range(options.workers):
             self.workers.append(EngineProcess(self.folder, threads=options.threads))
         return [worker.infer for worker in self.workers]
-
-    def tracer(self, degree: int) -> MergeTracer:
-        """What follows the patches through a degree's blocks; made when first asked for."""
-        with self._tracing:
-            if degree not in self._tracers:
-                self._tracers[degree] = MergeTracer(self.folder, self.family, degree)
-            return self._tracers[degree]
-
-    def _close_tracers(self) -> None:
-        with self._tracing:
-            for tracer in self._tracers.values():
-                tracer.close()
-            self._tracers.clear()
 
     def close(self, *, drain: bool = True) -> None:
         """Answers what was accepted, then frees everything."""
@@ -296,9 +281,14 @@ class Service:
         Raises:
             InputError: It is no usable image, or there is no such degree.
         """
-        generation = self._generation
-        generation.family.entry(degree)
-        return generation.tracer(degree).trace(self.prepare([content])[0]).to_json()
+        pixel_values = self.prepare([content])
+        while True:
+            generation = self._generation
+            try:
+                return generation.tracer.trace(pixel_values, degree).to_json()
+            except InputError:
+                if generation is self._generation:
+                    raise  # else it was closed meanwhile
 
     def describe(self) -> dict[str, Any]:
         """The family and the state of its server, JSON-ready."""

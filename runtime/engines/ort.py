@@ -14,6 +14,7 @@ from runtime.errors import InputError, one_line, readable
 CPU = "CPUExecutionProvider"
 PRECISIONS = ("fp32", "fp16", "int8")  # the graph says which: all are the same to this module
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FATAL = 4  # errors reach the caller as exceptions, so that nothing needs to be logged to stderr as well
 
 
@@ -38,7 +39,13 @@ class OrtRunner(EngineRunner):
     backend = "onnxruntime"
 
     def __init__(
-        self, path: Path | str, *, threads: int | None = None, provider: str = CPU, share_weights: bool = False
+        self,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        provider: str = CPU,
+        share_weights: bool = False,
+        content: bytes | None = None,
     ) -> None:
         """Loads the file.
 
@@ -48,19 +55,21 @@ class OrtRunner(EngineRunner):
             provider: The execution provider that has to run the graph.
             share_weights: Whether to read weights from memory that all such runners of the process share, instead of
                 packing them, which is faster.
+            content: Another graph to run in the place of the file's, such as a debug copy; its external data are found
+                where the file's are.
 
         Raises:
             InputError: The file is not a graph this class runs, or the provider does not work here.
         """
         self._name = one_line(path)
         self._weights: dict[str, onnxruntime.OrtValue] = {}
-        self._session = self._load(Path(path), threads, provider, share_weights)
+        self._session = self._load(Path(path), threads, provider, share_weights, content)
         if self._session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU without raising
             raise InputError(f"provider {provider} does not work here: ONNX Runtime fell back to {CPU}; ask for {CPU}")
         self.input_size, self.classes = self._contract()
 
     def _load(
-        self, path: Path, threads: int | None, provider: str, share_weights: bool
+        self, path: Path, threads: int | None, provider: str, share_weights: bool, content: bytes | None
     ) -> onnxruntime.InferenceSession:
         available = onnxruntime.get_available_providers()
         if provider not in available:
@@ -80,8 +89,11 @@ class OrtRunner(EngineRunner):
                 for name, array in mapped_weights(path).items():
                     self._weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                     options.add_initializer(name, self._weights[name])
+            if content is not None:
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
             # CPU after it: a few operators, such as shape arithmetic, are only implemented there.
-            session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
+            providers = list(dict.fromkeys((provider, CPU)))
+            session = onnxruntime.InferenceSession(content or str(path), options, providers=providers)
             if share_weights:
                 return_freed_memory()
             return session

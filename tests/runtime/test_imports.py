@@ -22,7 +22,7 @@ ENGINE_LIBRARIES = {
     # the last two for its types, which are TensorRT's as well
     "tensorrt_rtx": ("runtime/engines/tensorrt_rtx.py", "runtime/engines/trt.py", "runtime/engines/lane.py"),
     "cuda": ("runtime/engines/device.py",),  # where it is first needed: a box without it can say so
-    "google": ("runtime/engines/mapped_weights.py",),  # protobuf, which ONNX Runtime needs itself
+    "google": ("runtime/engines/graph_file.py",),  # protobuf, which ONNX Runtime needs itself
 }
 ALLOWED = {"numpy", "PIL", "runtime", *sys.stdlib_module_names}
 
