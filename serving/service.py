@@ -302,7 +302,7 @@ class Service:
             "source_degree": family.source_degree,
             "classes": family.classes,
             "class_names": None if family.class_names is None else list(family.class_names),
-            "input": {"size": list(family.input.size)},
+            "input": family.input.to_json(),
             "backend": family.engines[0].backend,
             "precision": family.engines[0].precision,
             "degrees": [asdict(point) | {"tokens": list(entries[point.degree].tokens)} for point in generation.points],
