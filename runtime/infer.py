@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ if not __package__:
 
 import numpy as np
 
-from runtime.engines import EngineRunner, open_engine
-from runtime.errors import InputError, one_line, readable
-from runtime.manifest import Family, InputSpec
+from runtime.errors import GateError, InputError, one_line, readable
+from runtime.manifest import EngineEntry, Family, InputSpec
+from runtime.picking import OpenEngines, Wish, pick
 from runtime.preprocess import find_images, load_image, preprocess
 
 _Fail = Callable[[object], None]
@@ -31,10 +32,13 @@ _EXAMPLES = """\
 examples:
   python runtime/infer.py --engines engines/digits photo.png          the least compressed engine, one line per image
   python runtime/infer.py --engines engines/digits --degree 8 folder  every image below a folder
+  python runtime/infer.py --engines engines/digits --budget-ms 5 a.png  the most accurate degree that takes 5 ms or less
   find photos -name '*.jpg' | python runtime/infer.py --engines engines/digits --json -
 
 Images that lie in folders named like their class (or its index) are also scored: the last line on stderr
-then tells the share that is correct. Exit status: 0 done, 2 bad usage or an image that could not be used.
+then tells the share that is correct. A budget goes by times measured on this machine, once, and by accuracies that
+the family was compiled with. Exit status: 0 done, 1 no degree keeps to the budget or accuracy, 2 bad usage or an image
+that could not be used.
 """
 
 
@@ -50,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0 done; 2 bad usage, or some image could not be used (the others were still classified);
-        130 interrupted; 141 whoever read the output stopped reading.
+        Exit status: 0 done; 1 no degree keeps to the budget or accuracy; 2 bad usage, or some image could not be used
+        (the others were still classified); 130 interrupted; 141 whoever read the output stopped reading.
     """
     _keep_odd_names_printable()
     try:
@@ -61,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+    except GateError as error:
+        _complain(error)
+        return 1
     except (InputError, OSError) as error:
         _complain(error)
         return 2
@@ -76,9 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for paths on stdin")
     parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help="folder of the family (family.json)")
     parser.add_argument("--degree", type=int, metavar="R", help="which engine (default: the lowest degree there is)")
+    parser.add_argument("--budget-ms", type=float, metavar="MS", help="the most accurate degree that takes no longer")
+    parser.add_argument("--min-accuracy", type=float, metavar="SHARE", help="the fastest degree as accurate, in 0..1")
+    parser.add_argument("--cascade", action="store_true", help="a high degree first, a lower one where that is unsure")
     parser.add_argument("--top-k", type=_at_least_one, default=1, metavar="K", help="classes per image (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image and line")
-    parser.add_argument("--batch", type=_at_least_one, default=32, metavar="B", help="images per call (default: 32)")
+    parser.add_argument("--batch", type=_at_least_one, metavar="B", help="images per call (default: 32; by a budget 1)")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, instead of the family's")
     parser.add_argument("--throughput", action="store_true", help="many images a second before a short single call")
     parser.add_argument("--threads", type=_at_least_one, metavar="T", help="CPU threads (default: the engine's choice)")
@@ -99,12 +109,16 @@ def _run(options: argparse.Namespace) -> int:
     family = Family.read(options.engines)
     if not family.engines:
         raise InputError(f"{one_line(options.engines)} has no finished engine: compile one with `make engines R=8`")
-    entry = family.engines[0] if options.degree is None else family.entry(options.degree)
-    family.check_files(options.engines, entry)
-    if idle := [batch for batch, pays in entry.pays.items() if not pays]:
-        _complain(
-            f"degree {entry.degree} was not faster than degree 0 where it was compiled, at batch {', '.join(idle)}"
-        )
+    batch_size = options.batch or (32 if options.budget_ms is None else 1)
+    wish = Wish(options.degree, options.budget_ms, options.min_accuracy, options.cascade, batch_size)
+    if wish.budget_ms is not None and (options.threads or options.throughput):
+        raise InputError("--budget-ms goes by times with the engine's own choice of threads: leave out --threads and "
+                         "--throughput")  # fmt: skip
+    picked = pick(options.engines, family, wish, _complain)
+    if picked.why is not None:
+        _complain(picked.why)
+    if wish.degree is not None or picked.why is None:
+        _warn_of_no_gain(picked.entries[0])
     names = family.class_names if options.classes is None else _read_names(options.classes, family.classes)
     failures: list[str] = []
 
@@ -112,24 +126,30 @@ def _run(options: argparse.Namespace) -> int:
         failures.append(str(error))
         _complain(error)
 
-    settings = {"precision": entry.precision, "threads": options.threads, "throughput": options.throughput}
-    with open_engine(options.engines / entry.engine, entry.backend, **settings) as runner:
-        _ensure_matches(runner, family)
+    settings = {"threads": options.threads, "throughput": options.throughput}
+    with OpenEngines(options.engines, family, picked, **settings) as engines:
         score, start = _Score(names, family.classes), time.perf_counter()
         prepared = _prepare(_paths(options.images, fail), family.input, fail)
-        for batch in _batches(prepared, options.batch):
-            logits = runner.infer(np.stack([pixels for _, pixels in batch]))
+        for batch in _batches(prepared, batch_size):
+            logits, degrees = engines.classify(np.stack([pixels for _, pixels in batch]))
             results: list[_Result] = []
-            for (path, _), row in zip(batch, logits, strict=True):
+            for (path, _), row, degree in zip(batch, logits, degrees, strict=True):
                 if np.isfinite(row).all():
-                    results.append(_Result.of(path, row, names, options.top_k))
+                    results.append(_Result.of(path, row, names, options.top_k, degree))
                     score.add(path, results[-1])
                 else:
-                    fail(f"{one_line(path)}: logits must be finite, got others: compile degree {entry.degree} again")
-            _print(_json_lines(results, entry.degree) if options.json else _aligned_lines(results))
+                    fail(f"{one_line(path)}: logits must be finite, got others: compile degree {degree} again")
+            _print(_json_lines(results) if options.json else _aligned_lines(results))
         elapsed = time.perf_counter() - start
-    _tell_summary(score, len(failures), entry.degree, elapsed)
+    _tell_summary(score, len(failures), picked.name, elapsed)
     return 2 if failures else 0
+
+
+def _warn_of_no_gain(entry: EngineEntry) -> None:
+    if idle := [batch for batch, pays in entry.pays.items() if not pays]:
+        _complain(
+            f"degree {entry.degree} was not faster than degree 0 where it was compiled, at batch {', '.join(idle)}"
+        )
 
 
 def _read_names(file: Path, classes: int) -> tuple[str, ...]:
@@ -142,15 +162,6 @@ def _read_names(file: Path, classes: int) -> tuple[str, ...]:
     return names
 
 
-def _ensure_matches(runner: EngineRunner, family: Family) -> None:
-    promised, found = (family.input.size, family.classes), (runner.input_size, runner.classes)
-    if promised != found:
-        raise InputError(
-            f"the engine must take {promised[0]} and give {promised[1]} classes as family.json says, "
-            f"got {found[0]} and {found[1]}: compile the family again"
-        )
-
-
 @dataclass(frozen=True)
 class _Result:
     """The best classes of one image, most probable first."""
@@ -159,9 +170,10 @@ class _Result:
     classes: tuple[int, ...]
     names: tuple[str | None, ...]
     probabilities: tuple[float, ...]
+    degree: int
 
     @classmethod
-    def of(cls, path: Path, logits: np.ndarray, names: tuple[str, ...] | None, top_k: int) -> _Result:
+    def of(cls, path: Path, logits: np.ndarray, names: tuple[str, ...] | None, top_k: int, degree: int) -> _Result:
         shifted = logits.astype(np.float64) - float(logits.max())
         probabilities = np.exp(shifted) / np.exp(shifted).sum()
         best = np.argsort(-shifted, kind="stable")[:top_k].tolist()
@@ -170,6 +182,7 @@ class _Result:
             classes=tuple(best),
             names=tuple(None if names is None else names[index] for index in best),
             probabilities=tuple(probabilities[best].tolist()),
+            degree=degree,
         )
 
 
@@ -183,12 +196,14 @@ class _Score:
     def __init__(self, names: tuple[str, ...] | None, classes: int) -> None:
         self._names = frozenset(names or ())
         self._indices = {str(index): index for index in range(classes)}
+        self.degrees: Counter[int] = Counter()
         self.images = self._named = self._named_right = self._indexed = self._indexed_right = 0
 
     def add(self, path: Path, result: _Result) -> None:
         # absolute: an image given as "cat.png" from within its folder has the same label
         label = path.absolute().parent.name
         self.images += 1
+        self.degrees[result.degree] += 1
         self._named += label in self._names
         self._named_right += label == result.names[0]
         self._indexed += label in self._indices
@@ -243,13 +258,13 @@ def _batches(prepared: Iterable[tuple[Path, np.ndarray]], batch_size: int) -> It
         yield batch
 
 
-def _json_lines(results: Iterable[_Result], degree: int) -> Iterator[str]:
+def _json_lines(results: Iterable[_Result]) -> Iterator[str]:
     for result in results:
         predictions = [
             {"class": index, "name": name, "probability": probability}
             for index, name, probability in zip(result.classes, result.names, result.probabilities, strict=True)
         ]
-        yield json.dumps({"file": str(result.path), "degree": degree, "predictions": predictions})
+        yield json.dumps({"file": str(result.path), "degree": result.degree, "predictions": predictions})
 
 
 def _aligned_lines(results: Iterable[_Result]) -> Iterator[str]:
@@ -271,10 +286,12 @@ def _print(lines: Iterable[str]) -> None:
     print(end="", flush=True)
 
 
-def _tell_summary(score: _Score, failed: int, degree: int, elapsed: float) -> None:
-    parts = [f"{score.images} image{'' if score.images == 1 else 's'}", f"degree {degree}"]
+def _tell_summary(score: _Score, failed: int, engines: str, elapsed: float) -> None:
+    parts = [f"{score.images} image{'' if score.images == 1 else 's'}", engines]
     if score.images:
         parts.append(f"{score.images / max(elapsed, 1e-9):.1f} images/s")
+    if len(score.degrees) > 1:
+        parts += [f"{count / score.images:.1%} at degree {degree}" for degree, count in sorted(score.degrees.items())]
     if score.correct is not None:
         share = score.correct / score.images
         parts.append(f"{share:.2%} correct ({score.correct} of {score.images}, labels from folder names)")
