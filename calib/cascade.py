@@ -1,9 +1,10 @@
 """Logits of labelled images at several degrees -> the cascade that keeps an accuracy at the least mean cost.
 
 Per degree a temperature makes probabilities honest (Guo et al. 2017): the one with the least negative log-likelihood.
-Then every pair and triple of degrees is tried with every combination of thresholds on a grid. A cascade counts only if
-it keeps the accuracy with a margin of one standard error, because the best of thousands that were tried on the same
-images owes some of its accuracy to chance.
+They then mean the same at every degree, so that one threshold serves all stages of a chain. It is lowered from where
+every image goes on, for as long as the accuracy is kept with a margin: the first that is not ends the search (fixed
+sequence testing, as in Angelopoulos et al. 2021, "Learn then Test"). The best of many that are tried on the same images
+owes some of its accuracy to chance; tried in this order, it owes little.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from runtime.cascade import CascadePlan, Stage, confidence
 from runtime.errors import InputError
 from runtime.local_latency import Times
 
-CAUTION = 1.0  # standard errors that an accuracy must lie above what is asked for
+CAUTION = 2.0  # standard errors that an accuracy must lie above what is asked for
 TEMPERATURES = (0.01, 100.0)  # what is beyond says only that all images are right, or that there is nothing to know
 
-_GRID = 40  # thresholds per stage
+_GRID = 64  # thresholds of a chain
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -192,13 +193,14 @@ def calibrate(
         tried = _tried(chain, costs)
         kept = goal.kept(tried.right, tried.differ, int(base.sum()), len(labels))
         if goal.accuracy is None and [stage.degree for stage in chain] == [min(logits)]:
-            kept = np.array(True)  # nothing is lost against itself, however few images say so
+            kept |= True  # nothing is lost against itself, however few images say so
+        kept = np.logical_and.accumulate(kept)
         cheapest = int(np.where(kept, tried.cost, np.inf).argmin())
         found = best.get(len(chain) > 1)
-        if kept.flat[cheapest] and (found is None or tried.cost.flat[cheapest] < found.cost):
+        if kept[cheapest] and (found is None or tried.cost[cheapest] < found.cost):
             best[len(chain) > 1] = tried.candidate(chain, cheapest, len(labels))
         closest = int(tried.right.argmax())
-        if nearest is None or tried.right.flat[closest] / len(labels) > nearest.accuracy:
+        if nearest is None or tried.right[closest] / len(labels) > nearest.accuracy:
             nearest = tried.candidate(chain, closest, len(labels))
     return Calibration(best.get(True), best.get(False), nearest)
 
@@ -206,9 +208,7 @@ def calibrate(
 def _chains(stages: Sequence[_Scored]) -> Iterator[tuple[_Scored, ...]]:
     """Single degrees, pairs and triples, the shorter ones first, so that of equals the simplest is taken."""
     for length in (1, 2, 3):
-        for chain in itertools.combinations(stages, length):
-            if all(len(stage.thresholds) for stage in chain[:-1]):  # else all images are equally sure
-                yield chain
+        yield from itertools.combinations(stages, length)
 
 
 @dataclass(frozen=True)
@@ -218,89 +218,72 @@ class _Scored:
     Attributes:
         degree: Which.
         temperature: Of its confidences.
+        sureness: float64 [n], how sure it is.
         right: float64 [n], 1 where it is right.
         differ: float64 [n], 1 where only one of it and the least compressed degree is right.
-        thresholds: [G], rising.
-        keeps: float64 [G, n], 1 where it would answer at a threshold.
     """
 
     degree: int
     temperature: float
+    sureness: np.ndarray
     right: np.ndarray
     differ: np.ndarray
-    thresholds: np.ndarray
-    keeps: np.ndarray
 
     @classmethod
     def of(cls, degree: int, logits: np.ndarray, labels: np.ndarray, base: np.ndarray) -> _Scored:
         temperature = round(fit_temperature(logits, labels), 6)
-        sureness = confidence(logits, temperature)
         right = logits.argmax(axis=1) == labels
-        thresholds = _thresholds(sureness)
-        keeps = sureness >= thresholds[:, None]
-        return cls(degree, temperature, right.astype(float), (right != base).astype(float), thresholds,
-                   keeps.astype(float))  # fmt: skip
+        return cls(degree, temperature, confidence(logits, temperature), right.astype(float),
+                   (right != base).astype(float))  # fmt: skip
 
 
-def _thresholds(sureness: np.ndarray) -> np.ndarray:
-    """Places halfway between two images, evenly spread over the images; rounded to what a file shows."""
+def thresholds(sureness: np.ndarray) -> np.ndarray:
+    """What to try: places halfway between two confidences, evenly spread over the images, falling.
+
+    Args:
+        sureness: Confidences of all stages but the last.
+
+    Returns:
+        [G], rounded to what a file shows; of equally sure images only 1, above which nothing lies.
+    """
     levels = np.unique(sureness)
     between = np.unique(np.round((levels[1:] + levels[:-1]) / 2, 9))
-    if len(between) <= _GRID:
-        return between
-    wanted = np.quantile(sureness, np.arange(1, _GRID + 1) / (_GRID + 1))
-    return np.unique(between[np.clip(np.searchsorted(between, wanted), 0, len(between) - 1)])
+    if len(between) > _GRID:
+        wanted = np.quantile(sureness, np.arange(1, _GRID + 1) / (_GRID + 1))
+        between = np.unique(between[np.clip(np.searchsorted(between, wanted), 0, len(between) - 1)])
+    return between[::-1] if len(between) else np.ones(1)
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """All combinations of thresholds of a chain; arrays [G, ...] with an axis per stage but the last."""
+    """A chain at every threshold, falling: arrays [G]."""
 
+    thresholds: np.ndarray
     right: np.ndarray
     differ: np.ndarray
     cost: np.ndarray
     shares: tuple[np.ndarray, ...]
 
-    def candidate(self, chain: Sequence[_Scored], index: int, count: int) -> Candidate:
-        """The combination at a flat index."""
-        places = np.unravel_index(index, self.right.shape)
-        thresholds = [float(stage.thresholds[place]) for stage, place in zip(chain, places, strict=False)]
+    def candidate(self, chain: Sequence[_Scored], at: int, count: int) -> Candidate:
+        """The cascade at one of the thresholds."""
+        placed = [float(self.thresholds[at])] * (len(chain) - 1)
         stages = [Stage(stage.degree, stage.temperature, threshold)
-                  for stage, threshold in zip(chain, [*thresholds, 0.0], strict=True)]  # fmt: skip
-        shares = tuple(float(np.broadcast_to(share, self.right.shape)[places]) for share in self.shares)
-        return Candidate(CascadePlan(stages), float(self.right[places] / count), float(self.cost[places]), shares)
+                  for stage, threshold in zip(chain, [*placed, 0.0], strict=True)]  # fmt: skip
+        shares = tuple(float(share[at]) for share in self.shares)
+        return Candidate(CascadePlan(stages), float(self.right[at] / count), float(self.cost[at]), shares)
 
 
 def _tried(chain: Sequence[_Scored], costs: Costs) -> _Tried:
-    parts = list(_parts(chain))
-    shape = np.broadcast_shapes(*(right.shape for right, _, _ in parts))
-    return _Tried(
-        right=sum((right for right, _, _ in parts), np.zeros(shape)),
-        differ=sum((differ for _, differ, _ in parts), np.zeros(shape)),
-        cost=sum((costs.of(stage.degree, share) for stage, (_, _, share) in zip(chain, parts, strict=True)),
-                 np.zeros(shape)),
-        shares=tuple(share for _, _, share in parts),
-    )  # fmt: skip
-
-
-def _parts(chain: Sequence[_Scored]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of every stage, how many of its own images are right, how many differ, and the share that reaches it.
-
-    Sums over images are products of matrices: [thresholds of the first stage, n] x [n, thresholds of the second].
-    """
-    first, *others = chain
-    count = len(first.right)
-    if not others:
-        yield np.array(first.right.sum()), np.array(first.differ.sum()), np.array(1.0)
-        return
-    left = 1 - first.keeps
-    axis = (slice(None), *(None,) * (len(others) - 1))
-    yield (first.keeps @ first.right)[axis], (first.keeps @ first.differ)[axis], np.array(1.0)
-    second, *last = others
-    if not last:
-        yield left @ second.right, left @ second.differ, left.mean(axis=1)
-        return
-    yield (left * second.right) @ second.keeps.T, (left * second.differ) @ second.keeps.T, left.mean(axis=1)[axis]
-    (third,) = last
-    rest = (1 - second.keeps).T
-    yield (left * third.right) @ rest, (left * third.differ) @ rest, left @ rest / count
+    *inner, last = chain
+    placed = thresholds(np.concatenate([stage.sureness for stage in inner])) if inner else np.ones(1)
+    waiting = np.ones((len(placed), len(last.right)), bool)
+    right, differ, cost = np.zeros(len(placed)), np.zeros(len(placed)), np.zeros(len(placed))
+    shares = []
+    for stage in chain:
+        answered = waiting if stage is last else waiting & (stage.sureness >= placed[:, None])
+        shares.append(waiting.mean(axis=1))
+        right += answered @ stage.right
+        differ += answered @ stage.differ
+        cost += costs.of(stage.degree, shares[-1])
+        waiting = waiting & ~answered
+    return _Tried(placed, right, differ, cost, tuple(shares))

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 
 import calib.cascade
 from calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature
-from runtime.cascade import CascadePlan, Stage, run, shares
+from runtime.cascade import CascadePlan, Stage, confidence, run, shares
 from runtime.errors import InputError
 from runtime.local_latency import Times
 
@@ -75,20 +75,25 @@ def test_costs_are_linear_between_one_image_and_a_batch():
     assert Costs.of_times({0: Times(3.0, 9)}, {0: Times(3.0, 9)}, 1).of(0, 0.5) == pytest.approx(1.5)
 
 
-def brute_force(logits, labels, goal, costs, thresholds, temperatures):
-    """Every cascade by itself, carried out image by image through the runtime."""
+def one_by_one(logits, labels, plan):
+    """A cascade carried out through the runtime: which images are right, and the share that reaches each stage."""
+    pixels = np.broadcast_to(np.arange(len(labels), dtype=np.float32)[:, None, None, None], (len(labels), 3, 1, 1))
+    answer = run(plan, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], pixels)
+    return answer.logits.argmax(axis=1) == labels, shares(plan, answer.degrees)
+
+
+def brute_force(logits, labels, goal, costs):
+    """Every cascade by itself: thresholds of a chain in falling order, until one breaks the goal."""
     count, base = len(labels), logits[min(logits)].argmax(axis=1) == labels
-    pixels = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, 3, 1, 1))
+    temperatures = {degree: round(fit_temperature(each, labels), 6) for degree, each in logits.items()}
     found = []
     for length in (2, 3):
         for chain in itertools.combinations(sorted(logits, reverse=True), length):
-            for placed in itertools.product(*(thresholds[degree] for degree in chain[:-1])):
-                plan = CascadePlan([Stage(degree, temperatures[degree], threshold)
-                                    for degree, threshold in zip(chain, (*placed, 0.0), strict=True)])  # fmt: skip
-                answer = run(plan, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], pixels)
-                right = answer.logits.argmax(axis=1) == labels
-                reached = shares(plan, answer.degrees)
-                cost = sum(float(costs.of(degree, share)) for degree, share in zip(chain, reached, strict=True))
+            sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
+            for threshold in calib.cascade.thresholds(np.concatenate(sureness)):
+                plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
+                                    for degree in chain])  # fmt: skip
+                right, reached = one_by_one(logits, labels, plan)
                 if goal.accuracy is None:
                     gains = right.astype(float) - base
                     spread = ((right != base).sum() + 1) / count - gains.mean() ** 2
@@ -96,33 +101,59 @@ def brute_force(logits, labels, goal, costs, thresholds, temperatures):
                 else:
                     spread = right.mean() * (1 - right.mean()) + 1 / count
                     kept = right.mean() - CAUTION * (spread / count) ** 0.5 >= goal.accuracy
-                found.append((cost if kept else math.inf, plan, right.mean(), reached))
-    return min(found, key=lambda each: each[0])
+                if not kept:
+                    break
+                cost = sum(float(costs.of(degree, share)) for degree, share in zip(chain, reached, strict=True))
+                found.append((cost, plan, right.mean(), reached))
+    return min(found, key=lambda each: each[0], default=None)
 
 
-@pytest.mark.parametrize("goal", [Goal(max_drop=3.0), Goal(accuracy=0.6), Goal(max_drop=0.0)])
+@pytest.mark.parametrize("goal", [Goal(max_drop=8.0), Goal(accuracy=0.4), Goal(max_drop=0.0)])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_cheapest_of_all_cascades_is_found(monkeypatch, goal, seed):
-    monkeypatch.setattr(calib.cascade, "_GRID", 5)
+    monkeypatch.setattr(calib.cascade, "_GRID", 12)
     logits, labels = drawn(60, seed, {0: 1.6, 4: 1.4, 8: 1.0, 16: 0.8})
     costs = Costs({0: 1.0, 4: 0.9, 8: 0.5, 16: 0.4}, {0: 1.0, 4: 0.7, 8: 0.5, 16: 0.3}, 4)
-    scored = {degree: calib.cascade._Scored.of(degree, logits[degree], labels, labels == 0) for degree in logits}
-    thresholds = {degree: each.thresholds.tolist() for degree, each in scored.items()}
-    temperatures = {degree: each.temperature for degree, each in scored.items()}
-    cost, plan, accuracy, reached = brute_force(logits, labels, goal, costs, thresholds, temperatures)
+    expected = brute_force(logits, labels, goal, costs)
     found = calibrate(logits, labels, goal, costs).cascade
-    if math.isinf(cost):
-        assert found is None
+    if goal.max_drop == 0.0:
+        assert expected is None and found is None
         return
+    cost, plan, accuracy, reached = expected
     assert found.cost == pytest.approx(cost, rel=1e-12)
     assert (found.plan, found.accuracy) == (plan, pytest.approx(accuracy))
     assert found.shares == pytest.approx(reached)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(values=st.lists(st.sampled_from([0.2, 0.5, 0.500001, 0.9, 1.0]) | st.floats(0.1, 1), min_size=1, max_size=200))
+def test_thresholds_lie_between_confidences_and_fall(values):
+    sureness = np.array(values)
+    placed = calib.cascade.thresholds(sureness)
+    assert 1 <= len(placed) <= 64 and (np.diff(placed) < 0).all()
+    if len(np.unique(np.round(sureness, 6))) > 1:
+        assert ((sureness.min() <= placed) & (placed <= sureness.max())).all()
+
+
+def test_a_goal_is_broken_less_often_than_the_margin_allows():
+    """Calibrated on 400 images, judged on 20,000: of 60 draws few lose more than they may."""
+    strengths = {0: 2.0, 8: 1.7, 16: 1.4}
+    logits, labels = drawn(20_000, 1000, strengths)
+    costs = Costs(dict.fromkeys(strengths, 0.0), {0: 1.0, 8: 0.6, 16: 0.35})
+    base = (logits[0].argmax(axis=1) == labels).mean()
+    broken = tried = 0
+    for seed in range(60):
+        found = calibrate(*drawn(400, seed, strengths), Goal(max_drop=2.0), costs).cascade
+        if found is not None:
+            tried += 1
+            broken += one_by_one(logits, labels, found.plan)[0].mean() < base - 0.02
+    assert tried >= 50 and broken / tried <= 0.1  # 2% per chain; the best of several chains is a little worse
+
+
 def test_the_single_degree_is_the_cheapest_that_keeps_the_goal():
     logits, labels = drawn(400, 7, {0: 2.0, 8: 1.9, 16: 0.5})
     costs = Costs(dict.fromkeys(logits, 0.0), {0: 1.0, 8: 0.6, 16: 0.3})
-    found = calibrate(logits, labels, Goal(max_drop=5), costs)
+    found = calibrate(logits, labels, Goal(max_drop=10), costs)
     assert found.single.plan.degrees == (8,) and found.single.shares == (1.0,)
     assert found.single.accuracy == (logits[8].argmax(axis=1) == labels).mean()
     only = calibrate(logits, labels, Goal(max_drop=0), costs)
@@ -148,7 +179,7 @@ def test_engines_that_are_equally_sure_of_all_images_make_no_cascade():
     labels = np.array([0, 1] * 50)
     logits = {degree: np.eye(2, dtype=np.float32)[labels] for degree in (0, 8)}
     found = calibrate(logits, labels, Goal(max_drop=2), Costs({0: 0, 8: 0}, {0: 1, 8: 0.5}))
-    assert found.cascade is None and found.single.plan.degrees == (8,)
+    assert found.single.plan.degrees == (8,) and found.single.cost <= found.cascade.cost
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -159,12 +190,10 @@ def test_whatever_is_found_keeps_the_goal_when_it_runs(seed, images, drop):
     found = calibrate(logits, labels, Goal(max_drop=drop), costs).cascade
     if found is None:
         return
-    pixels = np.broadcast_to(np.arange(images, dtype=np.float32)[:, None, None, None], (images, 3, 1, 1))
-    answer = run(found.plan, lambda given, degree: logits[degree][given[:, 0, 0, 0].astype(int)], pixels)
-    right = (answer.logits.argmax(axis=1) == labels).mean()
-    assert right == pytest.approx(found.accuracy)
-    assert right >= (logits[0].argmax(axis=1) == labels).mean() - drop / 100
-    assert shares(found.plan, answer.degrees) == pytest.approx(found.shares)
+    right, reached = one_by_one(logits, labels, found.plan)
+    assert right.mean() == pytest.approx(found.accuracy)
+    assert right.mean() >= (logits[0].argmax(axis=1) == labels).mean() - drop / 100
+    assert reached == pytest.approx(found.shares)
 
 
 def test_how_many_images_a_goal_needs():
