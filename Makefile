@@ -29,6 +29,8 @@ OUT ?= engines/$(notdir $(MODEL))
 
 # wheels of TensorRT's bindings, whose signatures the tests read: their libraries are not installed
 TENSORRT_API := 10.16.1.11 11.4.0.106
+# wheels that hold a Triton server with its Python backend, which only works with this numpy: served by in tests
+TRITON := nvidia-pytriton==0.7.0 numpy==1.26.4
 
 .PHONY: engines test test-full experiment bench gpu-check lint native setup clean
 .DELETE_ON_ERROR:
@@ -45,10 +47,10 @@ ifneq ($(filter tensorrt-rtx,$(BACKEND)),)
 engines: .venv/ready-rtx
 endif
 
-test: .venv/ready-dev build/tensorrt-api/ready native
+test: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
 
-test-full: .venv/ready-dev build/tensorrt-api/ready native
+test-full: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m ""
 
 experiment: .venv/ready-dev
@@ -89,6 +91,11 @@ build/tensorrt-api/ready: Makefile .venv/ready
 	  $(PIP) install --quiet --no-deps --target build/tensorrt-api/$$version tensorrt-cu13-bindings==$$version || exit 1; \
 	done
 	touch $@
+
+build/triton/ready: Makefile .venv/ready
+	rm -rf build/triton
+	$(PIP) install --quiet --no-deps --only-binary :all: --target build/triton $(TRITON) && touch $@ \
+	  || echo "no Triton server to be had for this platform: its tests are skipped"
 
 clean:
 	rm -rf .venv build engines runtime/native/built *.egg-info

@@ -42,6 +42,7 @@ from export.cli_options import (
     read_plan_options,
 )
 from export.cli_serve import serve_command
+from export.cli_triton import export_triton_command
 from export.cli_validate import validate_command
 from export.console import complain, open_console, stages
 from runtime.errors import GateError, one_line
@@ -129,6 +130,7 @@ app.command("validate")(validate_command)
 app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
 app.command("choose-scale")(choose_scale_command)
+app.command("export-triton")(export_triton_command)
 app.command("serve")(serve_command)
 
 
