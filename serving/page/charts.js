@@ -15,7 +15,7 @@ export const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(2) : ms.toFixed(1)} 
 
 // tokens: L + 1 numbers; block: the one whose output is shown, or null for the input
 export function drawTokens(place, tokens, block) {
-  const width = Math.max(160, place.clientWidth), height = 118, top = 16, bottom = 18;
+  const width = Math.max(160, place.clientWidth), height = 150, top = 16, bottom = 18;
   const step = width / tokens.length, room = height - top - bottom, few = step >= 22;
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   svg.setAttribute("aria-label", `Tokens entering each block, then leaving the last: ${tokens.join(", ")}`);

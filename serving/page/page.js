@@ -200,6 +200,10 @@ function familyChanged() {
   of("model").textContent = [family.model, `${width} \u00d7 ${height}`, `${family.classes} classes`,
     `${family.backend} ${family.precision}`, family.source_degree === null ? null : `tuned at degree ${family.source_degree}`]
     .filter(Boolean).join("  \u00b7  ");
+  if (family.reduction === "prune") {
+    of("about-text").textContent = "A vision transformer cuts an image into patches, one token each. Those that matter least to "
+      + "the answer are fused into one in every block, so that less is left to compute.";
+  }
   of("merge-title").textContent = family.reduction === "prune" ? "What is pruned and fused" : "What becomes one token";
   of("stops").replaceChildren(...family.degrees.map(({ degree }) => {
     const stop = document.createElement("span");

@@ -69,7 +69,7 @@ export class Picture {
         }
       });
       step.groups.forEach((group) => {
-        if (step.sizes[group] > 1 && step.hues[group] === null) step.hues[group] = (205 + 137.508 * next++) % 360;
+        if (step.sizes[group] > 1 && step.hues[group] === null) step.hues[group] = (250 + 137.508 * next++) % 360;
       });
     });
   }
@@ -147,7 +147,7 @@ export class Picture {
     const { groups, hues } = this.steps[step];
     groups.forEach((group, patch) => {
       if (hues[group] === null) return;
-      pen.fillStyle = `hsl(${hues[group]} 80% 55% / 0.5)`;
+      pen.fillStyle = `oklch(0.68 0.15 ${hues[group]} / 0.5)`;
       this.#fill(pen, patch, width, height);
     });
   }
@@ -157,7 +157,7 @@ export class Picture {
     const { groups, hues } = this.steps[step];
     groups.forEach((group, patch) => {
       const coloured = hues[group] !== null && style !== "mean";
-      pen.fillStyle = coloured ? `hsl(${hues[group]} 85% ${style === "plain" ? 60 : 48}%)` : "rgb(128 138 150 / 0.35)";
+      pen.fillStyle = coloured ? `oklch(${style === "plain" ? 0.78 : 0.62} 0.16 ${hues[group]})` : "rgb(128 138 150 / 0.35)";
       this.#edges(pen, step, patch, width, height, coloured ? 1.3 * line : Math.max(1, line / 2));
     });
   }
