@@ -12,6 +12,7 @@ from rich.table import Table
 
 from export.cli_options import read_degrees
 from export.console import open_console
+from runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from serving.triton.repository import Written
@@ -81,12 +82,20 @@ def export_triton_command(
 
 
 def _inlined(graph: Path) -> bytes:
-    """A graph's content without model-local functions."""
+    """A graph's content without model-local functions.
+
+    Raises:
+        InputError: It is no graph.
+    """
     import onnx
+    from google.protobuf.message import DecodeError
 
     from export.lower import inline
 
-    return inline(onnx.load(graph, load_external_data=False)).SerializeToString()
+    try:
+        return inline(onnx.load(graph, load_external_data=False)).SerializeToString()
+    except (DecodeError, ValueError, RuntimeError) as error:  # the last two: what the inliner makes of a broken one
+        raise InputError(f"{one_line(graph)} is not a graph that can be read: {one_line(error)}") from error
 
 
 def _table(written: tuple[Written, ...]) -> Table:
@@ -111,7 +120,7 @@ def _table(written: tuple[Written, ...]) -> Table:
 
 def _notes(written: tuple[Written, ...]) -> str:
     own = sum(each.size - each.linked for each in written)
-    notes = [f"On disk {own / _MIB:.2f} MiB beside the family, whose files are linked to where that is possible."]
+    notes = [f"On disk {own / _MIB:.2f} MiB in all: what several models read is stored once."]
     if any(each.model.backend == "openvino" for each in written):
         notes.append(
             "Triton's openvino backend pads what it batches, so requests are not batched there. It runs the function\n"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.checked_json import Json
 from runtime.engines import INPUT_NAME, OUTPUT_NAME
 from runtime.errors import InputError
 from runtime.manifest import EngineEntry, Family
@@ -165,8 +166,12 @@ def _batches(entry: EngineEntry, backend: str, options: TritonOptions) -> tuple[
         return 0, []
     if backend != "tensorrt":
         most = options.max_batch or _DEFAULT_MAX_BATCH
-        return most, sorted(size for size in map(int, entry.latency_ms) if 1 < size <= most)
-    smallest, best, largest = entry.build["options"]["batch"]
+        timed = (int(size) for size in entry.latency_ms if size.isascii() and size.isdigit() and len(size) < 10)
+        return most, sorted(size for size in timed if 1 < size <= most)
+    build = Json(entry.build, "build").key("options").key("batch")
+    if len(profile := build.integers(minimum=1)) != 3:
+        build.refuse("three numbers, the smallest, best and largest batch")
+    smallest, best, largest = profile
     if smallest > 1:
         raise InputError(
             f"the plan of degree {entry.degree} must take single images, got batches of {smallest} to {largest}: "

@@ -1,7 +1,7 @@
 """A family's folder -> a model repository for Triton, whole or not at all.
 
-Weights are hard links to the family's files where both lie on one file system: files of a family are never changed, and
-all degrees share their weights.
+What several degrees read is copied once, and the others' version folders have hard links to the copy. There are none to
+the family's own files: onnx and onnx_ir take a weights file with more than one name for an attack.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import runtime.preprocess
 from runtime.artifacts import write_atomically
-from runtime.checked_json import parse, read_text
+from runtime.checked_json import Json, parse, read_text
 from runtime.errors import InputError, one_line
 from runtime.manifest import EngineEntry, Family
 from serving.triton.config import (
@@ -103,7 +103,7 @@ class Written:
     Attributes:
         model: The model.
         size: Bytes of its files.
-        linked: Bytes of these that are the family's own files, and take no room again.
+        linked: Bytes of these that are another model's too, and take no room again.
     """
 
     model: Model
@@ -133,7 +133,8 @@ def write_repository(
     making = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         making.mkdir()
-        written = tuple(_write_model(making, model) for model in models)
+        copies: dict[Path, Path] = {}
+        written = tuple(_write_model(making, model, copies) for model in models)
         marker = {"format": 1, "family": family.model, "models": [model.name for model in models]}
         write_atomically(making / MARKER, json.dumps(marker, indent=1).encode())
         _put_in_place(making, out)
@@ -192,24 +193,33 @@ def _backend(entry: EngineEntry, options: RepositoryOptions) -> str:
             f"Triton has backends for {', '.join(FILES)}, got degree {entry.degree} for {one_line(backend)}: compile "
             "the family for one of these, or give --backend onnxruntime"
         )
-    if backend == "tensorrt" and (left_out := [name for name in ("stripped", "own_kernels")
-                                               if entry.build["options"].get(name)]):  # fmt: skip
-        raise InputError(
-            f"Triton loads plans that hold all they need, got degree {entry.degree} with "
-            f"{left_out[0].replace('own_kernels', 'plugin')}: compile it without that --plan-option"
-        )
+    if backend == "tensorrt":
+        built = Json(entry.build, "build").key("options")
+        for option, name in (("stripped", "stripped"), ("own_kernels", "plugin")):
+            if built.key_or(option, False).boolean():
+                raise InputError(
+                    f"Triton loads plans that hold all they need, got degree {entry.degree} with {name}: compile it "
+                    "without that --plan-option"
+                )
     return backend
 
 
 def _engine_files(
     engines: Path, entry: EngineEntry, backend: str, inlined: Callable[[Path], bytes]
 ) -> dict[str, Path | bytes]:
-    """An engine's files, with external data under the names that the graph has for them."""
+    """An engine's files, with external data under the names that the graph has for them.
+
+    Raises:
+        InputError: The manifest has them where no graph could name them.
+    """
     opened = f"{VERSION}/{FILES[backend]}"
     if backend == "tensorrt":
         return {opened: engines / entry.engine}
     graph = PurePosixPath(entry.onnx if backend == "onnxruntime" else entry.engine)
     beside = [name for name in entry.sha256 if PurePosixPath(name).suffix not in (".onnx", ".plan")]
+    for name in beside:
+        if not PurePosixPath(name).is_relative_to(graph.parent):
+            raise InputError(f"weights must lie beside their graph {graph} or below, got {name}: compile it again")
     weights = {f"{VERSION}/{PurePosixPath(name).relative_to(graph.parent)}": engines / name for name in beside}
     return {opened: inlined(engines / graph) if backend == "openvino" else engines / graph, **weights}
 
@@ -225,7 +235,8 @@ def _labels(family: Family) -> bytes:
     return "".join(f"{one_line(name)}\n" for name in family.class_names or ()).encode()
 
 
-def _write_model(repository: Path, model: Model) -> Written:
+def _write_model(repository: Path, model: Model, copies: dict[Path, Path]) -> Written:
+    """Writes a model's folder; `copies` says where a file of the family lies already, and is told of new ones."""
     folder = repository / model.name
     size = linked = 0
     for name, source in model.files.items():
@@ -233,8 +244,11 @@ def _write_model(repository: Path, model: Model) -> Written:
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             target.write_bytes(source)
-        elif _linked(source, target):
+        elif source in copies and _linked(copies[source], target):
             linked += target.stat().st_size
+        else:
+            shutil.copyfile(source, target)
+            copies[source] = target
         size += target.stat().st_size
     config = folder / "config.pbtxt"
     config.write_text(prototext(model.config), encoding="utf-8")
@@ -242,11 +256,10 @@ def _write_model(repository: Path, model: Model) -> Written:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether a file of the family could be linked to; it is copied otherwise."""
+    """Whether a file could be given a second name, which not every file system has."""
     try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+        os.link(source, target)
+    except OSError:
         return False
     return True
 
