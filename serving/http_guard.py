@@ -42,12 +42,6 @@ class HttpLimits:
     max_connections: int = 1024
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Guard:
     """ASGI middleware that holds `HttpLimits`."""
 
@@ -64,53 +58,68 @@ class Guard:
             await refuse(send, 503, f"{self._running} requests are being answered, which is the limit", 1.0)
             return
         self._running += 1
-        started = False
-
-        async def told(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
         try:
-            self._check_headers(dict(scope["headers"]))
-            await self._app(scope, self._bounded(receive), told)
-        except _RefusedError as refused:
-            if not started:
-                await refuse(send, refused.status, str(refused))
+            await _Exchange(self._limits, receive, send).run(self._app, scope)
         finally:
             self._running -= 1
 
-    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
+
+class _Exchange:
+    """One request that is passed on, and its response."""
+
+    def __init__(self, limits: HttpLimits, receive: Receive, send: Send) -> None:
+        self._limits, self._receive, self._send = limits, receive, send
+        self._came, self._whole = 0, False
+        self._until = asyncio.get_running_loop().time() + limits.body_s
+        self._started = self._refused = False
+
+    async def run(self, app: App, scope: Message) -> None:
+        headers = dict(scope["headers"])
         if b"content-encoding" in headers:  # a small body could become a large one
-            raise _RefusedError(415, "a request's body must not be compressed: send it without Content-Encoding")
+            await refuse(self._send, 415, "a request's body must not be compressed: send it without Content-Encoding")
+            return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
-            self._refuse_size()
+            await refuse(self._send, 413, self._too_large())
+            return
+        try:
+            await app(scope, self.receive, self.send)
+        except Exception:
+            if not self._refused:  # else it is what the application makes of a request that ends early
+                raise
 
-    def _refuse_size(self) -> None:
-        raise _RefusedError(413, f"a request's body must be {self._limits.max_body_bytes} bytes at most")
+    async def receive(self) -> Message:
+        """The request's next message, as long as its body keeps to size and time."""
+        if self._refused:
+            return {"type": "http.disconnect"}
+        if self._whole:  # from here on it only waits for the end of the connection
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            return await self._refuse(408, f"a request's body must come within {self._limits.body_s:g} s")
+        self._came += len(message.get("body", b""))
+        self._whole = message["type"] != "http.request" or not message.get("more_body", False)
+        if self._came > self._limits.max_body_bytes:
+            return await self._refuse(413, self._too_large())
+        return message
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """The same messages, as long as the body keeps to size and time."""
-        came, whole = 0, False
-        until = asyncio.get_running_loop().time() + self._limits.body_s
+    async def send(self, message: Message) -> None:
+        """Passes on what the application answers, unless the request was refused meanwhile."""
+        if not self._refused:
+            self._started = True
+            await self._send(message)
 
-        async def bounded() -> Message:
-            nonlocal came, whole
-            if whole:  # from here on it only waits for the end of the connection
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                raise _RefusedError(408, f"a request's body must come within {self._limits.body_s:g} s") from None
-            came += len(message.get("body", b""))
-            whole = message["type"] != "http.request" or not message.get("more_body", False)
-            if came > self._limits.max_body_bytes:
-                self._refuse_size()
-            return message
+    async def _refuse(self, status: int, message: str) -> Message:
+        """Answers in the application's place; to the application it looks as if the client had left."""
+        self._refused = True
+        if not self._started:
+            await refuse(self._send, status, message)
+        return {"type": "http.disconnect"}
 
-        return bounded
+    def _too_large(self) -> str:
+        return f"a request's body must be {self._limits.max_body_bytes} bytes at most"
 
 
 async def refuse(send: Send, status: int, message: str, retry_after_s: float | None = None) -> None:
