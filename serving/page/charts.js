@@ -57,7 +57,7 @@ export function drawFrontier(place, degrees, current, choose) {
   const y = (value) => top + (1 - (value - lowY) / (highY - lowY)) * (height - top - bottom);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group" });
   svg.setAttribute("aria-label", accurate ? "Accuracy against time" : "Compute against time");
-  const across = ticks(lowX, highX, width < 420 ? 3 : 6), along = ticks(lowY, highY, 4);
+  const across = ticks(lowX, highX, width < 420 ? 3 : 6), along = ticks(lowY, highY, 6);
   for (const at of along.found) {
     make("line", { x1: left, x2: width - right, y1: y(at), y2: y(at), class: "grid" }, svg);
     make("text", { x: left - 8, y: y(at) + 4, class: "tick end" }, svg, at.toFixed(along.digits));

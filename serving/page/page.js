@@ -172,7 +172,8 @@ function showDegree() {
   const degree = degreeShown(), entry = entryOf(degree), { degrees } = state.family;
   of("auto").checked = state.auto;
   of("degree").textContent = degree;
-  of("degree-unit").textContent = degree === 0 ? "nothing is merged" : `tokens less in every block`;
+  of("degree-unit").textContent = degree === 0 ? "nothing is removed"
+    : state.family.schedule === "constant" ? "tokens less in every block" : `tokens less, by the schedule ${state.family.schedule}`;
   const slider = of("slider");
   slider.max = degrees.length - 1;
   slider.value = degrees.findIndex((each) => each.degree === degree);
