@@ -79,29 +79,43 @@ class Costs:
     """Mean cost of an image at every degree, where not every image of a batch comes to it.
 
     Attributes:
-        start: Degree -> cost of a call, whatever its images.
-        each: Degree -> cost of each image of a call.
+        alone: Degree -> cost of an image where the whole batch comes, as to the first stage.
+        start: Degree -> cost of a call in a later stage, whatever its images.
+        each: Degree -> cost of each image of such a call.
         batch: Images that enter the cascade together.
     """
 
+    alone: Mapping[int, float]
     start: Mapping[int, float]
     each: Mapping[int, float]
     batch: int = 1
 
     @classmethod
-    def of_times(cls, ones: Mapping[int, Times], many: Mapping[int, Times], batch: int) -> Costs:
-        """In ms, linear between calls with one image and calls with a whole batch.
+    def of_gmacs(cls, gmacs: Mapping[int, float]) -> Costs:
+        """In multiply-accumulates, which no call costs by itself.
 
         Args:
-            ones: Degree -> times with one image.
-            many: Degree -> times with a whole batch.
-            batch: Images of a whole batch, 2 or more for the two to differ.
+            gmacs: Degree -> of an image.
+        """
+        return cls(gmacs, dict.fromkeys(gmacs, 0.0), gmacs)
+
+    @classmethod
+    def of_times(
+        cls, whole: Mapping[int, Times], ones: Mapping[int, Times], many: Mapping[int, Times], batch: int
+    ) -> Costs:
+        """In ms; of a later stage linear between one image and a whole batch.
+
+        Args:
+            whole: Degree -> times of a whole batch, with engines for exactly so many images.
+            ones: Degree -> times of one image, with engines for any number.
+            many: Degree -> times of a whole batch, with engines for any number.
+            batch: Images of a whole batch.
         """
         each = {degree: max(0.0, (many[degree].p50_ms - ones[degree].p50_ms) / max(1, batch - 1)) for degree in many}
         start = {degree: max(0.0, many[degree].p50_ms - batch * each[degree]) for degree in many}
-        return cls(start, each, batch)
+        return cls({degree: times.p50_ms / batch for degree, times in whole.items()}, start, each, batch)
 
-    def of(self, degree: int, share: float | np.ndarray) -> float | np.ndarray:
+    def later(self, degree: int, share: float | np.ndarray) -> float | np.ndarray:
         """Mean cost per image that enters the cascade, where a share of them comes to a degree, each by itself."""
         called = 1 - (1 - np.asarray(share)) ** self.batch
         return self.start[degree] * called / self.batch + self.each[degree] * share
@@ -284,6 +298,6 @@ def _tried(chain: Sequence[_Scored], costs: Costs) -> _Tried:
         shares.append(waiting.mean(axis=1))
         right += answered @ stage.right
         differ += answered @ stage.differ
-        cost += costs.of(stage.degree, shares[-1])
+        cost += costs.alone[stage.degree] if stage is chain[0] else costs.later(stage.degree, shares[-1])
         waiting = waiting & ~answered
     return _Tried(placed, right, differ, cost, tuple(shares))

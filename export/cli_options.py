@@ -41,6 +41,10 @@ Schedule = Annotated[
 ReductionName = Annotated[
     str, typer.Option("--reduction", help="How tokens go: merge (ToMe) or prune (EViT, by class-token attention).")
 ]
+FamilyFolder = Annotated[Path, typer.Option("--engines", help="Folder of the family.")]
+Picture = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Draw accuracy against latency there, .png or .svg.")
+]
 Images = Annotated[
     Path | None,
     typer.Option(help="Folder of images to validate on; with one folder per class, top-1 is measured too."),

@@ -55,7 +55,13 @@ def this_machine() -> str:
 
 
 def local_latencies(
-    folder: Path | str, family: Family, batch: int = 1, *, cache: Path | None = None, tell: Tell | None = None
+    folder: Path | str,
+    family: Family,
+    batch: int = 1,
+    *,
+    fixed: bool = True,
+    cache: Path | None = None,
+    tell: Tell | None = None,
 ) -> dict[int, Times]:
     """Times of every engine of a family on this machine.
 
@@ -66,6 +72,8 @@ def local_latencies(
         folder: Of the family.
         family: Its manifest.
         batch: Images per call.
+        fixed: Whether engines are opened for exactly this batch, as where every call has so many images; else for any
+            number, which takes longer with libraries that prepare for one (OpenVINO), and is not in the manifest.
         cache: Folder for what was measured; by default tocom/latency in the user's cache folder, $XDG_CACHE_HOME or
             ~/.cache.
         tell: Given a line when something is measured, and once when it cannot be kept.
@@ -80,9 +88,9 @@ def local_latencies(
     tell = tell or (lambda _line: None)
     machine = this_machine()
     known = {entry.degree: _from_manifest(entry, machine, batch) for entry in family.engines}
-    if None not in known.values():
+    if fixed and None not in known.values():
         return known
-    circumstances = _circumstances(family, machine, batch)
+    circumstances = _circumstances(family, machine, batch, fixed)
     file = _cache_file(cache, circumstances)
     with _measuring:
         if (found := _cached(file, family)) is not None:
@@ -92,7 +100,7 @@ def local_latencies(
                 return found
             count = len(family.engines)
             tell(f"measuring {count} engine{'' if count == 1 else 's'} at batch {batch} on this machine, once")
-            found = _measure(Path(folder), family, batch)
+            found = _measure(Path(folder), family, batch, fixed)
             _keep(file, circumstances, found, tell)
             return found
 
@@ -104,7 +112,7 @@ def _from_manifest(entry: EngineEntry, machine: str, batch: int) -> Times | None
     return Times(figures["p50"], figures["p99"])
 
 
-def _circumstances(family: Family, machine: str, batch: int) -> dict[str, Any]:
+def _circumstances(family: Family, machine: str, batch: int, fixed: bool) -> dict[str, Any]:
     """Everything that times depend on: they are known by it."""
     engines = [
         {
@@ -117,7 +125,8 @@ def _circumstances(family: Family, machine: str, batch: int) -> dict[str, Any]:
         for entry in family.engines
     ]
     libraries = {backend: _library(backend) for backend in sorted({entry.backend for entry in family.engines})}
-    return {"format": FORMAT, "machine": machine, "batch": batch, "libraries": libraries, "engines": engines}
+    return {"format": FORMAT, "machine": machine, "batch": batch, "fixed": fixed, "libraries": libraries,
+            "engines": engines}  # fmt: skip
 
 
 def _library(backend: str) -> str:
@@ -160,7 +169,7 @@ def _cached(file: Path | None, family: Family) -> dict[int, Times] | None:
 
 def _keep(file: Path | None, circumstances: dict[str, Any], found: dict[int, Times], tell: Tell) -> None:
     times = {str(degree): {"p50": each.p50_ms, "p99": each.p99_ms} for degree, each in found.items()}
-    about = {name: circumstances[name] for name in ("format", "machine", "batch", "libraries")}
+    about = {name: circumstances[name] for name in ("format", "machine", "batch", "fixed", "libraries")}
     if file is None:
         return
     try:
@@ -199,11 +208,11 @@ def _taken(take: Callable[[], object]) -> bool:
     return True
 
 
-def _measure(folder: Path, family: Family, batch: int) -> dict[int, Times]:
+def _measure(folder: Path, family: Family, batch: int, fixed: bool) -> dict[int, Times]:
     """In groups beside the lowest degree; each group is scaled to the same time of that one."""
     base, *others = family.engines
     groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
-    runs = [_together(folder, [base, *group], batch) for group in groups]
+    runs = [_together(folder, [base, *group], batch, fixed) for group in groups]
     typical = statistics.median(run[base.degree].p50 for run in runs)
     found: dict[int, Times] = {}
     for run in runs:
@@ -213,11 +222,12 @@ def _measure(folder: Path, family: Family, batch: int) -> dict[int, Times]:
     return found
 
 
-def _together(folder: Path, entries: list[EngineEntry], batch: int) -> dict[int, Latency]:
+def _together(folder: Path, entries: list[EngineEntry], batch: int, fixed: bool) -> dict[int, Latency]:
     with ExitStack() as stack:
         runners = {}
         for entry in entries:
-            opened = open_engine(folder / entry.engine, entry.backend, precision=entry.precision, batch=batch)
+            settings = {"precision": entry.precision, "batch": batch if fixed else None}
+            opened = open_engine(folder / entry.engine, entry.backend, **settings)
             runners[str(entry.degree)] = stack.enter_context(opened)
         times = measure(runners, batch=batch, seconds=_SECONDS, min_rounds=_ROUNDS)
     return {int(name): latency for name, latency in times.items()}

@@ -56,11 +56,13 @@ class Pick:
         entries: The engines, in the order in which they may run.
         plan: Of the cascade; None where one engine runs.
         why: How they were chosen; None where the user named them.
+        batch: Images of most calls, where the choice rests on it; the first engine is prepared for so many.
     """
 
     entries: tuple[EngineEntry, ...]
     plan: CascadePlan | None
     why: str | None
+    batch: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +88,7 @@ def pick(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
         plan = CascadePlan.read(folder, family)
         thresholds = ", ".join(f"{stage.threshold:.3f} at degree {stage.degree}" for stage in plan.stages[:-1])
         why = f"images go on to the next degree below a confidence of {thresholds}" if thresholds else None
-        return Pick(tuple(family.entry(degree) for degree in plan.degrees), plan, why)
+        return Pick(tuple(family.entry(degree) for degree in plan.degrees), plan, why, wish.batch)
     if wish.budget_ms is None and wish.min_accuracy is None:
         return Pick((family.engines[0] if wish.degree is None else family.entry(wish.degree),), None, None)
     found = points(family, local_latencies(folder, family, wish.batch, tell=tell))
@@ -97,7 +99,7 @@ def pick(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
     accuracy = "" if chosen.top1 is None else f", accuracy {chosen.top1:.4g}"
     why = (f"chose degree {chosen.degree}, {rule} that {' and '.join(limits)} at batch {wish.batch}: "
            f"{chosen.p50_ms:.3g} ms{accuracy}")  # fmt: skip
-    return Pick((family.entry(chosen.degree),), None, why)
+    return Pick((family.entry(chosen.degree),), None, why, wish.batch)
 
 
 class OpenEngines:
@@ -123,7 +125,9 @@ class OpenEngines:
             for entry in picked.entries:
                 family.check_files(folder, entry)
                 settings = {"precision": entry.precision, "threads": threads, "throughput": throughput}
-                runner = opened.enter_context(open_engine(folder / entry.engine, entry.backend, **settings))
+                batch = picked.batch if entry is picked.entries[0] else None  # fewer images, never the same, go on
+                engine = open_engine(folder / entry.engine, entry.backend, batch=batch, **settings)
+                runner = opened.enter_context(engine)
                 _ensure_matches(runner, family)
                 self._runners[entry.degree] = runner
             self._opened = opened.pop_all()

@@ -16,6 +16,8 @@ from runtime.cascade import CascadePlan, Stage, confidence, run, shares
 from runtime.errors import InputError
 from runtime.local_latency import Times
 
+ALONE = {0: 1.1, 4: 0.8, 8: 0.6, 16: 0.35}
+
 
 def drawn(images: int, seed: int, strengths: dict[int, float], classes: int = 5) -> tuple[dict, np.ndarray]:
     """Logits that know the label the better the stronger the degree, with noise that degrees share."""
@@ -62,17 +64,20 @@ def test_a_temperature_undoes_a_scaling():
 
 
 def test_costs_are_linear_between_one_image_and_a_batch():
-    costs = Costs.of_times({0: Times(3.0, 9)}, {0: Times(10.0, 99)}, 8)
-    assert costs.of(0, 1.0) == pytest.approx(10 / 8)
+    costs = Costs.of_times({0: Times(8.0, 9)}, {0: Times(3.0, 9)}, {0: Times(10.0, 99)}, 8)
+    assert costs.alone == {0: 1.0}
+    assert costs.later(0, 1.0) == pytest.approx(10 / 8)
     assert costs.start[0] == pytest.approx(2.0) and costs.each[0] == pytest.approx(1.0)
-    assert costs.of(0, 0.0) == 0
+    assert costs.later(0, 0.0) == 0
     # against drawing batches
     draws = np.random.default_rng(0).random((20_000, 8)) < 0.3
     calls = draws.any(axis=1) * 2.0 + draws.sum(axis=1) * 1.0
-    assert costs.of(0, 0.3) == pytest.approx(calls.mean() / 8, rel=0.02)
-    noisy = Costs.of_times({0: Times(10.0, 9)}, {0: Times(9.0, 9)}, 8)  # a batch no slower than one image
-    assert noisy.of(0, 1.0) == pytest.approx(9 / 8) and noisy.each[0] == 0
-    assert Costs.of_times({0: Times(3.0, 9)}, {0: Times(3.0, 9)}, 1).of(0, 0.5) == pytest.approx(1.5)
+    assert costs.later(0, 0.3) == pytest.approx(calls.mean() / 8, rel=0.02)
+    ten, nine, three = {0: Times(10.0, 10)}, {0: Times(9.0, 9)}, {0: Times(3.0, 9)}
+    noisy = Costs.of_times(nine, ten, nine, 8)  # a batch no slower than one image
+    assert noisy.later(0, 1.0) == pytest.approx(9 / 8) and noisy.each[0] == 0
+    assert Costs.of_times(three, three, three, 1).later(0, 0.5) == pytest.approx(1.5)
+    assert Costs.of_gmacs({0: 4.0}).later(0, 0.25) == 1.0
 
 
 def one_by_one(logits, labels, plan):
@@ -103,7 +108,8 @@ def brute_force(logits, labels, goal, costs):
                     kept = right.mean() - CAUTION * (spread / count) ** 0.5 >= goal.accuracy
                 if not kept:
                     break
-                cost = sum(float(costs.of(degree, share)) for degree, share in zip(chain, reached, strict=True))
+                cost = costs.alone[chain[0]]
+                cost += sum(float(costs.later(*each)) for each in zip(chain[1:], reached[1:], strict=True))
                 found.append((cost, plan, right.mean(), reached))
     return min(found, key=lambda each: each[0], default=None)
 
@@ -113,7 +119,7 @@ def brute_force(logits, labels, goal, costs):
 def test_the_cheapest_of_all_cascades_is_found(monkeypatch, goal, seed):
     monkeypatch.setattr(calib.cascade, "_GRID", 12)
     logits, labels = drawn(60, seed, {0: 1.6, 4: 1.4, 8: 1.0, 16: 0.8})
-    costs = Costs({0: 1.0, 4: 0.9, 8: 0.5, 16: 0.4}, {0: 1.0, 4: 0.7, 8: 0.5, 16: 0.3}, 4)
+    costs = Costs(ALONE, {0: 1.0, 4: 0.9, 8: 0.5, 16: 0.4}, {0: 1.0, 4: 0.7, 8: 0.5, 16: 0.3}, 4)
     expected = brute_force(logits, labels, goal, costs)
     found = calibrate(logits, labels, goal, costs).cascade
     if goal.max_drop == 0.0:
@@ -139,7 +145,7 @@ def test_a_goal_is_broken_less_often_than_the_margin_allows():
     """Calibrated on 400 images, judged on 20,000: of 60 draws few lose more than they may."""
     strengths = {0: 2.0, 8: 1.7, 16: 1.4}
     logits, labels = drawn(20_000, 1000, strengths)
-    costs = Costs(dict.fromkeys(strengths, 0.0), {0: 1.0, 8: 0.6, 16: 0.35})
+    costs = Costs.of_gmacs({0: 1.0, 8: 0.6, 16: 0.35})
     base = (logits[0].argmax(axis=1) == labels).mean()
     broken = tried = 0
     for seed in range(60):
@@ -152,7 +158,7 @@ def test_a_goal_is_broken_less_often_than_the_margin_allows():
 
 def test_the_single_degree_is_the_cheapest_that_keeps_the_goal():
     logits, labels = drawn(400, 7, {0: 2.0, 8: 1.9, 16: 0.5})
-    costs = Costs(dict.fromkeys(logits, 0.0), {0: 1.0, 8: 0.6, 16: 0.3})
+    costs = Costs.of_gmacs({0: 1.0, 8: 0.6, 16: 0.3})
     found = calibrate(logits, labels, Goal(max_drop=10), costs)
     assert found.single.plan.degrees == (8,) and found.single.shares == (1.0,)
     assert found.single.accuracy == (logits[8].argmax(axis=1) == labels).mean()
@@ -162,7 +168,7 @@ def test_the_single_degree_is_the_cheapest_that_keeps_the_goal():
 
 def test_nothing_reaches_too_high_a_goal():
     logits, labels = drawn(200, 8, {0: 1.0, 16: 0.5})
-    found = calibrate(logits, labels, Goal(accuracy=0.999), Costs({0: 1, 16: 1}, {0: 1, 16: 1}))
+    found = calibrate(logits, labels, Goal(accuracy=0.999), Costs.of_gmacs({0: 1, 16: 1}))
     assert found.cascade is None and found.single is None
     right = {degree: (each.argmax(axis=1) == labels).mean() for degree, each in logits.items()}
     assert found.nearest.accuracy >= max(right.values())
@@ -170,7 +176,7 @@ def test_nothing_reaches_too_high_a_goal():
 
 def test_only_the_degrees_that_may_take_part_do():
     logits, labels = drawn(300, 9, {0: 2.0, 4: 1.9, 8: 1.5, 16: 1.0})
-    costs = Costs(dict.fromkeys(logits, 0.0), {0: 1.0, 4: 0.99, 8: 0.6, 16: 0.3})
+    costs = Costs.of_gmacs({0: 1.0, 4: 0.99, 8: 0.6, 16: 0.3})
     found = calibrate(logits, labels, Goal(max_drop=5), costs, degrees=(0, 8))
     assert set(found.cascade.plan.degrees) <= {0, 8} and set(found.single.plan.degrees) <= {0, 8}
 
@@ -178,7 +184,7 @@ def test_only_the_degrees_that_may_take_part_do():
 def test_engines_that_are_equally_sure_of_all_images_make_no_cascade():
     labels = np.array([0, 1] * 50)
     logits = {degree: np.eye(2, dtype=np.float32)[labels] for degree in (0, 8)}
-    found = calibrate(logits, labels, Goal(max_drop=2), Costs({0: 0, 8: 0}, {0: 1, 8: 0.5}))
+    found = calibrate(logits, labels, Goal(max_drop=2), Costs.of_gmacs({0: 1, 8: 0.5}))
     assert found.single.plan.degrees == (8,) and found.single.cost <= found.cascade.cost
 
 
@@ -186,7 +192,7 @@ def test_engines_that_are_equally_sure_of_all_images_make_no_cascade():
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 80), drop=st.sampled_from([0.0, 0.5, 5.0, 50.0]))
 def test_whatever_is_found_keeps_the_goal_when_it_runs(seed, images, drop):
     logits, labels = drawn(images, seed, {0: 1.6, 8: 1.0, 16: 0.8}, classes=3)
-    costs = Costs(dict.fromkeys(logits, 0.1), {0: 1.0, 8: 0.6, 16: 0.3}, 4)
+    costs = Costs(ALONE, dict.fromkeys(logits, 0.1), {0: 1.0, 8: 0.6, 16: 0.3}, 4)
     found = calibrate(logits, labels, Goal(max_drop=drop), costs).cascade
     if found is None:
         return

@@ -20,8 +20,8 @@ def measured(monkeypatch):
     """Replaces the clock: lists the degrees and the batch of every group that is measured."""
     calls = []
 
-    def invented(_folder, entries, batch):
-        calls.append(([entry.degree for entry in entries], batch))
+    def invented(_folder, entries, batch, fixed):
+        calls.append(([entry.degree for entry in entries], batch if fixed else f"any, {batch}"))
         slow = len(calls)
         return {entry.degree: Latency(slow * (20.0 - entry.degree), slow * 30.0, 12) for entry in entries}
 
@@ -65,6 +65,15 @@ def test_another_machine_another_batch_or_a_gap_is_measured(family_folder, cache
     elsewhere = replace(here.engines[1], machine="a pocket calculator")
     assert ask(1, replace(here, engines=(here.engines[0], elsewhere)))  # the key is the same as at first
     assert measured == [([2, 8], 1), ([2, 8], 8), ([2, 8], 2)]
+
+
+def test_engines_for_any_batch_are_measured_apart(family_folder, tmp_path, measured):
+    family = on_this_machine(Family.read(family_folder))
+    for fixed in (False, True, False):
+        local_latencies(family_folder, family, fixed=fixed, cache=tmp_path)
+    assert measured == [([2, 8], "any, 1")]  # the manifest has the others
+    local_latencies(family_folder, family, 2, cache=tmp_path)
+    assert measured[1:] == [([2, 8], 2)]
 
 
 def test_measured_once_and_told(cached, measured):
@@ -172,15 +181,16 @@ def test_bad_arguments_are_refused(family_folder):
         local_latencies(family_folder, family.with_entry(replace(family.engines[0], backend="abacus")))
 
 
-def test_real_engines_are_measured(family_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fixed", [True, False])
+def test_real_engines_are_measured(fixed, family_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.local_latency, "_SECONDS", 0.0)
-    found = local_latencies(family_folder, Family.read(family_folder), 3, cache=tmp_path)
+    found = local_latencies(family_folder, Family.read(family_folder), 3, fixed=fixed, cache=tmp_path)
     assert found.keys() == {2, 8}
     assert all(0 < times.p50_ms <= times.p99_ms < 1000 for times in found.values())
 
 
 def _ask(folder: Path, cache: Path, log: Path) -> None:
-    def slow(_folder, entries, _batch):
+    def slow(_folder, entries, _batch, _fixed):
         with log.open("a") as file:
             file.write("measured\n")
         threading.Event().wait(0.3)
