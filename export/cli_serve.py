@@ -83,7 +83,7 @@ def serve_command(
     metrics = ServiceMetrics()
     console = open_console()
     with console.status("opening every engine ..."):
-        service = Service(engines, options, metrics.batch)
+        service = Service(engines, options, metrics.batch, metrics.ended)
     degrees = ", ".join(str(entry.degree) for entry in service.family.engines)
     load = "fixed" if objective_ms is None else f"chosen by the load for {objective_ms:g} ms"
     console.print(f"[green]serving[/] {escape(one_line(name))}: degrees {degrees}, {load}")

@@ -53,11 +53,14 @@ class ServiceMetrics:
         self._batches.observe(images)
         self._engine.labels(degree).observe(seconds)
 
-    def answered(self, answer: Answer) -> None:
-        """Counts an answer."""
-        self._requests.labels(answer.degree).inc()
-        self._images.labels(answer.degree).inc(len(answer.logits))
-        self._latency.labels(answer.degree).observe((answer.queue_ms + answer.engine_ms) / 1e3)
+    def ended(self, result: Answer | BaseException) -> None:
+        """Counts a valid request: its answer, or why there is none."""
+        if isinstance(result, BaseException):
+            self.refused(type(result).__name__)
+            return
+        self._requests.labels(result.degree).inc()
+        self._images.labels(result.degree).inc(len(result.logits))
+        self._latency.labels(result.degree).observe((result.queue_ms + result.engine_ms) / 1e3)
 
     def refused(self, reason: str) -> None:
         """Counts a request without an answer.

@@ -241,7 +241,7 @@ class _Repository(ModelRepositoryHandlers):
             reason = f"the family on disk cannot be copied, the old one goes on: {one_line(error.strerror or error)}"
             raise RefusedError(reason, 503) from error
         _LOG.info("reloaded" if changed else "asked to reload, but the family on disk is the one that serves")
-        return changed
+        return True
 
     async def unload(self, name: str) -> bool:
         self._require(name)

@@ -74,10 +74,8 @@ class FamilyModel(MLModel):
             self.metrics.refused("bad input")
             raise RefusedError(str(error), 400) from error
         except ServingError as error:
-            self.metrics.refused(type(error).__name__)
             retry_after_s = error.retry_after_s if isinstance(error, BusyError) else None
             raise RefusedError(str(error), error.status, retry_after_s) from error
-        self.metrics.answered(answer)
         headers = {"ToCom-Degree": str(answer.degree)}
         return InferenceResponse(
             model_name=self.name,
@@ -100,7 +98,7 @@ class FamilyModel(MLModel):
         inputs = [
             Tensor(
                 each.name,
-                each.datatype.value,
+                str(getattr(each.datatype, "value", each.datatype)),
                 each.shape,
                 getattr(each.data, "root", each.data),
                 None if each.parameters is None else each.parameters.content_type,

@@ -151,6 +151,7 @@ class Service:
         folder: Path | str,
         options: ServeOptions = _DEFAULTS,
         on_batch: Callable[[int, int, float], None] = lambda _degree, _images, _seconds: None,
+        on_end: Callable[[Answer | BaseException], None] = lambda _result: None,
     ) -> None:
         """Opens the family and waits until every engine has run once.
 
@@ -158,12 +159,14 @@ class Service:
             folder: See above.
             options: See above.
             on_batch: Told of every finished batch: degree, images, seconds.
+            on_end: Told of every valid request, what it was answered with, or why not.
 
         Raises:
             InputError: The family cannot be opened, or has not what the options name.
             OSError: It cannot be copied.
         """
-        self.folder, self.options, self._on_batch = Path(folder), options, on_batch
+        self.folder, self.options = Path(folder), options
+        self._on_batch, self._on_end = on_batch, on_end
         self._reloading = threading.Lock()
         self._generation = _Generation(self.folder, options, on_batch)
 
@@ -235,10 +238,20 @@ class Service:
         while True:
             generation = self._generation
             try:
-                return generation.scheduler.submit(pixel_values, want)
-            except BusyError:
+                accepted = generation.scheduler.submit(pixel_values, want)
+            except BusyError as busy:
                 if generation is self._generation:
-                    raise  # else it was closed between the two lines above: the new one takes it
+                    self._on_end(busy)
+                    raise
+                # else it was closed between the two lines above: the new one takes it
+            else:
+                accepted.add_done_callback(self._tell_end)
+                return accepted
+
+    def _tell_end(self, done: Future[Answer]) -> None:
+        if not done.cancelled():
+            error = done.exception()
+            self._on_end(done.result() if error is None else error)
 
     def predict_image(self, content: bytes, want: Want = ANY, top_k: int = 5) -> dict[str, Any]:
         """Classifies an encoded image, and waits for it.
@@ -323,13 +336,21 @@ class Service:
             Whether there was anything new.
 
         Raises:
-            InputError: What lies there cannot be served; the old family goes on.
+            InputError: What lies there cannot be served, or takes other images or tells other classes, which clients
+                have to know; the old family goes on.
             OSError: It cannot be copied; likewise.
         """
         with self._reloading:
-            old = self._generation
-            if Family.read(self.folder) == old.family:
+            old, found = self._generation, Family.read(self.folder)
+            if found == old.family:
                 return False
+            for what, one, other in (
+                ("input", found.input, old.family.input),
+                ("classes", found.classes, old.family.classes),
+            ):
+                if one != other:
+                    raise InputError(f"the {what} must stay as they are served, {other}, got {one}: start another "
+                                     "server for it")  # fmt: skip
             self._generation = _Generation(self.folder, self.options, self._on_batch)
             old.close()
             return True
