@@ -14,8 +14,10 @@ from rich.table import Table
 import runtime.errors
 import tocom.errors
 from export.cli_calib import choose_scale_command
+from export.cli_cascade import cascade_command
 from export.cli_compile import quantize_command, run_compile
 from export.cli_distill import distill_command
+from export.cli_frontier import frontier_command
 from export.cli_options import (
     BisectGraph,
     Calibration,
@@ -41,6 +43,7 @@ from export.cli_options import (
     read_model_args,
     read_plan_options,
 )
+from export.cli_ray import serve_ray_command
 from export.cli_serve import serve_command
 from export.cli_triton import export_triton_command
 from export.cli_validate import validate_command
@@ -130,8 +133,11 @@ app.command("validate")(validate_command)
 app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
 app.command("choose-scale")(choose_scale_command)
+app.command("frontier")(frontier_command)
+app.command("cascade")(cascade_command)
 app.command("export-triton")(export_triton_command)
 app.command("serve")(serve_command)
+app.command("serve-ray")(serve_ray_command)
 
 
 @app.command("refit")

@@ -103,6 +103,10 @@ def draw(panels: Sequence[Panel], file: Path) -> Path:
             axes.set_axis_off()
         for axes, panel in zip(grid.flat, panels, strict=False):
             _panel(axes, panel)
+        named = {
+            label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
         kind = file.suffix.lower().removeprefix(".")
         about = {"Date": None} if kind == "svg" else {"Software": None}  # equal pictures are equal files
         write_atomically(file, lambda stream: figure.savefig(stream, format=kind, dpi=130, facecolor="white",
@@ -129,8 +133,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
                       elinewidth=1, capsize=2, label=None if label in named else label,
                       zorder=4 if mark.cascade else 3)  # fmt: skip
         named.add(label)
-        axes.annotate(mark.name, (mark.cost, mark.accuracy), (6, -10) if not mark.cascade else (-6, 8),
+        axes.annotate(mark.name, (mark.cost, mark.accuracy), (7, -11) if not mark.cascade else (-8, 4),
                       textcoords="offset points", ha="left" if not mark.cascade else "right", fontsize=8,
                       color=colour)  # fmt: skip
-    axes.margins(x=0.12, y=0.18)
-    axes.legend(loc="lower right")
+    axes.margins(x=0.14, y=0.1)
