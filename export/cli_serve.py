@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,8 @@ def serve_command(
     from serving.scheduler import Limits
     from serving.service import ServeOptions, Service
 
+    for option, number in (("--port", port), ("--grpc-port", grpc_port)):
+        _require_free(host, option, number)
     options = ServeOptions(
         objective_ms=objective_ms, degree=degree, workers=workers, threads=threads,
         limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
@@ -93,3 +96,18 @@ def serve_command(
     console.print(f"metrics  http://{host}:{port}/metrics", highlight=False)
     serve(service, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
                                  verbose), metrics)  # fmt: skip
+
+
+def _require_free(host: str, option: str, port: int) -> None:
+    """Finds out before engines are opened, which takes a while.
+
+    Raises:
+        InputError: Nothing can listen there.
+    """
+    try:
+        with socket.create_server((host, port)):
+            return
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = one_line(error.strerror or error) if isinstance(error, OSError) else one_line(error)
+        raise InputError(f"{one_line(host)}:{port} cannot be listened on ({reason}): choose another {option} or "
+                         "--host") from error  # fmt: skip

@@ -20,6 +20,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+_DRAINED = 4  # times the largest body that is read of one that is larger, and thrown away
+
 
 @dataclass(frozen=True)
 class HttpLimits:
@@ -80,7 +82,7 @@ class _Exchange:
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
-            await refuse(self._send, 413, self._too_large())
+            await refuse(self._send, 413, self._too_large(), before_end=self._drain)
             return
         try:
             await app(scope, self.receive, self.send)
@@ -102,7 +104,7 @@ class _Exchange:
         self._came += len(message.get("body", b""))
         self._whole = message["type"] != "http.request" or not message.get("more_body", False)
         if self._came > self._limits.max_body_bytes:
-            return await self._refuse(413, self._too_large())
+            return await self._refuse(413, self._too_large(), self._drain)
         return message
 
     async def send(self, message: Message) -> None:
@@ -111,18 +113,39 @@ class _Exchange:
             self._started = True
             await self._send(message)
 
-    async def _refuse(self, status: int, message: str) -> Message:
+    async def _refuse(
+        self, status: int, message: str, before_end: Callable[[], Awaitable[None]] | None = None
+    ) -> Message:
         """Answers in the application's place; to the application it looks as if the client had left."""
         self._refused = True
         if not self._started:
-            await refuse(self._send, status, message)
+            await refuse(self._send, status, message, before_end=before_end)
         return {"type": "http.disconnect"}
+
+    async def _drain(self) -> None:
+        """Reads on for a while: a client that is still sending would see no answer, only a connection that ends."""
+        came = 0
+        try:
+            async with asyncio.timeout_at(self._until):
+                while came <= _DRAINED * self._limits.max_body_bytes:
+                    message = await self._receive()
+                    came += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
 
     def _too_large(self) -> str:
         return f"a request's body must be {self._limits.max_body_bytes} bytes at most"
 
 
-async def refuse(send: Send, status: int, message: str, retry_after_s: float | None = None) -> None:
+async def refuse(
+    send: Send,
+    status: int,
+    message: str,
+    retry_after_s: float | None = None,
+    before_end: Callable[[], Awaitable[None]] | None = None,
+) -> None:
     """Answers with a status and one line, and ends the connection, whose body nobody will read.
 
     Args:
@@ -130,6 +153,7 @@ async def refuse(send: Send, status: int, message: str, retry_after_s: float | N
         status: Of HTTP.
         message: The line.
         retry_after_s: When asking again may help, in seconds.
+        before_end: Waited for when the answer is on its way, before the connection ends.
     """
     content = json.dumps({"error": message}).encode()
     headers = [
@@ -140,7 +164,10 @@ async def refuse(send: Send, status: int, message: str, retry_after_s: float | N
     if retry_after_s is not None:
         headers.append((b"retry-after", retry_after(retry_after_s).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": content, "more_body": before_end is not None})
+    if before_end is not None:
+        await before_end()
+        await send({"type": "http.response.body", "body": b""})
 
 
 def retry_after(seconds: float) -> str:
