@@ -60,7 +60,9 @@ class TritonOptions:
             )
 
 
-def engine_config(name: str, family: Family, entry: EngineEntry, backend: str, options: TritonOptions) -> dict:
+def engine_config(
+    name: str, family: Family, entry: EngineEntry, backend: str, options: TritonOptions
+) -> dict[str, Any]:
     """The model of one degree.
 
     OpenVINO's backend compiles a model for exactly `max_batch_size` images and pads what is less, so there a request's
@@ -93,7 +95,7 @@ def engine_config(name: str, family: Family, entry: EngineEntry, backend: str, o
     }
 
 
-def preprocess_config(name: str, family: Family, options: TritonOptions, most: int) -> dict:
+def preprocess_config(name: str, family: Family, options: TritonOptions, most: int) -> dict[str, Any]:
     """The model that turns encoded images into the network's input.
 
     Args:
@@ -120,7 +122,7 @@ def preprocess_config(name: str, family: Family, options: TritonOptions, most: i
     }
 
 
-def ensemble_config(name: str, family: Family, preprocess: str, engine: str) -> dict:
+def ensemble_config(name: str, family: Family, preprocess: str, engine: str) -> dict[str, Any]:
     """The model that sends encoded images through the two others.
 
     Args:

@@ -6,6 +6,7 @@ alone. The backends onnxruntime and openvino are stood in for by those in backen
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -46,12 +47,9 @@ def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The example for ONNX Runtime, and its degree 8 for OpenVINO."""
-    root = tmp_path_factory.mktemp("families")
+def _make_families(root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
-    digits.mkdir()
+    digits.mkdir(parents=True)
     given = {"compensator": EXAMPLE / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
     source = load_source(CompileOptions(model=str(EXAMPLE), out=digits, degrees=DEGREES, **given))
     with steps_of(source, WeightStore(digits, []), lambda degree, stage: None) as steps:
@@ -63,7 +61,20 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copytree(digits, vino)
     graph = replace(graphs[8], file=vino / graphs[8].file.name)
     replace(family, engines=(_entry(graph, 8, "openvino"),)).write(vino)
-    return {"digits": digits, "vino": vino}
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The example for ONNX Runtime, and its degree 8 for OpenVINO; made by the first of several test processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "triton-families"
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            making = root.with_suffix(".making")
+            _make_families(making)
+            making.rename(root)
+    return {"digits": root / "digits", "vino": root / "vino"}
 
 
 @pytest.fixture(scope="session")
