@@ -39,6 +39,7 @@ _TYPES = {
     "page.js": "text/javascript; charset=utf-8",
     "charts.js": "text/javascript; charset=utf-8",
     "picture.js": "text/javascript; charset=utf-8",
+    "server.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 # Nothing but the page's own files runs or is asked for: a hostile name of a class stays text. Pictures are blobs.

@@ -2,45 +2,14 @@
 
 import { drawFrontier, drawTokens, milliseconds, percent } from "./charts.js";
 import { Picture, networkView } from "./picture.js";
+import { Problem, request } from "./server.js";
 
 const POLL_MS = 1500, SETTLE_MS = 120, PLAY_MS = 800;
 const of = (id) => document.getElementById(id);
 const state = { family: null, file: null, view: null, auto: true, degree: null, answer: null, picture: null, step: 0,
   style: "groups", marked: null, asking: null, traces: new Map(), playing: null };
 
-class Problem extends Error {}
-
 // --- the server
-
-async function request(path, options = {}) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Problem("The server does not answer. Is it still running?");
-  }
-  const text = await response.text();
-  let content = {};
-  try {
-    content = JSON.parse(text);
-  } catch {
-    content = { error: text.slice(0, 200) };
-  }
-  if (!response.ok) throw new Problem(sentence(response, content.error || response.statusText));
-  return content;
-}
-
-function sentence(response, words) {
-  const wait = response.headers.get("Retry-After");
-  if (response.status === 429 || response.status === 503) {
-    return `The server is busy (${words}). ${wait ? `Try again in ${wait} s.` : "Try again in a moment."}`;
-  }
-  if (response.status === 413) return `This file is too large: ${words}.`;
-  if (response.status === 504) return `This took the server too long: ${words}.`;
-  if (response.status >= 500) return `Something is wrong with the server: ${words}.`;
-  return `This cannot be used: ${words}.`;
-}
 
 async function poll() {
   if (!document.hidden) {
@@ -95,12 +64,12 @@ async function take(file) {
   state.traces.clear();
   state.answer = state.picture = state.marked = null;
   state.view = null;
-  try {
-    // as the server decodes it: without turning it as its camera was held
-    state.view = networkView(await createImageBitmap(file, { imageOrientation: "none" }), state.family.input);
-  } catch {
-    // the server may read formats that this browser does not; it also says what is wrong with a file that is no image
-  }
+  // as the server decodes it: without turning it as its camera was held. It may read formats that this browser does
+  // not, and it says what is wrong with a file that is no image.
+  const image = await createImageBitmap(file, { imageOrientation: "none" }).catch(() => null);
+  if (state.file !== file || !state.family) return; // another one came meanwhile; or it is taken again with the family
+  state.view = image && networkView(image, state.family.input);
+  showDegree();
   showThumb(file.name);
   showAnswer();
   showPicture();

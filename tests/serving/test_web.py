@@ -135,7 +135,7 @@ def test_parts_of_the_page(ask, path, kind):
 def test_the_page_names_nothing_outside_and_has_nothing_inline(ask):
     _, _, html = ask("GET", "/")
     parts = [html.decode()] + [ask("GET", f"/page/{name}")[2].decode()
-                               for name in ("page.js", "charts.js", "picture.js", "page.css")]  # fmt: skip
+                               for name in ("page.js", "charts.js", "picture.js", "server.js", "page.css")]  # fmt: skip
     for part in parts:
         assert "https://" not in part
         assert part.count("http://") == part.count("http://www.w3.org/2000/svg")  # a name, which nothing asks for
