@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from pathlib import Path
@@ -94,8 +95,17 @@ def serve_command(
     console.print(f"infer    POST http://{host}:{port}/v2/models/{escape(name)}/infer, gRPC {host}:{grpc_port}",
                   highlight=False)  # fmt: skip
     console.print(f"metrics  http://{host}:{port}/metrics", highlight=False)
+    if not _is_loopback(host):
+        console.print("[yellow]reached from other machines[/]: whoever reaches it may ask it, and have it reload")
     serve(service, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
                                  verbose), metrics)  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _require_free(host: str, option: str, port: int) -> None:

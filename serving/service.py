@@ -1,4 +1,4 @@
-"""A family that is served: engines in workers, the scheduler in front of them, and the next version of the family.
+"""A family that is served: one generation of it answers, until a reload has the next one ready.
 
 The files of the family are copied when it is opened, so that whatever happens to them on disk afterwards, replaced,
 damaged or removed, the engines that serve can be started again. `reload` opens what lies there now beside what serves,
@@ -7,135 +7,26 @@ and only when all of its engines have run takes its place.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.choosing import Point, points
-from runtime.errors import InputError, one_line
-from runtime.local_latency import Times, local_latencies
+from runtime.errors import InputError
 from runtime.manifest import Family
-from runtime.merge_trace import MergeTracer
-from runtime.predictor import LoadedFamily, Prediction, load
+from runtime.predictor import Prediction
 from runtime.preprocess import decode_image, preprocess
-from serving.adaptive import DegreePolicy, Speed, useful
-from serving.errors import BusyError, EngineFailedError
-from serving.scheduler import ANY, Answer, Infer, Limits, Scheduler, Want
-from serving.workers import EngineProcess
+from serving.errors import BusyError
+from serving.generation import Generation, ServeOptions
+from serving.scheduler import ANY, Answer, Want
 
-MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a family is served.
-
-    Attributes:
-        objective_ms: What 99 of 100 requests are to take at most; while the load is too high for it, the degree rises.
-            None: the degree never changes.
-        degree: Where it begins: the least compressed degree that load may choose. None: the family's lowest.
-        workers: Processes that hold the engines. 0: they run in this process, which is faster for small networks, and
-            ends with them when one crashes.
-        threads: CPU threads for one batch; the engine's choice by default.
-        limits: Of the queue.
-        max_pixels: Of an image that is sent encoded.
-        hold_s: Seconds that a lower degree must have sufficed before it is fallen back to.
-    """
-
-    objective_ms: float | None = None
-    degree: int | None = None
-    workers: int = 1
-    threads: int | None = None
-    limits: Limits = field(default_factory=Limits)
-    max_pixels: int = MAX_PIXELS
-    hold_s: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.objective_ms is not None and not (math.isfinite(self.objective_ms) and self.objective_ms > 0):
-            raise InputError(f"objective_ms must be more than 0 ms, got {self.objective_ms}")
-        if self.workers < 0 or self.max_pixels < 1:
-            raise InputError(f"workers must be 0 or more and max_pixels 1 or more, got {self.workers} and "
-                             f"{self.max_pixels}")  # fmt: skip
-
+__all__ = ["ServeOptions", "Service"]
 
 _DEFAULTS = ServeOptions()
-
-
-class _Generation:
-    """One version of the family, open: its copy on disk, its workers and their scheduler."""
-
-    def __init__(self, folder: Path, options: ServeOptions, on_batch: Callable[[int, int, float], None]) -> None:
-        """Copies, checks and opens the family, and runs every engine once.
-
-        Args:
-            folder: Of the family.
-            options: How.
-            on_batch: See `Scheduler`.
-
-        Raises:
-            InputError: The family cannot be opened, or has not what the options name.
-            OSError: It cannot be copied.
-        """
-        with contextlib.ExitStack() as made:
-            self.folder = Path(tempfile.mkdtemp(prefix="tocom-serving-"))
-            made.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            _copy(folder, self.folder)
-            self.family = Family.read(self.folder)
-            degrees = [entry.degree for entry in self.family.engines]
-            first = self.family.entry(degrees[0] if options.degree is None else options.degree).degree
-            times = {batch: self._times(batch) for batch in (1, max(options.limits.max_batch, 2))}
-            self.points: tuple[Point, ...] = points(self.family, times[1])
-            self.workers: list[EngineProcess] = []
-            made.callback(lambda: [worker.close() for worker in self.workers])
-            self._local: LoadedFamily | None = None
-            self.scheduler = Scheduler(
-                self._infers(options, made),
-                degrees,
-                self._policy(times, first, options),
-                options.limits,
-                on_batch,
-            )
-            self.tracer = made.enter_context(MergeTracer(self.folder, self.family, threads=options.threads))
-            self._made = made.pop_all()
-
-    def _times(self, batch: int) -> dict[int, Times]:
-        return local_latencies(self.folder, self.family, batch)
-
-    def _policy(self, times: dict[int, dict[int, Times]], first: int, options: ServeOptions) -> DegreePolicy:
-        (_, ones), (many, manys) = times.items()
-        pays = {point.degree: manys[point.degree].p50_ms < manys[first].p50_ms for point in self.points}
-        degrees = useful([point.degree for point in self.points if point.degree >= first], pays)
-        speeds = {
-            degree: Speed.through(ones[degree].p50_ms / 1e3, many, manys[degree].p50_ms / 1e3) for degree in degrees
-        }
-        objective_s = None if options.objective_ms is None else options.objective_ms / 1e3
-        return DegreePolicy(
-            speeds, objective_s, max_batch=options.limits.max_batch, workers=max(options.workers, 1),
-            hold_s=options.hold_s,
-        )  # fmt: skip
-
-    def _infers(self, options: ServeOptions, made: contextlib.ExitStack) -> Sequence[Infer]:
-        if options.workers == 0:
-            family = made.enter_context(load(self.folder, threads=options.threads))
-            family.warm()
-            return [_failing_as_engine(family.infer)]
-        for _ in range(options.workers):
-            self.workers.append(EngineProcess(self.folder, threads=options.threads))
-        return [worker.infer for worker in self.workers]
-
-    def close(self, *, drain: bool = True) -> None:
-        """Answers what was accepted, then frees everything."""
-        self.scheduler.close(drain=drain)
-        self._made.close()
 
 
 class Service:
@@ -168,7 +59,7 @@ class Service:
         self.folder, self.options = Path(folder), options
         self._on_batch, self._on_end = on_batch, on_end
         self._reloading = threading.Lock()
-        self._generation = _Generation(self.folder, options, on_batch)
+        self._generation = Generation(self.folder, options, on_batch)
 
     @property
     def family(self) -> Family:
@@ -351,7 +242,7 @@ class Service:
                 if one != other:
                     raise InputError(f"the {what} must stay as they are served, {other}, got {one}: start another "
                                      "server for it")  # fmt: skip
-            self._generation = _Generation(self.folder, self.options, self._on_batch)
+            self._generation = Generation(self.folder, self.options, self._on_batch)
             old.close()
             return True
 
@@ -363,43 +254,3 @@ class Service:
         """
         with self._reloading:
             self._generation.close(drain=drain)
-
-
-def _failing_as_engine(infer: Infer) -> Infer:
-    def run(pixel_values: np.ndarray, degree: int) -> np.ndarray:
-        try:
-            return infer(pixel_values, degree)
-        except InputError as error:
-            raise EngineFailedError(str(error)) from error
-
-    return run
-
-
-def _copy(folder: Path, to: Path) -> None:
-    """Copies the files that the manifest names, checks them, and only then the manifest.
-
-    Raises:
-        InputError: A file is missing or has changed.
-    """
-    family = Family.read(folder)
-    if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
-    for name in _files(family):
-        target = to / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(folder / name, target)
-        except FileNotFoundError:
-            raise InputError(f"{one_line(folder / name)} is missing: compile the family again") from None
-    for entry in family.engines:
-        family.check_files(to, entry)
-    family.write(to)
-
-
-def _files(family: Family) -> Iterator[str]:
-    seen: set[str] = set()
-    for entry in family.engines:
-        for name in entry.sha256:
-            if name not in seen:
-                seen.add(name)
-                yield name

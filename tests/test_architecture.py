@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "tocom": set(),
     "runtime": set(),
+    "serving": {"runtime"},
     "calib": {"tocom", "runtime"},
-    "export": {"calib", "tocom", "runtime"},
+    "export": {"calib", "serving", "tocom", "runtime"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,20 @@ def test_infer_as_a_script(engines: Path) -> None:
     done = subprocess.run(script, capture_output=True, text=True, check=True, cwd=engines)
     assert len(done.stdout.splitlines()) == Family.read(engines).entry(16).accuracy["images"]
     assert f"{Family.read(engines).entry(16).accuracy['top1']:.2%} correct" in done.stderr
+
+
+def test_the_python_api_does_what_its_page_shows(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "digits").symlink_to(engines)
+    (tmp_path / "sheets").symlink_to(EXAMPLE / "sheets")
+    flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    page = str(ROOT / "docs" / "python-api.md")
+    found = doctest.testfile(page, module_relative=False, optionflags=flags, encoding="utf-8")
+    assert found.failed == 0
+    assert found.attempted > 15
 
 
 def test_binaries_stay_small() -> None:
