@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine, and set up what they need first:
 #   make engines R=8,16      compile one engine per degree
 #   make test                run the tests
+#   make serve               serve the compiled family (the example where there is none; ARGS="--objective-ms 50")
 #   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
 #                  [COMPENSATOR=FILE SOURCE=0 [SCALE=0.1]] [SCHEDULE=strided:3] [REDUCTION=prune] [IMAGES=DIR]
@@ -32,7 +33,7 @@ TENSORRT_API := 10.16.1.11 11.4.0.106
 # wheels that hold a Triton server with its Python backend, which only works with this numpy: served by in tests
 TRITON := nvidia-pytriton==0.7.0 numpy==1.26.4
 
-.PHONY: engines test test-full experiment bench gpu-check lint native setup clean
+.PHONY: engines serve test test-full experiment bench gpu-check lint native setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready native
@@ -46,6 +47,10 @@ engines: .venv/ready native
 ifneq ($(filter tensorrt-rtx,$(BACKEND)),)
 engines: .venv/ready-rtx
 endif
+
+serve: .venv/ready-serve
+	test -f $(OUT)/family.json || $(MAKE) engines
+	$(BIN)/tocom serve $(OUT) $(ARGS)
 
 test: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
@@ -79,6 +84,10 @@ setup: .venv/ready-dev native
 
 .venv/ready-dev: .venv/ready
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,openvino,polygraphy,tensorrt-rtx]'
+	touch $@
+
+.venv/ready-serve: .venv/ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report,serve]'
 	touch $@
 
 .venv/ready-rtx: .venv/ready
