@@ -49,7 +49,7 @@ engines: .venv/ready-rtx
 endif
 
 serve: .venv/ready-serve
-	test -f $(OUT)/family.json || $(MAKE) engines
+	test -f $(OUT)/family.json || $(MAKE) engines ARGS=
 	$(BIN)/tocom serve $(OUT) $(ARGS)
 
 test: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
