@@ -61,9 +61,10 @@ def cascade_command(
     family = Family.read(engines)
     given = LabelledImages.below(images, family.input, family.class_names, family.classes, limit)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    on_terminal = open_console(stderr=True)
     with (
         locked(engines),
-        Progress(*columns, console=open_console(stderr=True), transient=True) as progress,
+        Progress(*columns, console=on_terminal, transient=True, disable=not on_terminal.is_terminal) as progress,
     ):
         task = progress.add_task("reading", total=None)
         found = find_cascade(
