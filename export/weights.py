@@ -15,6 +15,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from runtime.artifacts import write_atomically
+from runtime.errors import InputError, one_line
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
 _ALIGNMENT = 4096  # page size: lets an engine map the file instead of reading it
@@ -41,7 +42,7 @@ class WeightStore:
             for value in ir.load(graph).graph.initializers.values():
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    self._places[_digest(tensor.tobytes())] = _Place(str(tensor.location), tensor.offset or 0)
+                    self._places[_digest(_content(tensor))] = _Place(str(tensor.location), tensor.offset or 0)
                     tensor.release()
 
     def place(self, model: ir.Model) -> tuple[str, ...]:
@@ -95,6 +96,18 @@ class WeightStore:
             name=value.name,
             base_dir=self.folder,
         )
+
+
+def _content(tensor: ir.ExternalTensor) -> bytes:
+    """The bytes of a tensor that a listed graph has in a weight file.
+
+    Raises:
+        InputError: The file is not one that may be read.
+    """
+    try:
+        return tensor.tobytes()
+    except ValueError as error:  # a link, or a file with a second name: who writes there changes the weights here
+        raise InputError(f"{one_line(tensor.path)} must be a file of the family alone: {one_line(error)}") from error
 
 
 def _digest(raw: bytes) -> str:

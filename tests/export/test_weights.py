@@ -218,3 +218,15 @@ def test_weights_outside_the_folder_are_not_shared_but_refused(tmp_path):
     for share in (False, True):
         with pytest.raises(InputError, match="not a graph that ONNX Runtime loads"):
             open_engine(file, "onnxruntime", share_weights=share)
+
+
+def test_a_weight_file_with_a_second_name_is_told_in_one_line(tmp_path) -> None:
+    values = np.arange(INLINE_BYTES, dtype=np.float32)
+    weight = ir.Value(name="w", const_value=ir.tensor(values, name="w"))
+    graph = ir.Graph([], [], nodes=[], initializers=[weight], opset_imports={"": 20})
+    model = ir.Model(graph, ir_version=10)
+    (name,) = WeightStore(tmp_path).place(model)
+    ir.save(model, tmp_path / "model.onnx")
+    (tmp_path / "other.bin").hardlink_to(tmp_path / name)
+    with pytest.raises(InputError, match="of the family alone"):
+        WeightStore(tmp_path, [tmp_path / "model.onnx"])
