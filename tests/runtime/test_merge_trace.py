@@ -110,28 +110,26 @@ def test_groups_are_sets_of_patches_merged_one_by_one(case, name, degree, reduct
         assert len(tokens) == found.tokens[block + 1]
 
 
-def test_degree_zero_leaves_every_patch_alone_and_learns_of_the_prefix_from_another(case, exported):
-    it = case("reg4_dinov2", 4)
-    plain = exported("reg4_dinov2", 0)
-    alone = family_of((64, 64), MERGE, listed(plain, 0))
-    with MergeTracer(plain.file.parent, alone) as tracer:
-        found = tracer.trace(it.pixels, 0)
+def test_degree_zero_leaves_every_patch_alone(exported, noise):
+    plain = exported("deit_tiny", 0)
+    with MergeTracer(plain.file.parent, family_of((64, 64), MERGE, listed(plain, 0))) as tracer:
+        found = tracer.trace(noise(1, 64, 64), 0)
     assert found.groups == {} and found.grid == (8, 8) and found.to_json()["blocks"] == []
-    assert tuple(found.tokens) == (69, 69, 69, 69)
+    assert set(found.tokens) == {65}
 
 
-def test_the_prefix_is_another_degree_s(case):
-    it = case("reg4_dinov2", 4)
+def test_a_degree_that_removes_nothing_learns_of_the_prefix_from_another(case):
+    it = case("reg4_dinov2", 13)
     with MergeTracer(it.folder, it.family) as tracer:
         assert tracer._protected(SimpleNamespace(removals=())) == 5
 
 
 def test_json_numbers_groups_from_zero(case):
-    it = case("deit_distilled", 8)
+    it = case("deit_tiny", 16)
     with MergeTracer(it.folder, it.family) as tracer:
-        found = tracer.trace(it.pixels, 8)
+        found = tracer.trace(it.pixels, 16)
     told = json.loads(json.dumps(found.to_json()))
-    assert told["degree"] == 8 and told["grid"] == [8, 8] and told["reduction"] == "merge"
+    assert told["degree"] == 16 and told["grid"] == [8, 8] and told["reduction"] == "merge"
     assert told["tokens"] == list(found.tokens)
     for block in told["blocks"]:
         groups = np.array(block["groups"])
