@@ -1,0 +1,1 @@
+"""Frontiers and cascades of the example and of the experiment's tasks."""

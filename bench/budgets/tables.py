@@ -1,0 +1,119 @@
+"""Results of single checkpoints -> rows of a task: means over its fine-tunings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Found = Mapping[str, Any]
+"""What `bench.budgets.measure` found of a cascade."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better cascades are than something, in points, over several checkpoints.
+
+    Attributes:
+        mean: Over them.
+        error: Its standard error, as if they were independent.
+        worst: Of the checkpoint that gains least.
+        worst_error: Its standard error.
+        count: Checkpoints.
+    """
+
+    mean: float
+    error: float
+    worst: float
+    worst_error: float
+    count: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Gain | None:
+        """From gains and their standard errors; None where there are none."""
+        if not pairs:
+            return None
+        worst = min(pairs)
+        error = math.sqrt(sum(each**2 for _, each in pairs)) / len(pairs)
+        return cls(float(np.mean([gain for gain, _ in pairs])), error, *worst, len(pairs))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ±{self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class Cascades:
+    """Cascades of a task's checkpoints that may lose the same.
+
+    Attributes:
+        task: "example", or the experiment's.
+        drop: Points that they may lose.
+        batch: Images per call that their time is of; None where the cost is in multiply-accumulates.
+        rows: Of each checkpoint that has one.
+        checkpoints: How many there are.
+    """
+
+    task: str
+    drop: float
+    batch: int | None
+    rows: tuple[Found, ...]
+    checkpoints: int
+
+    def mean(self, name: str) -> float:
+        """Of a number that every row has."""
+        return float(np.mean([row[name] for row in self.rows]))
+
+    @property
+    def chains(self) -> str:
+        """Which degrees, and for how many checkpoints where they differ."""
+        chains = [", ".join(map(str, row["cascade"])) for row in self.rows]
+        distinct = list(dict.fromkeys(chains))
+        if len(distinct) == 1:
+            return distinct[0]
+        return " / ".join(f"{chain} ({chains.count(chain)}x)" for chain in distinct)
+
+    @property
+    def sent_on(self) -> float:
+        """Share of images that go beyond the first stage."""
+        return float(np.mean([row["shares"][1] for row in self.rows]))
+
+    @property
+    def lost(self) -> Gain:
+        """Points lost against the least compressed degree."""
+        return Gain.of([(row["lost"], row["lost_error"]) for row in self.rows])
+
+    def gain_on(self, kind: str) -> Gain | None:
+        """Over the best single degree ("single") or the best mixture of two ("mixture") of equal cost."""
+        rivals = [row["rivals"][kind] for row in self.rows if kind in row["rivals"]]
+        return Gain.of([(rival["gain"], rival["gain_error"]) for rival in rivals])
+
+
+def task_of(subject: str) -> str:
+    """The name that a subject's numbers are put together under."""
+    return subject.rpartition("-")[0] or subject
+
+
+def by_task(results: Found, stage: str) -> dict[str, list[Any]]:
+    """What a stage found, of every checkpoint of a task."""
+    found: dict[str, list[Any]] = {}
+    for name, stages in results["subjects"].items():
+        if stage in stages:
+            found.setdefault(task_of(name), []).append(stages[stage])
+    return found
+
+
+def cascades(results: Found, stage: str) -> Iterator[Cascades]:
+    """Every task, batch and drop, in this order.
+
+    Args:
+        results: As `bench.budgets.__main__` gathers them.
+        stage: "gmacs" or "times".
+    """
+    for task, found in by_task(results, stage).items():
+        listed = [each["rows"] if stage == "times" else each for each in found]
+        for place, first in enumerate(listed[0]):
+            rows = tuple(each[place] for each in listed if each[place]["cascade"] is not None)
+            yield Cascades(task, first["drop"], first.get("batch"), rows, len(listed))
