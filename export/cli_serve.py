@@ -36,6 +36,18 @@ def serve_command(
     degree: Annotated[
         int | None, typer.Option(metavar="R", help="Where the degree begins. Default: the lowest there is.")
     ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS", help="In place of --degree: begin at the most accurate one that answers an image in time."
+        ),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Least top-1 of a degree that the load may choose, as measured when it was compiled."
+        ),
+    ] = None,
     workers: Annotated[
         int,
         typer.Option(
@@ -81,7 +93,8 @@ def serve_command(
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):
         _require_free(host, option, number)
     options = ServeOptions(
-        objective_ms=objective_ms, degree=degree, workers=workers, threads=threads,
+        objective_ms=objective_ms, degree=degree, budget_ms=budget_ms, min_accuracy=min_accuracy, workers=workers,
+        threads=threads,
         limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
     )  # fmt: skip
     metrics = ServiceMetrics()

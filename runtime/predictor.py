@@ -160,7 +160,7 @@ class LoadedFamily:
         min_accuracy: float | None = None,
         batch: int = 1,
     ) -> int:
-        """The degree that `predict` would run: the most accurate one that keeps to what is asked for.
+        """The degree that `predict` would run: the most accurate within a budget, the fastest that is as accurate.
 
         Args:
             degree: As for `predict`, as for the two that follow.

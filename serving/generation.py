@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.choosing import Point, points
-from runtime.errors import InputError, one_line
+from runtime.choosing import Point, choose, points
+from runtime.errors import GateError, InputError, one_line
 from runtime.local_latency import Times, local_latencies
 from runtime.manifest import Family
 from runtime.merge_trace import MergeTracer
 from runtime.predictor import load
 from serving.adaptive import DegreePolicy, Speed, useful
 from serving.errors import EngineFailedError
-from serving.scheduler import Infer, Limits, Scheduler
+from serving.scheduler import Infer, Limits, Scheduler, Want
 from serving.workers import EngineProcess
 
 MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
@@ -34,6 +34,8 @@ class ServeOptions:
         objective_ms: What 99 of 100 requests are to take at most; while the load is too high for it, the degree rises.
             None: the degree never changes.
         degree: Where it begins: the least compressed degree that load may choose. None: the family's lowest.
+        budget_ms: In place of a degree: the most accurate one whose call for one image keeps to it.
+        min_accuracy: Least top-1 of a degree that load may choose, a share in 0..1.
         workers: Processes that hold the engines. 0: they run in this process, which is faster for small networks, and
             ends with them when one crashes.
         threads: CPU threads for one batch; the engine's choice by default.
@@ -44,6 +46,8 @@ class ServeOptions:
 
     objective_ms: float | None = None
     degree: int | None = None
+    budget_ms: float | None = None
+    min_accuracy: float | None = None
     workers: int = 1
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)
@@ -53,6 +57,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.objective_ms is not None and not (math.isfinite(self.objective_ms) and self.objective_ms > 0):
             raise InputError(f"objective_ms must be more than 0 ms, got {self.objective_ms}")
+        if self.degree is not None and self.budget_ms is not None:
+            raise InputError("give a degree to begin at, or a budget to choose one by, not both")
         if self.workers < 0 or self.max_pixels < 1:
             raise InputError(f"workers must be 0 or more and max_pixels 1 or more, got {self.workers} and "
                              f"{self.max_pixels}")  # fmt: skip
@@ -79,15 +85,15 @@ class Generation:
             _copy(folder, self.folder)
             self.family = Family.read(self.folder)
             degrees = [entry.degree for entry in self.family.engines]
-            first = self.family.entry(degrees[0] if options.degree is None else options.degree).degree
             times = {batch: self._times(batch) for batch in (1, max(options.limits.max_batch, 2))}
             self.points: tuple[Point, ...] = points(self.family, times[1])
+            asked = self.resolved(Want(options.degree, None, None, options.budget_ms, options.min_accuracy))
             self.workers: list[EngineProcess] = []
             made.callback(lambda: [worker.close() for worker in self.workers])
             self.scheduler = Scheduler(
                 self._infers(options, made),
                 degrees,
-                self._policy(times, first, options),
+                self._policy(times, asked, options),
                 options.limits,
                 on_batch,
             )
@@ -97,12 +103,27 @@ class Generation:
     def _times(self, batch: int) -> dict[int, Times]:
         return local_latencies(self.folder, self.family, batch)
 
-    def _policy(self, times: dict[int, dict[int, Times]], first: int, options: ServeOptions) -> DegreePolicy:
+    def _policy(self, times: dict[int, dict[int, Times]], asked: Want, options: ServeOptions) -> DegreePolicy:
+        """What load may choose: from where it is to begin, as far as it is accurate enough, what is faster.
+
+        Raises:
+            InputError: There is no such degree to begin at.
+        """
         (_, ones), (many, manys) = times.items()
-        pays = {point.degree: manys[point.degree].p50_ms < manys[first].p50_ms for point in self.points}
-        degrees = useful([point.degree for point in self.points if point.degree >= first], pays)
+        first = self.family.entry(self.points[0].degree if asked.degree is None else asked.degree).degree
+        first = max(first, asked.min_degree or 0)
+        allowed = [
+            point.degree
+            for point in self.points
+            if Want(min_degree=first, max_degree=asked.max_degree).allows(point.degree)
+        ]
+        if not allowed:
+            raise InputError(f"a server must begin at a degree that is accurate enough, got {first}, and "
+                             f"{asked.max_degree} is the highest one")  # fmt: skip
+        pays = {degree: manys[degree].p50_ms < manys[first].p50_ms for degree in allowed}
         speeds = {
-            degree: Speed.through(ones[degree].p50_ms / 1e3, many, manys[degree].p50_ms / 1e3) for degree in degrees
+            degree: Speed.through(ones[degree].p50_ms / 1e3, many, manys[degree].p50_ms / 1e3)
+            for degree in useful(allowed, pays)
         }
         objective_s = None if options.objective_ms is None else options.objective_ms / 1e3
         return DegreePolicy(
@@ -118,6 +139,31 @@ class Generation:
         for _ in range(options.workers):
             self.workers.append(EngineProcess(self.folder, threads=options.threads))
         return [worker.infer for worker in self.workers]
+
+    def resolved(self, want: Want) -> Want:
+        """What a request asks for, in degrees alone.
+
+        Args:
+            want: With a budget or an accuracy, or without.
+
+        Raises:
+            InputError: No degree keeps to the budget, or none is as accurate.
+        """
+        lowest, highest = [want.min_degree or 0], [math.inf if want.max_degree is None else want.max_degree]
+        try:
+            if want.budget_ms is not None:
+                lowest.append(choose(self.points, budget_ms=want.budget_ms).degree)
+            if want.min_accuracy is not None:
+                highest.append(choose(self.points, min_accuracy=want.min_accuracy).degree)
+        except GateError as missed:
+            raise InputError(str(missed)) from missed
+        if want.budget_ms is None and want.min_accuracy is None:
+            return want
+        if max(lowest) > min(highest):
+            raise InputError(f"no degree keeps to all that is asked for: {max(lowest)} at least for the time, "
+                             f"{min(highest)} at most for the accuracy")  # fmt: skip
+        most = None if min(highest) == math.inf else int(min(highest))
+        return Want(want.degree, max(lowest), most)
 
     def close(self, *, drain: bool = True) -> None:
         """Answers what was accepted, then frees everything."""

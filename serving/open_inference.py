@@ -1,8 +1,8 @@
 """The Open Inference Protocol's requests and responses, as far as a family needs them, without any server.
 
 Inputs are `pixel_values` FP32 [n, 3, H, W], prepared, or `image` BYTES [n], encoded images. The parameters `degree`,
-`min_degree` and `max_degree` say what degree is asked for. The output is `logits` FP32 [n, classes]; the parameter
-`degree` of the response says which degree answered.
+`min_degree`, `max_degree`, `budget_ms` and `min_accuracy` say what degree is asked for. The output is `logits` FP32
+[n, classes]; the parameter `degree` of the response says which degree answered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from runtime.manifest import Family
 from serving.scheduler import Want
 
 IMAGE_NAME = "image"
-_WANTS = ("degree", "min_degree", "max_degree")
+_DEGREES, _SHARES = ("degree", "min_degree", "max_degree"), ("budget_ms", "min_accuracy")
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _MOST_DIMENSIONS = 8
 
 
@@ -52,17 +54,27 @@ def read_want(parameters: Mapping[str, Any] | None) -> Want:
         parameters: Of the request.
 
     Raises:
-        InputError: A degree is not a whole number of 0 or more.
+        InputError: A degree is not a whole number of 0 or more, or another not a number.
     """
-    found = {}
-    for name in _WANTS:
-        value = (parameters or {}).get(name)
-        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
-            value = int(value)  # parameters of some clients are text
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise InputError(f"the parameter {name} must be a whole number, 0 or more, got {_short(value)}")
-        found[name] = value
-    return Want(**found)
+    given = parameters or {}
+    degrees = {name: _read_degree(name, given.get(name)) for name in _DEGREES}
+    return Want(**degrees, **{name: _read_number(name, given.get(name)) for name in _SHARES})
+
+
+def _read_degree(name: str, value: object) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
+        value = int(value)  # parameters of some clients are text
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise InputError(f"the parameter {name} must be a whole number, 0 or more, got {_short(value)}")
+    return value
+
+
+def _read_number(name: str, value: object) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)  # gRPC has no other way to say a fraction in every version of the protocol
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9):
+        raise InputError(f"the parameter {name} must be a number, 0 or more, got {_short(value)}")
+    return value
 
 
 def read_input(inputs: Sequence[Tensor], family: Family) -> np.ndarray | list[bytes]:

@@ -34,11 +34,17 @@ class Want:
         degree: This one, whatever the load.
         min_degree: At least this compressed.
         max_degree: At most this compressed, whatever the load.
+        budget_ms: At least as compressed as the most accurate degree whose call for one image keeps to it, in ms; the
+            service makes a min_degree of it.
+        min_accuracy: At most as compressed as the most compressed degree that was measured to be as accurate, a share
+            in 0..1; the service makes a max_degree of it.
     """
 
     degree: int | None = None
     min_degree: int | None = None
     max_degree: int | None = None
+    budget_ms: float | None = None
+    min_accuracy: float | None = None
 
     def allows(self, degree: int) -> bool:
         """Whether the request may run at a degree."""

@@ -128,6 +128,7 @@ class Service:
             raise InputError("pixel_values must be finite numbers, got others")
         while True:
             generation = self._generation
+            want = generation.resolved(want)
             try:
                 accepted = generation.scheduler.submit(pixel_values, want)
             except BusyError as busy:

@@ -70,6 +70,13 @@ def test_want() -> None:
     assert read_want({"min_degree": "4", "max_degree": 12}) == Want(min_degree=4, max_degree=12)
 
 
+def test_want_in_time_or_accuracy() -> None:
+    assert read_want({"budget_ms": 5, "min_accuracy": "0.9"}) == Want(budget_ms=5, min_accuracy=0.9)
+    for value in (-1, "x", True, float("nan"), float("inf"), [1], "1e3", "nan"):
+        with pytest.raises(InputError, match="must be a number"):
+            read_want({"budget_ms": value})
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "x", "-3", "1e3", True, [8], {"a": 1}, "9" * 400])
 def test_a_degree_that_is_none(value: object) -> None:
     with pytest.raises(InputError, match="whole number") as refused:

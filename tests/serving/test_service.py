@@ -219,6 +219,16 @@ def test_options_that_make_no_sense(options: dict[str, float]) -> None:
         ServeOptions(**options)
 
 
+def test_where_a_server_begins_and_how_far_it_goes(serve: Serve) -> None:
+    assert serve(budget_ms=3.5).degree == 8
+    accurate = serve(objective_ms=1000.0, min_accuracy=0.88)
+    assert accurate._generation.scheduler._policy.degrees == (0, 8)
+    for options in ({"budget_ms": 1}, {"min_accuracy": 0.95}, {"degree": 16, "min_accuracy": 0.88},
+                    {"degree": 8, "budget_ms": 5.0}):  # fmt: skip
+        with pytest.raises(InputError):
+            serve(**options)
+
+
 def test_a_degree_that_the_family_does_not_have(serve: Serve) -> None:
     with pytest.raises(InputError, match="0, 8, 16"):
         serve(degree=4)
