@@ -1,0 +1,176 @@
+"""What became of every request: nothing is left out of the count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+RIGHT, WRONG = "answered right", "answered wrong"
+REFUSED, UNCLEAR, LOST = "refused clearly", "refused unclearly", "lost"
+OUTCOMES = (RIGHT, WRONG, REFUSED, UNCLEAR, LOST)
+BUSY = (429, 503)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back, whichever protocol brought it.
+
+    Attributes:
+        status: Of HTTP; what a code of gRPC stands for there; 0 where nothing came.
+        text: What a refusal says, or how the connection failed.
+        retry_after: Whether the refusal says when to come back. gRPC has no place for it that this server could use.
+        logits: float32 [n, classes], of an answer.
+        classes: Best class of each image, of an answer that tells no logits.
+        degree: That answered.
+    """
+
+    status: int
+    text: str = ""
+    retry_after: bool = False
+    logits: np.ndarray | None = None
+    classes: tuple[int, ...] | None = None
+    degree: int | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One request.
+
+    Attributes:
+        at_s: When it was to be sent, from the start of the phase; its latency counts from here.
+        body: Which one.
+        sent_s: When it was sent.
+        done_s: When its answer was there.
+        reply: The answer, as it came.
+    """
+
+    at_s: float
+    body: int
+    sent_s: float = 0.0
+    done_s: float = 0.0
+    reply: object = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One request, and what became of it.
+
+    Attributes:
+        at_s: See `Record`.
+        latency_ms: From when it was to be sent to its answer.
+        outcome: Of `OUTCOMES`.
+        images: In it.
+        correct: Of the images, how many got the class of their label.
+        degree: That answered.
+        text: What a refusal or a failure said.
+    """
+
+    at_s: float
+    latency_ms: float
+    outcome: str
+    images: int
+    correct: int = 0
+    degree: int | None = None
+    text: str = ""
+
+
+@dataclass
+class Tally:
+    """Counts of outcomes, and what was said with those that are no answer."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    said: Counter[str] = field(default_factory=Counter)
+
+    def add(self, judged: Judged) -> None:
+        """Counts a request."""
+        self.counts[judged.outcome] += 1
+        if judged.outcome != RIGHT and judged.text:
+            self.said[f"{judged.outcome}: {judged.text[:160]}"] += 1
+
+    def to_json(self) -> dict[str, object]:
+        """Counts, and the most frequent texts."""
+        counts = {"sent": sum(self.counts.values()), **{name: self.counts[name] for name in OUTCOMES}}
+        return {"counts": counts, "said": dict(self.said.most_common(8))}
+
+
+def clear_refusal(reply: Reply, *, over_http: bool) -> bool:
+    """Whether a valid request was refused so that a client knows what to do: come back, and when.
+
+    Args:
+        reply: It.
+        over_http: Whether it came over HTTP, which must say when.
+    """
+    readable = bool(reply.text.strip()) and "\n" not in reply.text and "Traceback" not in reply.text
+    return reply.status in BUSY and readable and (reply.retry_after or not over_http)
+
+
+def latencies(judged: Sequence[Judged]) -> np.ndarray:
+    """Of answers, in ms."""
+    return np.array([each.latency_ms for each in judged if each.outcome in (RIGHT, WRONG)])
+
+
+def percentile(values: np.ndarray, share: float) -> float | None:
+    """The least value that a share of all values does not exceed; None of nothing.
+
+    >>> percentile(np.arange(1.0, 101.0), 99)
+    99.0
+    """
+    return float(np.percentile(values, share, method="inverted_cdf")) if len(values) else None
+
+
+def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
+    """What a phase came to, JSON-ready.
+
+    Args:
+        judged: All requests of the phase.
+        seconds: That it was offered for.
+    """
+    answered = [each for each in judged if each.outcome in (RIGHT, WRONG)]
+    taken = latencies(judged)
+    images = sum(each.images for each in answered)
+    degrees = Counter[int]()
+    for each in answered:
+        degrees[-1 if each.degree is None else each.degree] += each.images
+    tally = Tally()
+    for each in judged:
+        tally.add(each)
+    asked = sum(each.images for each in judged)
+    return {
+        "seconds": seconds,
+        "requests": len(judged),
+        "offered": asked / seconds,
+        "answered": images / seconds,
+        "p50_ms": percentile(taken, 50),
+        "p99_ms": percentile(taken, 99),
+        "refused": sum(each.outcome == REFUSED for each in judged) / max(len(judged), 1),
+        "top1": sum(each.correct for each in answered) / images if images else None,
+        "degrees": {str(degree): count / images for degree, count in sorted(degrees.items())},
+        **tally.to_json(),
+    }
+
+
+def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> list[dict[str, object]]:
+    """The same by when requests were to be sent: degree, p50 and p99 in ms, refused, for every bin."""
+    bins: list[list[Judged]] = [[] for _ in range(int(np.ceil(seconds / bin_s)))]
+    for each in judged:
+        bins[min(int(each.at_s / bin_s), len(bins) - 1)].append(each)
+    return [
+        {
+            "at_s": number * bin_s,
+            "requests": len(inside),
+            "degree": _mean_degree(inside),
+            "highest": max((each.degree for each in inside if each.degree is not None), default=None),
+            "p50_ms": percentile(latencies(inside), 50),
+            "p99_ms": percentile(latencies(inside), 99),
+            "refused": sum(each.outcome == REFUSED for each in inside),
+        }
+        for number, inside in enumerate(bins)
+    ]
+
+
+def _mean_degree(judged: Sequence[Judged]) -> float | None:
+    found = [each.degree for each in judged if each.degree is not None]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,113 @@
+"""A soak: valid and malformed requests, reloads and killed workers, while memory, files and threads are watched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.serving.fault_clients import BadStorm
+from bench.serving.faults import Bench, FaultOptions
+from bench.serving.flat import slope
+from bench.serving.server import Server
+from bench.serving.subject import Subject
+from bench.serving.traffic import account, mixed_bodies
+
+WATCHED = ("rss_mib", "files", "threads")
+_EVERY_S = 20.0  # between a reload and a kill
+_QUIET_S = 4.0  # behind either: what starts or ends is not the level
+_BAD_AT_ONCE, _BAD_PAUSE_S = 2, 0.1
+
+
+def run_soak(
+    subject: Subject, minutes: float, seed: int, work: Path, tell: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
+    """Runs it; JSON-ready.
+
+    Args:
+        subject: Family and sheets.
+        minutes: How long.
+        seed: Of everything drawn.
+        work: For the copy of the family and the log.
+        tell: Told how it goes.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    family = work / "family"
+    shutil.copytree(subject.folder, family)
+    bench = Bench(subject, mixed_bodies(subject, wants=({}, {}, {"degree": 8}, {"degree": 0}, {"min_degree": 8})),
+                  FaultOptions(60 * minutes, seed=seed), work, family)  # fmt: skip
+    with bench.serve() as server:
+        traffic, storm = bench.traffic(server), BadStorm(server, subject.sheets, seed)
+        storming = threading.Thread(target=asyncio.run, args=(_storm(storm, 60 * minutes),), daemon=True)
+        storming.start()
+        watch = _Watch(bench, server, tell)
+        watch.run(60 * minutes)
+        found = account(traffic.join())
+        storming.join()
+        faults, status = server.faults(), server.stop()
+    slopes = {}
+    for name in WATCHED:
+        values = [each[name] for each in watch.samples if each["quiet"]]
+        if len(values) >= 24:
+            fitted = slope(values)
+            slopes[name] = {**asdict(fitted), "flat": fitted.flat}
+    return {"traffic": found, "malformed": storm.to_json(), "slopes": slopes, "samples": watch.samples,
+            "reloads": watch.reloads, "kills": watch.kills, "restarts": watch.kills, "said": watch.said,
+            "exit": status, "faults": faults, "minutes": minutes}  # fmt: skip
+
+
+async def _storm(storm: BadStorm, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await storm.run(range(1 << 30), _BAD_AT_ONCE, _BAD_PAUSE_S)
+
+
+class _Watch:
+    """Samples every second, and every so often a reload or a kill."""
+
+    def __init__(self, bench: Bench, server: Server, tell: Callable[[str], None]) -> None:
+        self._bench, self._server, self._tell = bench, server, tell
+        self._whole = (bench.family / "family.json").read_text()
+        self.samples: list[dict[str, Any]] = []
+        self.reloads, self.kills = 0, 0
+        self.said: list[str] = []
+
+    def run(self, seconds: float) -> None:
+        began = time.monotonic()
+        acted, number = began, 0
+        while (now := time.monotonic()) - began < seconds and self._server.alive:
+            if now - acted > _EVERY_S:
+                self._act(number)
+                acted, number = time.monotonic(), number + 1
+            sample = self._server.sample()
+            quiet = time.monotonic() - acted > _QUIET_S
+            self.samples.append({"at_s": round(now - began, 1), "quiet": quiet, **sample})
+            if len(self.samples) % 15 == 1:
+                self._tell(f"{now - began:.0f} s: {sample['rss_mib']:.0f} MiB, {sample['files']} files, "
+                           f"{sample['threads']} threads")  # fmt: skip
+            time.sleep(max(1.0 - (time.monotonic() - now), 0.0))
+
+    def _act(self, number: int) -> None:
+        if number % 2:
+            for pid in self._server.workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    self.kills += 1
+            return
+        manifest = json.loads(self._whole)
+        if number % 4 == 0:  # degree 4 is pinned by nobody here
+            manifest["engines"] = [each for each in manifest["engines"] if each["degree"] != 4]
+        (self._bench.family / "family.json").write_text(json.dumps(manifest))
+        status, said = self._bench.reload(self._server)
+        self.reloads += 1
+        if status != 200:
+            self.said.append(f"reload: {status} {said}")
