@@ -50,14 +50,15 @@ function span(values, least) {
 export function drawFrontier(place, degrees, current, choose) {
   const accurate = degrees.every((each) => each.top1 !== null);
   const up = (each) => (accurate ? 100 * each.top1 : each.gmacs);
-  const width = Math.max(260, place.clientWidth), height = 250, left = 46, right = 18, top = 14, bottom = 40;
+  const width = Math.max(260, place.clientWidth), height = 250, right = 18, top = 14, bottom = 40;
   const [lowX, highX] = span(degrees.map((each) => each.p50_ms), 0.02);
   const [lowY, highY] = span(degrees.map(up), 0.001);
+  const across = ticks(lowX, highX, width < 420 ? 3 : 6), along = ticks(lowY, highY, 6);
+  const left = 46 + 6 * Math.max(0, along.digits - 1);
   const x = (value) => left + ((value - lowX) / (highX - lowX)) * (width - left - right);
   const y = (value) => top + (1 - (value - lowY) / (highY - lowY)) * (height - top - bottom);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group" });
   svg.setAttribute("aria-label", accurate ? "Accuracy against time" : "Compute against time");
-  const across = ticks(lowX, highX, width < 420 ? 3 : 6), along = ticks(lowY, highY, 6);
   for (const at of along.found) {
     make("line", { x1: left, x2: width - right, y1: y(at), y2: y(at), class: "grid" }, svg);
     make("text", { x: left - 8, y: y(at) + 4, class: "tick end" }, svg, at.toFixed(along.digits));
