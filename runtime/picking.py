@@ -72,7 +72,7 @@ class Pick:
 
 
 def pick(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
-    """Finds the engines to run.
+    """Finds the engines to run, and makes sure that their files are the ones that were compiled.
 
     Args:
         folder: Of the family.
@@ -81,9 +81,16 @@ def pick(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
         tell: Given a line when times are measured.
 
     Raises:
-        InputError: There is no such degree or cascade.
+        InputError: There is no such degree or cascade, or a file has changed.
         GateError: No degree keeps to the budget, or none is as accurate.
     """
+    picked = _picked(folder, family, wish, tell)
+    for entry in picked.entries:
+        family.check_files(folder, entry)
+    return picked
+
+
+def _picked(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
     if wish.cascade:
         plan = CascadePlan.read(folder, family)
         thresholds = ", ".join(f"{stage.threshold:.3f} at degree {stage.degree}" for stage in plan.stages[:-1])
@@ -118,12 +125,11 @@ class OpenEngines:
             throughput: Likewise.
 
         Raises:
-            InputError: A file has changed, an engine cannot be opened, or is not what the manifest says.
+            InputError: An engine cannot be opened, or is not what the manifest says.
         """
         self._plan, self._runners = picked.plan, {}
         with ExitStack() as opened:
             for entry in picked.entries:
-                family.check_files(folder, entry)
                 settings = {"precision": entry.precision, "threads": threads, "throughput": throughput}
                 batch = picked.batch if entry is picked.entries[0] else None  # fewer images, never the same, go on
                 engine = open_engine(folder / entry.engine, entry.backend, batch=batch, **settings)
