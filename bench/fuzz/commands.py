@@ -14,7 +14,8 @@ from pathlib import Path
 from bench.fuzz.outcome import ESCAPED, LEFTOVER, FaultError, RefusedError
 
 _LONGEST = 2000  # characters of a line that somebody is to read
-_ASIDE = re.compile(r"^infer: (degree \d+ was not faster|\d+ images?, degree)")  # what infer tells beside errors
+# what infer tells beside errors
+_ASIDE = re.compile(r"^infer: (degree \d+ was not faster|images go on|\d+ images?, (degree|cascade))")
 _STAGES = ("loading", "r=", "measuring", "calibrating", "choosing", "note: ")
 
 
