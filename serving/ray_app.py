@@ -22,16 +22,17 @@ from ray.serve import Application
 
 from runtime.errors import InputError, one_line
 from runtime.manifest import Family
+from serving.generation import MAX_PIXELS, ServeOptions
 from serving.http_guard import HttpLimits
 from serving.ray_ingress import FamilyIngress, IngressOptions, to_ingress
 from serving.ray_replica import FamilyReplica, Tuning
 from serving.scheduler import Limits
-from serving.service import MAX_PIXELS, ServeOptions
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WAITING = 64  # requests that the ingress takes beyond its limit, to refuse them itself
 _GRACE_S = 30.0
 _HEALTH_S = 5.0
+_LOOK_BACK_S = 12.0  # that the load is averaged over; Ray wants it to be more than the 10 s between its reports
 
 
 class FamilyArgs(BaseModel):
@@ -170,8 +171,7 @@ def _deployment(args: FamilyArgs, name: str, tuning: Tuning) -> serve.Deployment
                 "target_ongoing_requests": args.target_ongoing_requests,
                 "upscale_delay_s": args.upscale_delay_s,
                 "downscale_delay_s": args.downscale_delay_s,
-                "metrics_interval_s": 1.0,
-                "look_back_period_s": max(args.upscale_delay_s, 2.0),
+                "look_back_period_s": _LOOK_BACK_S,
             }
         }
     else:

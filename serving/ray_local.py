@@ -21,6 +21,9 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # replicas without GPUs of their own keep the variables of the process that starts Ray, as later versions do
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # how often scaling hears of the load, in seconds
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 # Ray's dashboard process, which also runs without a dashboard and without usage statistics, asks the metadata address
 # of clouds which cloud this is. There is no setting for it, but it heeds the proxy: a port where nobody listens.

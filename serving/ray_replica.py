@@ -25,6 +25,7 @@ from serving.open_inference import metadata, read_input
 from serving.open_inference_json import read_request, write_response
 from serving.ray_local import keep_to_loopback
 from serving.scheduler import ANY, Answer, Want
+from serving.scratch import own_scratch
 from serving.service import ServeOptions, Service
 
 _LOG = logging.getLogger("ray.serve")  # whose records Ray keeps with the replica's
@@ -88,6 +89,7 @@ class FamilyReplica:
             options: How it is served; `Tuning` replaces a part of them.
         """
         keep_to_loopback()
+        own_scratch()  # Ray ends replicas that do not answer without asking, again and again if need be
         self._folder, self._name, self._options = folder, name, options
         self._service: Service | None = None
         self._stale: str | None = None
