@@ -8,17 +8,15 @@ class ServingError(RuntimeError):
 
     Attributes:
         status: HTTP status that says so.
+        retry_after_s: Seconds after which it is worth trying again; None where that is not known.
     """
 
     status = 500
+    retry_after_s: float | None = None
 
 
 class BusyError(ServingError):
-    """More requests wait than the server takes on: a client is told to come back, instead of waiting without an end.
-
-    Attributes:
-        retry_after_s: Seconds after which it is worth trying again.
-    """
+    """More requests wait than the server takes on: a client is told to come back, instead of waiting without an end."""
 
     status = 503
 
@@ -35,3 +33,4 @@ class WorkerDiedError(ServingError):
     """The process that holds the engines died, and so did the one that replaced it."""
 
     status = 503
+    retry_after_s = 1.0

@@ -7,17 +7,24 @@ import contextlib
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import grpc.aio
 import uvicorn
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from mlserver import MLServer, ModelSettings, Settings
 from mlserver.errors import MLServerError
 from mlserver.grpc import GRPCServer
+from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from mlserver.grpc.interceptors import PromServerInterceptor
+from mlserver.grpc.model_repository import ModelRepositoryServicer
+from mlserver.grpc.model_repository_pb2_grpc import add_ModelRepositoryServiceServicer_to_server
+from mlserver.grpc.servicers import InferenceServicer
 from mlserver.grpc.utils import STATUS_CODE_MAPPING
 from mlserver.handlers import ModelRepositoryHandlers
 from mlserver.rest import RESTServer
@@ -28,6 +35,7 @@ from starlette.routing import Route
 
 from runtime.errors import InputError, one_line, readable
 from serving.errors import ServingError
+from serving.grpc_guard import MessageGuard
 from serving.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 from serving.metrics import ServiceMetrics
 from serving.mlserver_model import FamilyModel, RefusedError
@@ -131,7 +139,8 @@ class _FamilyServer(MLServer):
         self._model_repository_handlers = _Repository(self._service, self._options.name)
         self._rest_server = _Rest(self._settings, self._data_plane, self._model_repository_handlers,
                                   self._service, self._options)  # fmt: skip
-        self._grpc_server = _Grpc(self._settings, self._data_plane, self._model_repository_handlers)
+        self._grpc_server = _Grpc(self._settings, self._data_plane, self._model_repository_handlers,
+                                  self._options.name)  # fmt: skip
         self._kafka_server = None
 
     async def start(self, models_settings: list[ModelSettings] = []) -> None:  # noqa: B006  # as in the base class
@@ -207,6 +216,19 @@ class _Rest(RESTServer):
 
 
 class _Grpc(GRPCServer):
+    def __init__(self, settings: Settings, data_plane: Any, repository: Any, name: str) -> None:
+        super().__init__(settings, data_plane, repository)
+        self._guard = MessageGuard(name)
+
+    def _create_server(self) -> None:  # as in the base class, which takes no interceptor from outside
+        self._server = grpc.aio.server(interceptors=[self._guard, PromServerInterceptor()],
+                                       options=self._get_options())  # fmt: skip
+        servicer = InferenceServicer(self._data_plane, self._model_repository_handlers)
+        add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
+        repository = ModelRepositoryServicer(self._model_repository_handlers)
+        add_ModelRepositoryServiceServicer_to_server(repository, self._server)
+        self._server.add_insecure_port(f"{self._settings.host}:{self._settings.grpc_port}")
+
     async def start(self) -> None:
         try:
             self._create_server()
@@ -285,6 +307,7 @@ class _OneLine(logging.Filter):
 
 
 def _quiet_logs() -> None:
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on images that clients send
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     for name in ("tocom.serving", "uvicorn.error"):

@@ -16,7 +16,7 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 
 from runtime.engines import OUTPUT_NAME
 from runtime.errors import InputError
-from serving.errors import BusyError, ServingError
+from serving.errors import ServingError
 from serving.metrics import ServiceMetrics
 from serving.open_inference import Tensor, metadata, read_input, read_want
 from serving.scheduler import Answer
@@ -74,8 +74,7 @@ class FamilyModel(MLModel):
             self.metrics.refused("bad input")
             raise RefusedError(str(error), 400) from error
         except ServingError as error:
-            retry_after_s = error.retry_after_s if isinstance(error, BusyError) else None
-            raise RefusedError(str(error), error.status, retry_after_s) from error
+            raise RefusedError(str(error), error.status, error.retry_after_s) from error
         headers = {"ToCom-Degree": str(answer.degree)}
         return InferenceResponse(
             model_name=self.name,

@@ -108,7 +108,8 @@ def _pixels(tensor: Tensor, size: tuple[int, int, int]) -> np.ndarray:
     if tensor.datatype != "FP32" or len(shape) != 4 or shape[1:] != size or shape[0] < 1:
         raise InputError(f"{rule}, got {_short(tensor.datatype)} {_short(list(shape))}")
     try:
-        pixels = np.asarray(tensor.data, np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused later
+            pixels = np.asarray(tensor.data, np.float32)
     except (ValueError, TypeError, OverflowError):  # ragged lists, or not of numbers
         raise InputError(f"{rule}, got data that is no array of numbers") from None
     if pixels.size != math.prod(shape):

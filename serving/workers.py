@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError
 from runtime.predictor import LoadedFamily, load
 from serving.errors import EngineFailedError, WorkerDiedError
 
@@ -85,7 +85,7 @@ class EngineProcess:
             self.pid = pool.submit(_open, self._folder, self._threads).result(self._timeout_s)
         except (BrokenProcessPool, TimeoutError) as death:
             _end(pool)
-            raise WorkerDiedError(f"a process for {one_line(self._folder)} does not start") from death
+            raise WorkerDiedError("a process for the engines does not start") from death
         except InputError:
             _end(pool)
             raise
