@@ -76,7 +76,9 @@ def read_grpc(raw: object) -> Reply:
         return Reply(status, f"{raw.code().name}: {text}")
     response = service_pb2.ModelInferResponse.FromString(raw)
     output = response.outputs[0]
-    logits = np.array(output.contents.fp32_contents, np.float32).reshape(tuple(output.shape))
+    given = output.contents.fp32_contents
+    logits = np.array(given, np.float32) if given else np.frombuffer(response.raw_output_contents[0], np.float32)
+    logits = logits.reshape(tuple(output.shape))
     return Reply(200, logits=logits, degree=response.parameters["degree"].int64_param)
 
 

@@ -93,7 +93,7 @@ def _wrong_type(draw: random.Random, sheets: Sequence[bytes]) -> Bad:
 
 def _wrong_shape(draw: random.Random, _sheets: Sequence[bytes]) -> Bad:
     shapes: list[Any] = [[], [0], [2], [-1], [1, 3, 31, 32], [1, 3072], [3, 32, 32], [0, *_SIZE], [2, *_SIZE], "1",
-                         None, [1.5, *_SIZE], [1] * 40, [True, "3", 32, 32], [1, 1, 3, 32, 32]]  # fmt: skip
+                         None, [1.5, *_SIZE], [1] * 40, [1, "x", 32, 32], [1, 1, 3, 32, 32]]  # fmt: skip
     return _infer("wrong shape", _pixels([], [0.0] * 3072) | {"inputs": [
         {"name": "pixel_values", "datatype": "FP32", "shape": draw.choice(shapes), "data": [0.0] * 3072}]})  # fmt: skip
 
@@ -241,11 +241,15 @@ def _encoding(draw: random.Random, _sheets: Sequence[bytes]) -> Bad:
     return _plain("not UTF-8", http_request(INFER, content))
 
 
+_PATHS = (
+    "/v2/models/other/infer", "/v2/models/digits%00/infer", "/v2/models//infer", "/v3", "/page/../../x",
+    f"/v2/models/{MODEL}/generate", f"/v2/models/{MODEL}/generate_stream", "/page/%2e%2e/%2e%2e/etc/passwd",
+    "/v2/repository/models/other/load", "/v2/models/x/ready", f"/v2/repository/models/{MODEL}/unload", "/" + "a" * 4000,
+)  # fmt: skip
+
+
 def _unknown(draw: random.Random, _sheets: Sequence[bytes]) -> Bad:
-    path = draw.choice(("/v2/models/other/infer", "/v2/models/digits%00/infer", "/v2/models//infer", "/v3",
-                        "/page/../../x", "/page/%2e%2e/%2e%2e/etc/passwd", "/v2/repository/models/other/load",
-                        "/v2/models/x/ready", f"/v2/repository/models/{MODEL}/unload", "/" + "a" * 4000))  # fmt: skip
-    return _plain("unknown path or model", http_request(path, b'{"inputs": []}'))
+    return _plain("unknown path or model", http_request(draw.choice(_PATHS), b'{"inputs": []}'))
 
 
 def _noise(draw: random.Random, _sheets: Sequence[bytes]) -> Bad:

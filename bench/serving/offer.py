@@ -19,15 +19,15 @@ async def offer(
     times: Sequence[float],
     bodies: Sequence[int],
     send: Send,
-    tell: Callable[[float], None] = lambda _second: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Record]:
-    """Sends every request at its time, and waits for all answers.
+    """Sends every request at its time, and waits for all answers; tells of what was sent.
 
     Args:
         times: When, rising, in seconds from now.
         bodies: Which body, for every time.
         send: See `Send`.
-        tell: Told of the time now and then.
+        stopped: Asked at least twice a second whether to send nothing any more.
     """
     records = [Record(float(at), int(body)) for at, body in zip(times, bodies, strict=True)]
     running: set[asyncio.Task[None]] = set()
@@ -41,16 +41,15 @@ async def offer(
     gc.collect()
     gc.disable()  # a pause here would count as the server's
     try:
-        told = 0.0
-        for record in records:
-            while (left := start + record.at_s - time.perf_counter()) > 0:
-                await asyncio.sleep(left)
+        for sent, record in enumerate(records):
+            while (left := start + record.at_s - time.perf_counter()) > 0 and not stopped():
+                await asyncio.sleep(min(left, 0.5))
+            if stopped():
+                del records[sent:]
+                break
             task = asyncio.create_task(one(record))
             running.add(task)
             task.add_done_callback(running.discard)
-            if record.at_s - told > 0.5:
-                told = record.at_s
-                tell(told)
         while running:
             await asyncio.wait(set(running))
     finally:

@@ -81,19 +81,17 @@ class Traffic:
 
         async def send(number: int) -> object:
             body = self._bodies[number]
-            if self._stopped:
-                return None
             if body.route == "grpc":
                 return await client.send(body.content)
             return await exchange(self._server.http, body.content, _TIMEOUT_S)
 
-        records = await offer(self._times, order(len(self._bodies), len(self._times), self._seed), send)
+        bodies = order(len(self._bodies), len(self._times), self._seed)
+        records = await offer(self._times, bodies, send, lambda: self._stopped)
         await client.close()
         for record in records:
-            if record.reply is not None:
-                body = self._bodies[record.body]
-                reply = read_grpc(record.reply) if body.route == "grpc" else read_http(record.reply)
-                self.judged.append(self._subject.judge(record, body, reply))
+            body = self._bodies[record.body]
+            reply = read_grpc(record.reply) if body.route == "grpc" else read_http(record.reply)
+            self.judged.append(self._subject.judge(record, body, reply))
 
 
 def account(judged: Sequence[Judged]) -> dict[str, Any]:

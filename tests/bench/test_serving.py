@@ -95,6 +95,17 @@ def test_offer_does_not_wait_for_answers() -> None:
     assert time.perf_counter() - began < 2 and len(records) == 50
 
 
+def test_offer_stops_when_it_is_told() -> None:
+    sent = []
+
+    async def send(body: int) -> object:
+        sent.append(body)
+        return body
+
+    records = asyncio.run(offer([0.0, 0.01, 3000.0], [0, 1, 2], send, lambda: len(sent) == 2))
+    assert [record.reply for record in records] == sent == [0, 1]
+
+
 def judged(at_s: float, outcome: str, latency_ms: float = 10.0, degree: int | None = 0) -> Judged:
     return Judged(at_s, latency_ms, outcome, images=4, correct=3, degree=degree, text="why")
 
