@@ -219,6 +219,36 @@ def calibrate(
     return Calibration(best.get(True), best.get(False), nearest)
 
 
+def most_accurate(
+    logits: Mapping[int, np.ndarray], labels: np.ndarray, costs: Costs, at: float, degrees: Sequence[int] = ()
+) -> Candidate | None:
+    """The cascade or single degree that is right most often at a mean cost; of equals, the one with fewest stages.
+
+    Of a chain, only the highest threshold that keeps to the cost is tried, since sending on more images hardly ever
+    harms; so few are compared, and the best owes little to chance.
+
+    Args:
+        logits: Degree -> [n, classes].
+        labels: int [n].
+        costs: What is limited.
+        at: The most that it may be, mean per image.
+        degrees: Those that may take part; all by default.
+
+    Returns:
+        None where even the cheapest degree costs more.
+    """
+    base = logits[min(logits)].argmax(axis=1) == labels
+    stages = [_Scored.of(degree, logits[degree], labels, base) for degree in sorted(degrees or logits, reverse=True)]
+    best: Candidate | None = None
+    for chain in _chains(stages):
+        tried = _tried(chain, costs)
+        if (tried.cost <= at).any():
+            found = tried.candidate(chain, int((tried.cost <= at).argmax()), len(labels))
+            if best is None or found.accuracy > best.accuracy:
+                best = found
+    return best
+
+
 def _chains(stages: Sequence[_Scored]) -> Iterator[tuple[_Scored, ...]]:
     """Single degrees, pairs and triples, the shorter ones first, so that of equals the simplest is taken."""
     for length in (1, 2, 3):

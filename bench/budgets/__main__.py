@@ -23,7 +23,7 @@ from runtime.artifacts import write_atomically
 from runtime.errors import InputError
 from runtime.local_latency import this_machine
 
-STAGES = ("singles", "gmacs", "promises", "times")
+STAGES = ("singles", "equal", "gmacs", "promises", "times")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -69,9 +69,10 @@ def main(
         except InputError as error:
             _refuse(str(error))
     results = _gathered(effort, folder, list(listed))
-    if not any(each.get("gmacs") for each in results["subjects"].values()):
+    if not any({*STAGES[:-1]} <= each.keys() for each in results["subjects"].values()):
         _refuse(f"nothing finished lies in {folder}: run without --report-only.")
     out = out or (folder / "budgets.md" if quick else RESULTS / "budgets.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".json"), (json.dumps(results) + "\n").encode())
     write_page(json.loads(out.with_suffix(".json").read_text()), out)
     print(f"wrote {out}")
@@ -109,6 +110,8 @@ def _given(subject: Subject, effort: Effort, folder: Path) -> Given:
 def _stage(stage: str, given: Given, effort: Effort, folder: Path, again: bool) -> Any:
     if stage == "singles":
         return measure.singles(given)
+    if stage == "equal":
+        return measure.at_equal_cost(given)
     if stage == "gmacs":
         return measure.by_gmacs(given, effort)
     if stage == "promises":

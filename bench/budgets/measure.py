@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
-from calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature
+from calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, most_accurate
 from calib.cascade_family import frontier, opened
 from calib.cascade_trial import in_batches, measure_times
 from runtime.cascade import CascadePlan, confidence, run, shares
@@ -174,6 +174,23 @@ def by_gmacs(given: Given, effort: Effort) -> list[dict[str, Any]]:
         right, reached = answers(found.plan, given.test, given.test_labels)
         cost = sum(given.gmacs[degree] * share for degree, share in zip(found.plan.degrees, reached, strict=True))
         rows.append({"drop": drop, **_held(given, found, right, reached, given.gmacs, cost)})
+    return rows
+
+
+def at_equal_cost(given: Given) -> list[dict[str, Any]]:
+    """For every degree but the cheapest and the dearest, the most accurate cascade that costs no more."""
+    costs = Costs.of_gmacs(given.gmacs)
+    rows = []
+    for degree in sorted(given.gmacs, key=given.gmacs.get)[1:-1]:
+        found = most_accurate(given.val, given.val_labels, costs, given.gmacs[degree])
+        right, reached = answers(found.plan, given.test, given.test_labels)
+        cost = sum(given.gmacs[stage] * share for stage, share in zip(found.plan.degrees, reached, strict=True))
+        gains = 100 * (right.astype(float) - given.right[degree])
+        rows.append({
+            "degree": degree, "its_cost": given.gmacs[degree], "its_accuracy": 100 * float(given.right[degree].mean()),
+            "gain": float(gains.mean()), "gain_error": float(gains.std() / len(gains) ** 0.5),
+            **_held(given, found, right, reached, given.gmacs, max(cost, given.gmacs[degree])), "cost": cost,
+        })  # fmt: skip
     return rows
 
 

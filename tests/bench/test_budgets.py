@@ -89,7 +89,8 @@ def results():
     timed = held(-0.9, cost=0.5, batch=8, single=0, measured={"0": 0.8, "16": 0.4})
     times = {"machine": "a machine", "backend": "openvino", "load": 0.0, "rows": [timed]}
     none = [{"drop": 1.0, "cascade": None}]
-    subject = {"singles": singles, "promises": promises}
+    equal = [held(0.3) | {"degree": 8, "its_cost": 0.03, "its_accuracy": 92.0, "gain": 0.6, "gain_error": 0.2}]
+    subject = {"singles": singles, "promises": promises, "equal": equal}
     setup = {"effort": "full", "date": "2026-01-01", "torch": "2", "openvino": "2026", "degrees": [0, 16],
              "seeds": [0, 1], "drops": [1.0], "val_sheets": 10, "test_sheets": 20, "draw_sheets": 5,
              "unfinished": ["times of example"]}  # fmt: skip
@@ -104,6 +105,9 @@ def test_the_page_says_what_was_found(results, tmp_path):
     write_page(results, tmp_path / "budgets.md")
     page = (tmp_path / "budgets.md").read_text()
     assert "| `board` | 1 | 16, 0 | 25% | 0.0200 | 50% | 93.00 | +0.70 ±0.07 | +2.00 ±0.14 | +1.00 ±0.14 |" in page
+    assert ("| `board` | 8 | 0.0300 | 92.00 | 16, 0 | 25% | 0.0200 | 93.00 | +0.60 ±0.14 | +0.60 ±0.20 | +0.30 ±0.14 |"
+            in page)  # fmt: skip
+    assert "at least as accurate as the degree in 2 of 2 rows (tasks x degrees), by +0.60 points on average" in page
     assert "| example | 1 | none keeps it |" in page and "times of example" in page
     assert "| `board` | 1 | 16, 0 | 25% | 0.500 | 62% | 0.800 |" in page
     assert "cascades are at least as accurate in 1 of 1 rows, by +1.00 points on average" in page
@@ -156,6 +160,6 @@ def test_a_quick_run_and_its_second_start(tmp_path, capsys):
     first = capsys.readouterr().err
     assert "example: compiling" in first and "example: times took" in first
     page = json.loads((tmp_path / "budgets.json").read_text())["subjects"]["example"]
-    assert set(page) == {"singles", "gmacs", "promises", "times"}
+    assert set(page) == {"singles", "equal", "gmacs", "promises", "times"}
     command.main(**options, report_only=False)
     assert capsys.readouterr().err == ""

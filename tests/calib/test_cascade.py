@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 import calib.cascade
-from calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature
+from calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature, most_accurate
 from runtime.cascade import CascadePlan, Stage, confidence, run, shares
 from runtime.errors import InputError
 from runtime.local_latency import Times
@@ -200,6 +200,31 @@ def test_whatever_is_found_keeps_the_goal_when_it_runs(seed, images, drop):
     assert right.mean() == pytest.approx(found.accuracy)
     assert right.mean() >= (logits[0].argmax(axis=1) == labels).mean() - drop / 100
     assert reached == pytest.approx(found.shares)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.35, 0.6, 0.85, 2.0])
+def test_the_most_accurate_at_a_cost(at):
+    logits, labels = drawn(150, 11, {0: 1.6, 4: 1.5, 8: 1.2, 16: 0.9})
+    costs = Costs.of_gmacs({0: 1.0, 4: 0.8, 8: 0.6, 16: 0.35})
+    expected = []
+    for length in (1, 2, 3):
+        for chain in itertools.combinations((16, 8, 4, 0), length):
+            temperatures = {degree: round(fit_temperature(logits[degree], labels), 6) for degree in chain}
+            sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
+            for threshold in calib.cascade.thresholds(np.concatenate(sureness)) if sureness else [0.0]:
+                plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
+                                    for degree in chain])  # fmt: skip
+                right, reached = one_by_one(logits, labels, plan)
+                cost = sum(costs.each[degree] * share for degree, share in zip(chain, reached, strict=True))
+                if cost <= at:
+                    expected.append((right.mean(), -cost, plan.degrees))
+                    break
+    found = most_accurate(logits, labels, costs, at)
+    if not expected:
+        assert found is None
+        return
+    accuracy, cost, degrees = max(expected, key=lambda each: each[0])
+    assert (found.accuracy, -found.cost, found.plan.degrees) == (pytest.approx(accuracy), pytest.approx(cost), degrees)
 
 
 def test_how_many_images_a_goal_needs():
