@@ -68,7 +68,7 @@ def main(
             _run(effort, folder, [listed[name] for name in chosen], again)
         except InputError as error:
             _refuse(str(error))
-    results = _gathered(effort, folder, list(listed))
+    results = _gathered(effort, folder, listed)
     if not any({*STAGES[:-1]} <= each.keys() for each in results["subjects"].values()):
         _refuse(f"nothing finished lies in {folder}: run without --report-only.")
     out = out or (folder / "budgets.md" if quick else RESULTS / "budgets.md")
@@ -85,10 +85,16 @@ def subjects(effort: Effort) -> dict[str, Subject]:
     return {subject.name: subject for subject in found}
 
 
+def stages_of(subject: Subject, effort: Effort) -> tuple[str, ...]:
+    """What is measured of a subject: times, which hardly depend on weights, only of one fine-tuning of a task."""
+    return STAGES if subject.seed in (None, effort.seeds[0]) else STAGES[:-1]
+
+
 def _run(effort: Effort, folder: Path, chosen: list[Subject], again: bool) -> None:
     for round_stages in (STAGES[:-1], STAGES[-1:]):
         for subject in chosen:
-            files = {stage: folder / f"{stage}-{subject.name}.json" for stage in round_stages}
+            due = [stage for stage in round_stages if stage in stages_of(subject, effort)]
+            files = {stage: folder / f"{stage}-{subject.name}.json" for stage in due}
             wanted = [stage for stage, file in files.items() if not file.exists() or (again and stage == "times")]
             if not wanted:
                 continue
@@ -126,10 +132,10 @@ def _stage(stage: str, given: Given, effort: Effort, folder: Path, again: bool) 
             "rows": rows}  # fmt: skip
 
 
-def _gathered(effort: Effort, folder: Path, names: list[str]) -> dict[str, Any]:
+def _gathered(effort: Effort, folder: Path, listed: dict[str, Subject]) -> dict[str, Any]:
     """Everything that is finished."""
     found: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in listed:
         files = {stage: folder / f"{stage}-{name}.json" for stage in STAGES}
         found[name] = {stage: json.loads(file.read_text()) for stage, file in files.items() if file.exists()}
     setup = {
@@ -143,7 +149,12 @@ def _gathered(effort: Effort, folder: Path, names: list[str]) -> dict[str, Any]:
         "val_sheets": effort.val_sheets,
         "test_sheets": effort.test_sheets,
         "draw_sheets": effort.draw_sheets,
-        "unfinished": [f"{stage} of {name}" for name, each in found.items() for stage in STAGES if stage not in each],
+        "unfinished": [
+            f"{stage} of {name}"
+            for name, each in found.items()
+            for stage in stages_of(listed[name], effort)
+            if stage not in each
+        ],
     }
     return {"setup": setup, "subjects": found}
 

@@ -129,6 +129,8 @@ def test_tasks_are_put_together(results):
 def test_subjects_and_efforts():
     names = list(command.subjects(FULL))
     assert names[0] == "example" and len(names) == 10 and "missing-2" in names
+    timed = [name for name, each in command.subjects(FULL).items() if "times" in command.stages_of(each, FULL)]
+    assert timed == ["example", "board-0", "letters-0", "missing-0"]
     assert list(command.subjects(QUICK)) == ["example", "board-0"]
     assert Subject("letters-2", "letters").seed == 2 and Subject("example", "board").seed is None
 
