@@ -152,11 +152,13 @@ def _panel(task: str, results: Mapping[str, Any], listed: Sequence[Cascades]) ->
 def _times(results: Mapping[str, Any]) -> str:
     found = [each for listed in by_task(results, "times").values() for each in listed]
     machines, loads = sorted({each["machine"] for each in found}), [each["load"] for each in found]
-    parts = [f"{', '.join(machines)}; one fine-tuning of each task. Every batch runs through the cascade and through "
-             "every single degree in turns, twice, and the faster one counts; the time of a cascade is its mean. Load average "
-             f"while this ran: {min(loads):.1f} to {max(loads):.1f}. Images of a batch that go on are run together, which "
-             "for networks as small as these is dear: a call costs a good part of what its images do. \"Needs\" is the "
-             "time of the cheapest single degree that keeps the same on the validation sheets."]  # fmt: skip
+    parts = [
+        f"{', '.join(machines)}; one fine-tuning of each task. Every batch runs through the cascade and through "
+        "every single degree in turns, twice, and the faster one counts; the time of a cascade is its mean. Load "
+        f"average while this ran: {min(loads):.1f} to {max(loads):.1f}. Images of a batch that go on are run "
+        "together, which for networks as small as these is dear: a call costs a good part of what its images do. "
+        '"Needs" is the time of the cheapest single degree that keeps the same on the validation sheets.'
+    ]
     listed = list(cascades(results, "times"))
     for batch in sorted({each.batch for each in listed}):
         rows = []
