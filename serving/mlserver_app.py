@@ -181,7 +181,9 @@ class _Rest(RESTServer):
         super().__init__(settings, data_plane, repository)
         self._options = options
         self._server: _Server | None = None
-        self._app.router.routes.extend([*page_routes(service), Route("/metrics", _metrics)])
+        routes = self._app.router.routes  # nothing is streamed here, and MLServer tells refusals of streams by a trace
+        routes[:] = [route for route in routes if not getattr(route, "path", "").endswith("_stream")]
+        routes.extend([*page_routes(service), Route("/metrics", _metrics)])
         self._app.add_exception_handler(MLServerError, _tell_error)
         self._app.add_exception_handler(RequestValidationError, _tell_invalid)
         self._app.add_exception_handler(InputError, _tell_bad_input)

@@ -201,6 +201,8 @@ def test_bounds(server: Server) -> None:
     as_json = {"Content-Type": "application/json"}
     assert server.ask("/v2/models/other/infer", b'{"inputs": []}', **as_json)[0] == 404
     assert server.ask("/v2/models/tiny/infer", b'{"inputs": ' + b"[" * 100_000, **as_json)[0] == 400
+    for stream in ("infer_stream", "generate_stream"):
+        assert server.ask(f"/v2/models/tiny/{stream}", b'{"inputs": []}', **as_json)[0] == 404
 
 
 def test_metrics_count(server: Server, picture: bytes) -> None:
