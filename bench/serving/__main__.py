@@ -35,7 +35,7 @@ def load(
     engines: Engines = _ENGINES,
     images: Images = _IMAGES,
     objective_ms: Annotated[float, typer.Option(help="Of the 99th percentile.")] = 100.0,
-    request: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 10,
+    request: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, max=180, help="For each measurement.")] = 60.0,
     trial_s: Annotated[float, typer.Option(min=1, help="For each step of the search for what r=0 sustains.")] = 15.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait, in every server.")] = 96,

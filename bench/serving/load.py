@@ -47,7 +47,7 @@ class LoadOptions:
     """
 
     objective_ms: float = 100.0
-    images: int = 10
+    images: int = 16
     seconds: float = 60.0
     trial_s: float = 15.0
     max_queue: int = 96

@@ -121,16 +121,13 @@ class Server:
         while look:
             pid = look.pop()
             found.append(pid)
-            with suppress(OSError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    with suppress(OSError):
-                        look += map(int, (task / "children").read_text().split())
+            look += _children(pid)
         return sorted(found)
 
     @property
     def workers(self) -> list[int]:
-        """Processes that hold engines."""
-        return [pid for pid in self.pids if b"spawn_main" in _read(f"/proc/{pid}/cmdline")]
+        """Processes that hold engines: the server's own children of this kind, not what these start themselves."""
+        return sorted(pid for pid in _children(self.process.pid) if b"spawn_main" in _read(f"/proc/{pid}/cmdline"))
 
     def sample(self) -> dict[str, float]:
         """Memory in MiB, open files and threads, of all processes together."""
@@ -173,6 +170,15 @@ class Server:
     ) -> None:
         if self.alive:
             self.stop(40.0 if kind is None else 10.0)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _read(path: str) -> bytes:

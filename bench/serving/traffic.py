@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class Traffic:
 
     Attributes:
         judged: All requests, once `join` returns.
+        began: When the schedule began, at the latest, by `time.monotonic`.
     """
 
     def __init__(self, subject: Subject, bodies: Sequence[Body], server: Server, rate: float, seconds: float,
@@ -61,6 +63,7 @@ class Traffic:
         self._times, self._seed = poisson(rate, seconds, seed), seed
         self.judged: list[Judged] = []
         self._stopped = False
+        self.began = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -86,6 +89,7 @@ class Traffic:
             return await exchange(self._server.http, body.content, _TIMEOUT_S)
 
         bodies = order(len(self._bodies), len(self._times), self._seed)
+        self.began = time.monotonic() + 0.05  # see `offer`
         records = await offer(self._times, bodies, send, lambda: self._stopped)
         await client.close()
         for record in records:
