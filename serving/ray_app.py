@@ -121,12 +121,9 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
         raise InputError(f"a model's name must be letters, digits, _, - and ., got {one_line(name)}: give a name")
     if args.max_replicas < args.min_replicas:
         raise InputError(f"max_replicas must be min_replicas or more, got {args.max_replicas} and {args.min_replicas}")
-    family = Family.read(folder)
-    if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
     fixed = _fixed(args)
-    for degree in fixed or (() if args.degree is None else (args.degree,)):
-        family.entry(degree)
+    if not draining:  # whoever ends does not depend on what lies on disk by then
+        _check(folder, fixed or (() if args.degree is None else (args.degree,)))
     if fixed:
         deployments = {
             degree: _deployment(args, f"family-r{degree:02}", Tuning(degree=degree, generation=args.generation))
@@ -140,6 +137,14 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
     limits = HttpLimits(args.max_body_mib << 20, max_requests=args.max_requests)
     front = IngressOptions(name, limits, answer_s=args.max_wait_s + _GRACE_S, version=_version())
     return _ingress(args, draining).bind(front, handles)
+
+
+def _check(folder: Path, degrees: tuple[int, ...]) -> None:
+    family = Family.read(folder)
+    if not family.engines:
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+    for degree in degrees:
+        family.entry(degree)
 
 
 def _fixed(args: FamilyArgs) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ class FamilyReplica:
             options: How it is served; `Tuning` replaces a part of them.
         """
         keep_to_loopback()
-        own_scratch()  # Ray ends replicas that do not answer without asking, again and again if need be
+        self._scratch = own_scratch()  # Ray ends replicas that do not answer without asking, again and again if need be
         self._folder, self._name, self._options = folder, name, options
         self._service: Service | None = None
         self._stale: str | None = None
@@ -237,3 +238,5 @@ class FamilyReplica:
         service, self._service = getattr(self, "_service", None), None
         if service is not None:
             service.close()
+        if (scratch := getattr(self, "_scratch", None)) is not None:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -66,16 +66,25 @@ def serve_family(arguments: dict[str, Any], where: Where, tell: Callable[[str], 
         generation = 0
         try:
             _deploy(arguments)
-            tell("Ray Serve ran there already, and listens where it did" if taken
-                 else f"listening on http://{where.host}:{where.port}")  # fmt: skip
-            for _ in _hangups():
-                generation += 1
-                _deploy({**arguments, "generation": generation})
-                tell("every replica has looked for another family in the folder")
+            with _caught_signals() as came:
+                tell("Ray Serve ran there already, and listens where it did" if taken
+                     else f"listening on http://{where.host}:{where.port}")  # fmt: skip
+                while came.get() == signal.SIGHUP:
+                    generation += 1
+                    tell(_reloaded({**arguments, "generation": generation}))
             tell("ending: answering what was accepted")
             _deploy({**arguments, "generation": generation}, draining=True)
         finally:
             serve.delete(APPLICATION)
+
+
+def _reloaded(arguments: dict[str, Any]) -> str:
+    """Has the replicas look for another family; returns what came of it."""
+    try:
+        _deploy(arguments)
+    except InputError as error:
+        return f"the family on disk cannot be served, the old one goes on: {error}"
+    return "every replica has looked for another family in the folder"
 
 
 def _ensure_free(host: str, port: int) -> None:
@@ -135,17 +144,18 @@ def _deploy(arguments: dict[str, Any], *, draining: bool = False) -> None:
         found = serve.status().applications.get(APPLICATION)
         reasons = [each.message.strip().splitlines()[-1] for each in (found.deployments.values() if found else ())
                    if each.message.strip()]  # fmt: skip
-        raise InputError(f"Ray Serve cannot run the family: {readable(reasons[0] if reasons else error)}") from None
+        reason = readable(reasons[0] if reasons else error).removeprefix("runtime.errors.InputError: ")
+        raise InputError(f"Ray Serve cannot run the family: {reason}") from None
 
 
-def _hangups() -> Iterator[None]:
-    """One for every SIGHUP, until SIGINT or SIGTERM."""
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """Queues SIGHUP, SIGINT and SIGTERM instead of being ended by them; afterwards a second Ctrl-C ends at once."""
     came: queue.SimpleQueue[int] = queue.SimpleQueue()
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda which, _frame: came.put(which)) for number in caught}
     try:
-        while came.get() == signal.SIGHUP:
-            yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

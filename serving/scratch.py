@@ -12,11 +12,14 @@ _PREFIX = "tocom-scratch-"
 _LOCK = ".lock"
 
 
-def own_scratch() -> Path:
+def own_scratch() -> Path | None:
     """Makes a folder for this process and has `tempfile` use it; removes folders of processes that are gone.
 
     A folder whose process lives is known by a lock that the system frees when the process ends, however it does. Where
-    there are no such locks, nothing is removed.
+    there are no such locks, nothing is made or removed.
+
+    Returns:
+        The folder; whoever ends in order removes it.
 
     Raises:
         OSError: There is no place for temporary files.
@@ -36,4 +39,4 @@ def own_scratch() -> Path:
         making.rename(folder)  # only now others may look at its lock
         tempfile.tempdir = str(folder)
         return folder
-    return root
+    return None

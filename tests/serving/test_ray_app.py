@@ -98,6 +98,7 @@ def cluster() -> Iterator[int]:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
         yield port
+        serve.delete("tocom")
 
 
 @pytest.fixture(scope="module")
@@ -340,11 +341,11 @@ def test_replicas_are_added_under_load_and_removed_without(deploy: Callable, pix
     with ThreadPoolExecutor(12) as pool:
         clients = [pool.submit(ask, number) for number in range(12)]
         try:
-            grown = eventually(lambda: len(_replicas(serve, 2)) == 2, 30)
+            grown = eventually(lambda: len(_replicas(serve, 2)) == 2, 60)
         finally:
             stop.set()
         assert grown and set().union(*(client.result() for client in clients)) == {200}
-    assert eventually(lambda: len(_replicas(serve, 2)) == 1, 30)
+    assert eventually(lambda: len(_replicas(serve, 2)) == 1, 60)
 
 
 @pytest.mark.full
@@ -373,7 +374,7 @@ def test_what_is_too_much_is_refused_and_told_to_come_back(deploy: Callable, noi
 
 @pytest.mark.full
 def test_the_command_serves_reloads_and_ends_with_what_it_accepted(folder: Path, pixels: np.ndarray) -> None:
-    port = free_port()
+    port, manifest = free_port(), (folder / "family.json").read_bytes()
     command = [sys.executable, "-m", "export.cli", "serve-ray", str(folder), "--port", str(port), "--max-batch", "8"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -381,6 +382,9 @@ def test_the_command_serves_reloads_and_ends_with_what_it_accepted(folder: Path,
             assert any(f"listening on http://{HOST}:{port}" in line for line in lines)
             process.send_signal(signal.SIGHUP)
             assert any("another family" in line for line in lines)
+            (folder / "family.json").write_text("{")
+            process.send_signal(signal.SIGHUP)
+            assert any("the old one goes on" in line for line in lines)
             body = asked(np.concatenate([pixels] * 16), degree=0)
             with ThreadPoolExecutor(4) as pool:
                 answers = [pool.submit(call, port, INFER, body) for _ in range(4)]
@@ -391,6 +395,7 @@ def test_the_command_serves_reloads_and_ends_with_what_it_accepted(folder: Path,
             assert process.wait(60) == 0
         finally:
             process.kill()
+            (folder / "family.json").write_bytes(manifest)
 
 
 def test_ray_finds_out_how_to_read_arguments_that_are_text(folder: Path) -> None:
