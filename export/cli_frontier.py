@@ -103,8 +103,9 @@ def frontier_command(
             for each in batches
         }
     console = open_console()
+    console.print(f"{escape(one_line(family.model))} on {escape(this_machine())}")
     for each, listed in found.items():
-        console.print(frontier_table(family, listed, each, cascade))
+        console.print(frontier_table(listed, each, cascade))
     if out is not None:
         from export.frontier_picture import draw
 
@@ -122,17 +123,15 @@ def _read_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def frontier_table(family: Family, listed: tuple[Point, ...], batch: int, cascade: CascadeFigures | None) -> Table:
+def frontier_table(listed: tuple[Point, ...], batch: int, cascade: CascadeFigures | None) -> Table:
     """Degrees at a batch size, and the cascade where its time is of that batch and this machine.
 
     Args:
-        family: The manifest.
-        listed: Its points.
+        listed: Points of the family.
         batch: Images per call.
         cascade: The family's.
     """
-    title = f"{escape(one_line(family.model))}, batch {batch}, {escape(this_machine())}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=f"batch {batch}", title_justify="left", caption_justify="left")
     for name in ("degree", "ms p50", "p99", "GMACs", "top-1"):
         table.add_column(name, justify="right")
     for name in ("pays", "on frontier"):
