@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shutil
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from export.console import open_console
 from runtime.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from serving.generation import ServeOptions
+    from serving.mlserver_app import ServerOptions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -82,13 +87,12 @@ def serve_command(
     if not max_megapixels > 0:
         raise InputError(f"--max-megapixels must be more than 0, got {max_megapixels:g}")
     try:
-        from serving.mlserver_app import Addresses, ServerOptions, serve
+        from serving.mlserver_app import Addresses, ServerOptions
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
+    from serving.generation import ServeOptions
     from serving.http_guard import HttpLimits
-    from serving.metrics import ServiceMetrics
     from serving.scheduler import Limits
-    from serving.service import ServeOptions, Service
 
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):
         _require_free(host, option, number)
@@ -97,21 +101,37 @@ def serve_command(
         threads=threads,
         limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
     )  # fmt: skip
-    metrics = ServiceMetrics()
-    console = open_console()
-    with console.status("opening every engine ..."):
-        service = Service(engines, options, metrics.batch, metrics.ended)
-    degrees = ", ".join(str(entry.degree) for entry in service.family.engines)
-    load = "fixed" if objective_ms is None else f"chosen by the load for {objective_ms:g} ms"
-    console.print(f"[green]serving[/] {escape(one_line(name))}: degrees {degrees}, {load}")
-    console.print(f"page     http://{host}:{port}/", highlight=False)
-    console.print(f"infer    POST http://{host}:{port}/v2/models/{escape(name)}/infer, gRPC {host}:{grpc_port}",
-                  highlight=False)  # fmt: skip
-    console.print(f"metrics  http://{host}:{port}/metrics", highlight=False)
-    if not _is_loopback(host):
-        console.print("[yellow]reached from other machines[/]: whoever reaches it may ask it, and have it reload")
-    serve(service, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
-                                 verbose), metrics)  # fmt: skip
+    _serve(engines, options, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
+                                           verbose))  # fmt: skip
+
+
+def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
+    """Opens the family, says where it is to be found, and serves it."""
+    from serving.metrics import ServiceMetrics
+    from serving.mlserver_app import serve
+    from serving.scratch import own_scratch
+    from serving.service import Service
+
+    metrics, console = ServiceMetrics(), open_console()
+    scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
+    try:
+        with console.status("opening every engine ..."):
+            service = Service(engines, options, metrics.batch, metrics.ended)
+        degrees = ", ".join(str(entry.degree) for entry in service.family.engines)
+        objective_ms, where = options.objective_ms, server.addresses
+        load = "fixed" if objective_ms is None else f"chosen by the load for {objective_ms:g} ms"
+        place = f"{where.host}:{where.http_port}"
+        console.print(f"[green]serving[/] {escape(server.name)}: degrees {degrees}, {load}")
+        console.print(f"page     http://{place}/", highlight=False)
+        console.print(f"infer    POST http://{place}/v2/models/{escape(server.name)}/infer, gRPC {where.host}:"
+                      f"{where.grpc_port}", highlight=False)  # fmt: skip
+        console.print(f"metrics  http://{place}/metrics", highlight=False)
+        if not _is_loopback(where.host):
+            console.print("[yellow]reached from other machines[/]: whoever reaches it may ask it, and have it reload")
+        serve(service, server, metrics)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_loopback(host: str) -> bool:
