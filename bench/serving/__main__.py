@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,7 @@ def main() -> None:
     Raises:
         SystemExit: Always.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no server is left behind
     try:
         status = app(sys.argv[1:], standalone_mode=False)
     except typer.Exit as leave:
