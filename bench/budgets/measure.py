@@ -16,6 +16,7 @@ from calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, mo
 from calib.cascade_family import frontier, opened
 from calib.cascade_trial import in_batches, measure_times
 from runtime.cascade import CascadePlan, confidence, run, shares
+from runtime.choosing import SAVES
 from runtime.local_latency import Times, local_latencies
 from runtime.manifest import Family
 
@@ -167,13 +168,15 @@ def by_gmacs(given: Given, effort: Effort) -> list[dict[str, Any]]:
     costs = Costs.of_gmacs(given.gmacs)
     rows = []
     for drop in effort.drops:
-        found = calibrate(given.val, given.val_labels, Goal(max_drop=drop), costs).cascade
-        if found is None:
-            rows.append({"drop": drop, "cascade": None})
-            continue
-        right, reached = answers(found.plan, given.test, given.test_labels)
-        cost = sum(given.gmacs[degree] * share for degree, share in zip(found.plan.degrees, reached, strict=True))
-        rows.append({"drop": drop, **_held(given, found, right, reached, given.gmacs, cost)})
+        found = calibrate(given.val, given.val_labels, Goal(max_drop=drop), costs)
+        single = found.single.plan.degrees[0]  # there is one: the lowest degree loses nothing against itself
+        row = {"drop": drop, "single": single, "single_cost": given.gmacs[single], "cascade": None, "pays": False}
+        if (cascade := found.cascade) is not None:
+            right, reached = answers(cascade.plan, given.test, given.test_labels)
+            cost = sum(given.gmacs[degree] * share for degree, share in zip(cascade.plan.degrees, reached, strict=True))
+            row |= _held(given, cascade, right, reached, given.gmacs, cost)
+            row["pays"] = cascade.cost <= (1 - SAVES) * found.single.cost
+        rows.append(row)
     return rows
 
 
@@ -238,12 +241,17 @@ def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], obj
         degrees = frontier(given.family, whole, given.val, given.val_labels)
         for drop in effort.drops:
             found = calibrate(given.val, given.val_labels, Goal(max_drop=drop), costs, degrees)
-            row = {"batch": batch, "drop": drop, "times": _plain(whole), "single": None, "cascade": None}
+            row = {"batch": batch, "drop": drop, "times": _plain(whole), "cascade": None, "pays": False}
             if found.single is not None:
                 row |= {"single": found.single.plan.degrees[0], "single_predicted": found.single.cost}
             if found.cascade is not None:
                 tell(f"batch {batch}, drop {drop:g}")
                 row |= _timed(given, found.cascade, batch, pixels)
+                if found.single is not None:
+                    row["single_cost"] = row["measured"][str(row["single"])]
+                    row["pays"] = found.cascade.cost <= (1 - SAVES) * found.single.cost and (
+                        row["cost"] <= (1 - SAVES) * row["single_cost"]
+                    )
             rows.append(row)
     return rows
 

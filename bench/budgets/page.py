@@ -83,7 +83,7 @@ def _equal_rows(results: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[
 def _equal(results: Mapping[str, Any]) -> str:
     rows = []
     for task, each, gain in _equal_rows(results):
-        cascade = Cascades(task, 0.0, None, tuple(each), len(each))
+        cascade = Cascades(task, 0.0, None, tuple(each))
         sent = [row["shares"][1] if len(row["shares"]) > 1 else 0.0 for row in each]
         mixture = cascade.gain_on("mixture")
         rows.append([_named(task), str(each[0]["degree"]), f"{cascade.mean('its_cost'):.4f}",
@@ -115,23 +115,34 @@ def _gmacs(results: Mapping[str, Any], out: Path) -> str:
     rows = []
     for each in cascades(results, "gmacs"):
         full = float(np.mean([found["0"]["gmacs"] for found in by_task(results, "singles")[each.task]]))
-        cost = [f"{each.mean('cost'):.4f}", f"{each.mean('cost') / full:.0%}"] if each.rows else []
-        rows.append(_row(each, cost, 2))
-    columns = ("task", "may lose", "degrees", "sent on", "GMACs", "of degree 0's", "top-1, %", "loses",
-               "better than the best single degree by", "than lots by")  # fmt: skip
+        rows.append(_row(each, full, 4))
+    columns = ("task", "may lose", "pays", "degrees", "sent on", "GMACs", "of degree 0's", "single degree", "its GMACs",
+               "top-1, %", "loses", "better than the best single degree by", "than lots by")  # fmt: skip
     picture = out.with_name(f"{out.stem}-gmacs.png")
     draw([_panel(task, results, list(cascades(results, "gmacs"))) for task in by_task(results, "gmacs")], picture)
-    return ("The cascade of the least mean multiply-accumulates that keeps what is asked for.\n\n"
-            f"{table(columns, rows, text=columns[:3])}\n\n![accuracy against multiply-accumulates]({picture.name})\n\n"
-            "Mean over fine-tunings; a star is a cascade, beside it the points that it may lose.")  # fmt: skip
+    return ("The cascade of the least mean multiply-accumulates that keeps what is asked for, beside the cheapest "
+            "single degree that does. It pays for so many checkpoints as the column says; for the others, where the "
+            "single degree costs less, `tocom cascade` says so and writes none. Means are over those that pay; where "
+            "none does, the cost is of those that do not.\n\n"
+            f"{table(columns, rows, text=(columns[0], columns[3]))}\n\n"
+            f"![accuracy against multiply-accumulates]({picture.name})\n\nMean over fine-tunings; a star is a cascade "
+            "that pays, beside it the points that it may lose.")  # fmt: skip
 
 
-def _row(each: Cascades, cost: Sequence[str], cells_of_cost: int) -> list[str]:
-    head = [_named(each.task), f"{each.drop:g}"]
+def _row(each: Cascades, full: float, digits: int) -> list[str]:
+    def told(costs: Sequence[float]) -> list[str]:
+        return [f"{np.mean(costs):.{digits}f}", f"{np.mean(costs) / full:.0%}"] if costs else ["", ""]
+
+    shown = each.rows or each.others
+    singles = sorted({row["single"] for row in shown})
+    needed, _ = told([row["single_cost"] for row in shown if "single_cost" in row])
+    head = [_named(each.task), f"{each.drop:g}", f"{len(each.rows)} of {len(each.rows) + len(each.others)}"]
+    single = [", ".join(map(str, singles)), needed]
     if not each.rows:
-        return [*head, "none keeps it", "", *[""] * cells_of_cost, "", "", "", ""]
+        return [*head, "none", "", *told([row["cost"] for row in shown if row["cascade"]]), *single, *[""] * 4]
     gains = [each.gain_on(kind) for kind in _KINDS]
-    return [*head, each.chains, f"{each.sent_on:.0%}", *cost, f"{each.mean('accuracy'):.2f}", str(each.lost),
+    return [*head, each.chains, f"{each.sent_on:.0%}", *told([row["cost"] for row in shown]), *single,
+            f"{each.mean('accuracy'):.2f}", str(each.lost),
             *("cheaper than all" if gain is None else str(gain) for gain in gains)]  # fmt: skip
 
 
@@ -163,16 +174,11 @@ def _times(results: Mapping[str, Any]) -> str:
     for batch in sorted({each.batch for each in listed}):
         rows = []
         for each in (each for each in listed if each.batch == batch):
-            cost = []
-            if each.rows:
-                needed = [row["measured"][str(row["single"])] for row in each.rows if row["single"] is not None]
-                full = np.mean([row["measured"]["0"] for row in each.rows])
-                cost = [f"{each.mean('cost'):.3f}", f"{each.mean('cost') / full:.0%}",
-                        f"{np.mean(needed):.3f}" if needed else "-"]  # fmt: skip
-            rows.append(_row(each, cost, 3))
-        columns = ("task", "may lose", "degrees", "sent on", "ms per image", "of degree 0's", "needs", "top-1, %",
-                   "loses", "better than the best single degree by", "than lots by")  # fmt: skip
-        parts.append(f"Batch {batch}:\n\n{table(columns, rows, text=columns[:3])}")
+            full = float(np.mean([row["measured"]["0"] for row in (*each.rows, *each.others) if "measured" in row]))
+            rows.append(_row(each, full, 3))
+        columns = ("task", "may lose", "pays", "degrees", "sent on", "ms per image", "of degree 0's", "single degree",
+                   "its ms", "top-1, %", "loses", "better than the best single degree by", "than lots by")  # fmt: skip
+        parts.append(f"Batch {batch}:\n\n{table(columns, rows, text=(columns[0], columns[3]))}")
     return "\n\n".join(parts)
 
 
@@ -214,23 +220,29 @@ def _promises(results: Mapping[str, Any]) -> str:
 
 
 def _found(results: Mapping[str, Any], stage: str) -> list[str]:
-    listed = [each for each in cascades(results, stage) if each.rows]
+    listed = list(cascades(results, stage))
     sentences = []
     for batch in sorted({each.batch for each in listed}, key=str):
         chosen = [each for each in listed if each.batch == batch]
-        by = "Multiply-accumulates" if batch is None else f"Time at batch {batch}"
-        sentences += [_sentence(by, kind, chosen) for kind in _KINDS]
+        by = "multiply-accumulates" if batch is None else f"time at batch {batch}"
+        paying, count = (sum(map(len, kept)) for kept in (
+            [each.rows for each in chosen], [each.rows + each.others for each in chosen]))  # fmt: skip
+        never = [task for task in dict.fromkeys(each.task for each in chosen)
+                 if not any(each.rows for each in chosen if each.task == task)]  # fmt: skip
+        text = f"At a stated accuracy, by {by}: cascades pay in {paying} of {count} cases (checkpoints x drops)"
+        sentences.append(text + (f", on {', '.join(map(_named, never))} in none." if never else "."))
+        sentences += [_sentence(kind, chosen) for kind in _KINDS] if paying else []
     return sentences
 
 
-def _sentence(by: str, kind: str, listed: Sequence[Cascades]) -> str:
-    gains = [(each, gain) for each in listed if (gain := each.gain_on(kind)) is not None]
+def _sentence(kind: str, listed: Sequence[Cascades]) -> str:
+    gains = [(each, gain) for each in listed if each.rows and (gain := each.gain_on(kind)) is not None]
     if not gains:
-        return f"{by}: every cascade is cheaper than all single degrees."
+        return "Those are cheaper than all single degrees."
     ahead = [gain for _, gain in gains if gain.mean >= 0]
     behind = [(each, gain) for each, gain in gains if gain.mean < -_ERRORS * gain.error]
     row, least = min(gains, key=lambda pair: pair[1].mean)
-    text = (f"{by}: against {_KINDS[kind]}, cascades are at least as accurate in {len(ahead)} of {len(gains)} rows, by "
+    text = (f"Against {_KINDS[kind]}, those are at least as accurate in {len(ahead)} of {len(gains)} rows, by "
             f"{np.mean([gain.mean for _, gain in gains]):+.2f} points on average; the least is {least} "
             f"({_named(row.task)}, may lose {row.drop:g})")  # fmt: skip
     if behind:

@@ -52,15 +52,15 @@ class Cascades:
         task: "example", or the experiment's.
         drop: Points that they may lose.
         batch: Images per call that their time is of; None where the cost is in multiply-accumulates.
-        rows: Of each checkpoint that has one.
-        checkpoints: How many there are.
+        rows: Of each checkpoint for which it pays: `tocom cascade` writes the others not.
+        others: Of each checkpoint for which it does not.
     """
 
     task: str
     drop: float
     batch: int | None
     rows: tuple[Found, ...]
-    checkpoints: int
+    others: tuple[Found, ...] = ()
 
     def mean(self, name: str) -> float:
         """Of a number that every row has."""
@@ -115,5 +115,6 @@ def cascades(results: Found, stage: str) -> Iterator[Cascades]:
     for task, found in by_task(results, stage).items():
         listed = [each["rows"] if stage == "times" else each for each in found]
         for place, first in enumerate(listed[0]):
-            rows = tuple(each[place] for each in listed if each[place]["cascade"] is not None)
-            yield Cascades(task, first["drop"], first.get("batch"), rows, len(listed))
+            paying, others = (tuple(each[place] for each in listed if each[place]["pays"] == pays)
+                              for pays in (True, False))  # fmt: skip
+            yield Cascades(task, first["drop"], first.get("batch"), paying, others)

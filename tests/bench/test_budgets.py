@@ -76,7 +76,8 @@ def held(gain: float, cost: float = 0.02, drop: float = 1.0, **more: object) -> 
     rivals = {"single": {"name": "degree 16", "cost": 0.01, "accuracy": 90.0, "gain": gain + 1, "gain_error": 0.2},
               "mixture": {"name": "lots", "cost": cost, "accuracy": 91.0, "gain": gain, "gain_error": 0.2}}  # fmt: skip
     return {"drop": drop, "cascade": [16, 0], "thresholds": [0.9], "shares": [1.0, 0.25], "cost": cost,
-            "accuracy": 93.0, "error": 0.3, "lost": 0.7, "lost_error": 0.1, "rivals": rivals, **more}  # fmt: skip
+            "accuracy": 93.0, "error": 0.3, "lost": 0.7, "lost_error": 0.1, "rivals": rivals, "pays": True,
+            "single": 0, "single_cost": 0.04, **more}  # fmt: skip
 
 
 @pytest.fixture
@@ -86,9 +87,9 @@ def results():
               "calibration_error": [5.0, 1.0]}  # fmt: skip
     singles = {"0": single, "16": single | {"gmacs": 0.01, "accuracy": 90.0}}
     promises = [{"drop": 1.0, "draws": 2, "alike": [0.5, 1.5], "test": [0.7]}]
-    timed = held(-0.9, cost=0.5, batch=8, single=0, measured={"0": 0.8, "16": 0.4})
+    timed = held(-0.9, cost=0.5, batch=8, single_cost=0.6, measured={"0": 0.8, "16": 0.4})
     times = {"machine": "a machine", "backend": "openvino", "load": 0.0, "rows": [timed]}
-    none = [{"drop": 1.0, "cascade": None}]
+    none = [held(0.0, cost=0.06, pays=False)]
     equal = [held(0.3) | {"degree": 8, "its_cost": 0.03, "its_accuracy": 92.0, "gain": 0.6, "gain_error": 0.2}]
     subject = {"singles": singles, "promises": promises, "equal": equal}
     setup = {"effort": "full", "date": "2026-01-01", "torch": "2", "openvino": "2026", "degrees": [0, 16],
@@ -104,13 +105,15 @@ def results():
 def test_the_page_says_what_was_found(results, tmp_path):
     write_page(results, tmp_path / "budgets.md")
     page = (tmp_path / "budgets.md").read_text()
-    assert "| `board` | 1 | 16, 0 | 25% | 0.0200 | 50% | 93.00 | +0.70 ±0.07 | +2.00 ±0.14 | +1.00 ±0.14 |" in page
+    assert ("| `board` | 1 | 2 of 2 | 16, 0 | 25% | 0.0200 | 50% | 0 | 0.0400 | 93.00 | +0.70 ±0.07 | +2.00 ±0.14 | "
+            "+1.00 ±0.14 |" in page)  # fmt: skip
     assert ("| `board` | 8 | 0.0300 | 92.00 | 16, 0 | 25% | 0.0200 | 93.00 | +0.60 ±0.14 | +0.60 ±0.20 | +0.30 ±0.14 |"
             in page)  # fmt: skip
     assert "at least as accurate as the degree in 2 of 2 rows (tasks x degrees), by +0.60 points on average" in page
-    assert "| example | 1 | none keeps it |" in page and "times of example" in page
-    assert "| `board` | 1 | 16, 0 | 25% | 0.500 | 62% | 0.800 |" in page
-    assert "cascades are at least as accurate in 1 of 1 rows, by +1.00 points on average" in page
+    assert "| example | 1 | 0 of 1 | none |  | 0.0600 | 150% | 0 | 0.0400 |" in page and "times of example" in page
+    assert "| `board` | 1 | 2 of 2 | 16, 0 | 25% | 0.500 | 62% | 0 | 0.600 |" in page
+    assert "by multiply-accumulates: cascades pay in 2 of 3 cases (checkpoints x drops), on example in none." in page
+    assert "those are at least as accurate in 1 of 1 rows, by +1.00 points on average" in page
     behind = "at least as accurate in 0 of 1 rows, by -0.90 points on average"
     assert behind in page and "behind by more than 2 standard errors in 1: `board` at 1" in page
     assert "| `board` | 1 | 4 of 4 | 1.00 | 50% | 0.70 | 0% |" in page
@@ -120,7 +123,7 @@ def test_the_page_says_what_was_found(results, tmp_path):
 def test_tasks_are_put_together(results):
     assert [task_of(name) for name in ("example", "board-0", "letters-2")] == ["example", "board", "letters"]
     empty, board = cascades(results, "gmacs")
-    assert (empty.task, empty.rows, empty.checkpoints) == ("example", (), 1)
+    assert (empty.task, empty.rows, len(empty.others)) == ("example", (), 1)
     assert (board.task, len(board.rows), board.chains, board.sent_on) == ("board", 2, "16, 0", 0.25)
     results["subjects"]["board-1"]["gmacs"][0]["cascade"] = [16, 8, 0]
     assert list(cascades(results, "gmacs"))[1].chains == "16, 0 (1x) / 16, 8, 0 (1x)"
