@@ -166,10 +166,12 @@ class DegreePolicy:
         return next((at for at in range(last) if self._latency(at, queued, waited_s) <= allowed), last)
 
     def _latency(self, at: int, queued: int, waited_s: float) -> float:
-        """Seconds until the last of the queue is answered, or the oldest, whichever has been longer on its way."""
-        batch = min(queued, self.batch_limit(self.degrees[at])) or 1
-        own = self._slowness * self._speeds[self.degrees[at]].of(batch)
-        return max(queued / self._capacity(at), waited_s) + own
+        """Seconds until the last of the queue is answered, or the oldest, whichever has been longer on its way then."""
+        degree = self.degrees[at]
+        batch = min(queued, self.batch_limit(degree)) or 1
+        own = self._slowness * self._speeds[degree].of(batch)
+        turns = max(math.ceil(queued / (batch * self._workers)), 1)
+        return max(turns * own, waited_s + own)
 
     def _capacity(self, at: int) -> float:
         """Images a second in full batches."""
