@@ -79,7 +79,11 @@ class Server:
                 )  # fmt: skip
             finally:
                 os.sched_setaffinity(0, own)
-        self._wait(start_s)
+        try:
+            self._wait(start_s)
+        except BaseException:  # Ctrl-C while it starts, too, must not leave it behind
+            self.kill()
+            raise
 
     def _wait(self, start_s: float) -> None:
         until = time.monotonic() + start_s
@@ -88,7 +92,6 @@ class Server:
                 self.get("/v2/health/ready")
                 return
             time.sleep(0.1)
-        self.kill()
         raise InputError(f"tocom serve does not start: {one_line(self.log.read_text()[-300:])}")
 
     def get(self, path: str) -> str:
