@@ -65,6 +65,9 @@ def serve_command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each worker. Default: the engine's choice.")
     ] = None,
+    engine_timeout_s: Annotated[
+        float, typer.Option(help="After so long a batch counts as hung, and its worker is replaced.")
+    ] = 60.0,
     max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that wait; more are refused with 503.")] = 256,
     max_wait_s: Annotated[float, typer.Option(help="After waiting so long a request is refused.")] = 30.0,
@@ -100,6 +103,7 @@ def serve_command(
         objective_ms=objective_ms, degree=degree, budget_ms=budget_ms, min_accuracy=min_accuracy, workers=workers,
         threads=threads,
         limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
+        engine_timeout_s=engine_timeout_s,
     )  # fmt: skip
     _serve(engines, options, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
                                            verbose))  # fmt: skip
@@ -107,11 +111,13 @@ def serve_command(
 
 def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     """Opens the family, says where it is to be found, and serves it."""
+    from serving.arenas import limit_arenas
     from serving.metrics import ServiceMetrics
     from serving.mlserver_app import serve
     from serving.scratch import own_scratch
     from serving.service import Service
 
+    limit_arenas()
     metrics, console = ServiceMetrics(), open_console()
     scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
     try:

@@ -40,7 +40,8 @@ class ServeOptions:
             ends with them when one crashes.
         threads: CPU threads for one batch; the engine's choice by default.
         limits: Of the queue.
-        max_pixels: Of an image that is sent encoded.
+        max_pixels: Of an image that is sent encoded; the images of a request may have four times as many together.
+        engine_timeout_s: After so long a batch counts as hung, and the process that runs it is replaced.
         hold_s: Seconds that a lower degree must have sufficed before it is fallen back to.
     """
 
@@ -52,6 +53,7 @@ class ServeOptions:
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)
     max_pixels: int = MAX_PIXELS
+    engine_timeout_s: float = 60.0
     hold_s: float = 2.0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class ServeOptions:
             raise InputError(f"objective_ms must be more than 0 ms, got {self.objective_ms}")
         if self.degree is not None and self.budget_ms is not None:
             raise InputError("give a degree to begin at, or a budget to choose one by, not both")
+        if not self.engine_timeout_s > 0:
+            raise InputError(f"engine_timeout_s must be more than 0 seconds, got {self.engine_timeout_s}")
         if self.workers < 0 or self.max_pixels < 1:
             raise InputError(f"workers must be 0 or more and max_pixels 1 or more, got {self.workers} and "
                              f"{self.max_pixels}")  # fmt: skip
@@ -137,7 +141,7 @@ class Generation:
             family.warm()
             return [_failing_as_engine(family.infer)]
         for _ in range(options.workers):
-            self.workers.append(EngineProcess(self.folder, threads=options.threads))
+            self.workers.append(EngineProcess(self.folder, threads=options.threads, timeout_s=options.engine_timeout_s))
         return [worker.infer for worker in self.workers]
 
     def resolved(self, want: Want) -> Want:

@@ -182,7 +182,8 @@ class _Rest(RESTServer):
         self._options = options
         self._server: _Server | None = None
         routes = self._app.router.routes  # nothing is streamed here, and MLServer tells refusals of streams by a trace
-        routes[:] = [route for route in routes if not getattr(route, "path", "").endswith("_stream")]
+        left_out = ("_stream", "/docs")  # and pages that have the browser ask other servers
+        routes[:] = [route for route in routes if not getattr(route, "path", "").endswith(left_out)]
         routes.extend([*page_routes(service), Route("/metrics", _metrics)])
         self._app.add_exception_handler(MLServerError, _tell_error)
         self._app.add_exception_handler(RequestValidationError, _tell_invalid)

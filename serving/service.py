@@ -27,6 +27,7 @@ from serving.scheduler import ANY, Answer, Want
 __all__ = ["ServeOptions", "Service"]
 
 _DEFAULTS = ServeOptions()
+_TOGETHER = 4  # times the pixels of one image that all images of a request may have
 
 
 class Service:
@@ -96,12 +97,20 @@ class Service:
             float32 [n, 3, H, W].
 
         Raises:
-            InputError: One is no image, or larger than the options allow; there is none.
+            InputError: One is no image, or too large, or all are together; there are too many, or none.
         """
-        if not contents:
-            raise InputError("a request must hold at least one image, got none")
-        spec, most = self.family.input, self.options.max_pixels
-        return np.stack([preprocess(decode_image(content, most), spec) for content in contents])
+        most = self.options.limits.max_queued
+        if not 1 <= len(contents) <= most:
+            raise InputError(f"a request must have 1 to {most} images, got {len(contents)}")
+        spec, each = self.family.input, self.options.max_pixels
+        prepared, left = [], _TOGETHER * each
+        for content in contents:
+            image = decode_image(content, each)
+            left -= image.width * image.height
+            if left < 0:
+                raise InputError(f"the images of a request must have {_TOGETHER * each} pixels at most together")
+            prepared.append(preprocess(image, spec))
+        return np.stack(prepared)
 
     def submit(self, pixel_values: np.ndarray, want: Want = ANY) -> Future[Answer]:
         """Accepts a request.

@@ -20,6 +20,7 @@ import numpy as np
 
 from runtime.errors import InputError
 from runtime.predictor import LoadedFamily, load
+from serving.arenas import limit_arenas
 from serving.errors import EngineFailedError, WorkerDiedError
 
 _LOG = logging.getLogger("tocom.serving")
@@ -118,6 +119,7 @@ def _ignore_interrupts() -> None:
 
 def _open(folder: Path, threads: int | None) -> int:
     global _family
+    limit_arenas()
     _family = load(folder, threads=threads)
     _family.warm()
     return os.getpid()

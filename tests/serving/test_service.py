@@ -102,8 +102,15 @@ def test_images_are_bounded(serve: Serve) -> None:
     for bad in (b"", b"text", content.getvalue()[:100], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
         with pytest.raises(InputError, match="image"):
             service.prepare([bad])
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="1 to 64 images, got 0"):
         service.prepare([])
+    with pytest.raises(InputError, match="1 to 64 images, got 65"):
+        service.prepare([b"never looked at"] * 65)
+    fits = io.BytesIO()
+    Image.new("1", (100, 100)).save(fits, "PNG")
+    assert service.prepare([fits.getvalue()] * 4).shape == (4, 3, 64, 64)
+    with pytest.raises(InputError, match="40000 pixels at most together"):
+        service.prepare([fits.getvalue()] * 5)
 
 
 def test_an_engine_process_that_dies_loses_nothing(serve: Serve, folder: Path, pixels: np.ndarray) -> None:
