@@ -94,7 +94,7 @@ def draw(panels: Sequence[Panel], file: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(5.2, 4.0 * columns), 3.3 * rows), layout="constrained")

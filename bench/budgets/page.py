@@ -168,7 +168,7 @@ def _times(results: Mapping[str, Any]) -> str:
         "every single degree in turns, twice, and the faster one counts; the time of a cascade is its mean. Load "
         f"average while this ran: {min(loads):.1f} to {max(loads):.1f}. Images of a batch that go on are run "
         "together, which for networks as small as these is dear: a call costs a good part of what its images do. "
-        '"Needs" is the time of the cheapest single degree that keeps the same on the validation sheets.'
+        "A cascade pays where it saves 2% or more, both by what was expected and as measured."
     ]
     listed = list(cascades(results, "times"))
     for batch in sorted({each.batch for each in listed}):
@@ -230,8 +230,8 @@ def _found(results: Mapping[str, Any], stage: str) -> list[str]:
         never = [task for task in dict.fromkeys(each.task for each in chosen)
                  if not any(each.rows for each in chosen if each.task == task)]  # fmt: skip
         text = f"At a stated accuracy, by {by}: cascades pay in {paying} of {count} cases (checkpoints x drops)"
-        sentences.append(text + (f", on {', '.join(map(_named, never))} in none." if never else "."))
-        sentences += [_sentence(kind, chosen) for kind in _KINDS] if paying else []
+        text += f", on {', '.join(map(_named, never))} in none." if never else "."
+        sentences.append(" ".join([text, *(_sentence(kind, chosen) for kind in _KINDS if paying)]))
     return sentences
 
 
