@@ -84,6 +84,8 @@ def cascade_command(
         console.print(_no_cascade(found))
         return
     console.print(_stages(found))
+    if (note := better_single(found.trial)) is not None:
+        console.print(f"[yellow]note[/]: {note}")
     console.print(f"[green]wrote[/] {escape(one_line(engines / FILE_NAME))}   try: tocom infer --engines "
                   f"{escape(one_line(engines))} --cascade IMAGE...")  # fmt: skip
 
@@ -108,6 +110,19 @@ def cascade_table(trial: Trial) -> Table:
         table.add_row(*_cells(row, f"{row.name} {marks}".rstrip()), gain)
     table.caption = "± standard errors. The best single degree of equal or lower mean cost: * by time, + by GMACs."
     return table
+
+
+def better_single(trial: Trial) -> str | None:
+    """What is to be said of a single degree that takes no longer and was right more often; None where there is none.
+
+    Args:
+        trial: What was measured.
+    """
+    rival = trial.best_single()
+    if rival is None or rival.gain >= 0:
+        return None
+    return (f"{rival.name} takes no longer and was right more often on these images, by {-100 * rival.gain:.2f} "
+            f"±{100 * rival.gain_error:.2f} points")  # fmt: skip
 
 
 def _cells(row: Row, name: str) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from PIL import Image
 
 import runtime.infer
 import runtime.local_latency
+from calib.cascade_trial import Row, Trial
 from export import cli
+from export.cli_cascade import better_single
 from runtime.artifacts import sha256_file
 from runtime.cascade import CascadePlan
 from runtime.local_latency import this_machine
@@ -133,6 +135,16 @@ def test_a_cascade_is_found_written_run_and_drawn(run, family, images, tmp_path,
     again = picture.read_bytes()
     run("frontier", "--engines", family, "--batch", "8,1", "--out", picture)
     assert picture.read_bytes() == again
+
+
+def test_a_single_degree_that_does_better_is_not_kept_back() -> None:
+    low = Row("degree 0", (0,), 0.95, 0.01, 2.0, 0.1, 2.0, (1.0,), -0.02, 0.005)
+    cascade = Row("cascade", (8, 0), 0.93, 0.01, 2.1, 0.1, 1.5, (1.0, 0.3), 0.0, 0.0)
+    assert better_single(Trial(cascade, (low,), 100, 8)) == (
+        "degree 0 takes no longer and was right more often on these images, by 2.00 ±0.50 points"
+    )
+    assert better_single(Trial(cascade, (replace(low, gain=0.01),), 100, 8)) is None
+    assert better_single(Trial(cascade, (replace(low, ms=2.2),), 100, 8)) is None
 
 
 def test_where_no_cascade_pays_none_is_left(run, tmp_path, images, monkeypatch) -> None:
