@@ -145,11 +145,19 @@ def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
         "answered": images / seconds,
         "p50_ms": percentile(taken, 50),
         "p99_ms": percentile(taken, 99),
+        "p99_of_all_ms": _p99_of_all(taken, len(judged)),
         "refused": sum(each.outcome == REFUSED for each in judged) / max(len(judged), 1),
         "top1": sum(each.correct for each in answered) / images if images else None,
         "degrees": {str(degree): count / images for degree, count in sorted(degrees.items())},
         **tally.to_json(),
     }
+
+
+def _p99_of_all(answered_ms: np.ndarray, requests: int) -> float | None:
+    """As if what was never answered had taken for ever; None where that is more than one in a hundred."""
+    never = np.full(requests - len(answered_ms), np.inf)
+    p99_ms = percentile(np.concatenate([answered_ms, never]), 99)
+    return p99_ms if p99_ms is not None and np.isfinite(p99_ms) else None
 
 
 def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> list[dict[str, object]]:

@@ -15,8 +15,8 @@ from bench.serving.load import ADAPTIVE, FACTORS, TRICKLE, LoadOptions, contende
 from bench.serving.pictures import draw_load, draw_step
 from runtime.artifacts import write_atomically
 
-_COLUMNS = ("load", "server", "offered images/s", "answered images/s", "p50 ms", "p99 ms", "refused %", "top-1 %",
-            "degrees of the answers", "holds")  # fmt: skip
+_COLUMNS = ("load", "server", "offered images/s", "answered images/s", "p50 ms", "p99 ms", "p99 of all ms", "refused %",
+            "top-1 %", "degrees of the answers", "holds")  # fmt: skip
 _LIBRARIES = ("mlserver", "openvino", "onnxruntime-gpu", "grpcio", "numpy")
 _GOAL = 1.5
 
@@ -53,10 +53,10 @@ def write_load_page(file: Path, results: Mapping[str, Any], options: LoadOptions
         f"One adaptive server: {_phases(step)}. {_idle(step)}",
         "![degree and latency over time](serving-step.png)",
         "## What r=0 sustains",
-        "Highest rate with p99 within the objective and nothing refused; then confirmed for as long as a measurement "
-        "takes.",
-        table(("requests/s", "seconds", "p99 ms", "refused %"),
-              ((f"{each['rate']:.1f}", f"{each['seconds']:.0f}", _ms(each["p99_ms"]), f"{100 * each['refused']:.1f}")
+        "Highest rate at which it holds the objective; then confirmed for as long as a measurement takes.",
+        table(("requests/s", "seconds", "p99 ms", "p99 of all ms", "refused %"),
+              ((f"{each['rate']:.1f}", f"{each['seconds']:.0f}", _ms(each["p99_ms"]), _ms(each["p99_of_all_ms"]),
+                f"{100 * each['refused']:.2f}")
                for each in results["sustained"]["trials"])),
     ))  # fmt: skip
     write_atomically(file, (text + "\n").encode())
@@ -74,7 +74,8 @@ def verdicts(results: Mapping[str, Any], options: LoadOptions) -> list[str]:
     at_goal = results[f"{_GOAL:g}x {ADAPTIVE}"]
     if upto >= _GOAL:
         first = (f"PASS: adaptive holds the objective of {options.objective_ms:g} ms up to {upto:g}x the load that r=0 "
-                 f"holds (p99 {_ms(at_goal['p99_ms'])} ms at {_GOAL:g}x, nothing refused)")  # fmt: skip
+                 f"holds (at {_GOAL:g}x 99% of all requests within {_ms(at_goal['p99_of_all_ms'])} ms, "
+                 f"{100 * at_goal['refused']:.2f}% refused)")  # fmt: skip
     else:
         over = (at_goal["p99_ms"] or 0.0) / options.objective_ms - 1
         first = (f"SHORT: adaptive holds the objective of {options.objective_ms:g} ms up to {upto:g}x; at {_GOAL:g}x "
@@ -103,9 +104,9 @@ def _how(results: Mapping[str, Any], options: LoadOptions) -> str:
         f"a measurement's requests were at most {usual:.1f} ms late, all at most {most:.1f} ms. Every server has "
         f"{options.workers} worker{'' if options.workers == 1 else 's'} of one thread and a queue of "
         f"{options.max_queue} images; 1x is {rate:.1f} requests/s, {rate * options.images:.0f} images/s. Contenders "
-        "take turns within a load. Every answer is compared with the local engine's logits, bit for bit. Holds: p99 "
-        "within the objective and nothing refused. Refused requests have no latency: beyond what a server holds, p99 "
-        "is that of what its queue let in."
+        "take turns within a load. Every answer is compared with the local engine's logits, bit for bit. Holds: 99 "
+        'of 100 requests are answered within the objective, and a refused one was not: that is "p99 of all", which '
+        'does not exist where more than 1% was refused. "p99" is that of what the queue let in.'
     )
 
 
@@ -113,7 +114,7 @@ def _row(factor: float, name: str, found: Mapping[str, Any], objective_ms: float
     shares = ", ".join(f"{degree}: {100 * share:.0f}%" for degree, share in found["degrees"].items())
     top1 = "" if found["top1"] is None else f"{100 * found['top1']:.1f}"
     return [f"{factor:g}x", name, f"{found['offered']:.0f}", f"{found['answered']:.0f}", _ms(found["p50_ms"]),
-            _ms(found["p99_ms"]), f"{100 * found['refused']:.1f}", top1, shares,
+            _ms(found["p99_ms"]), _ms(found["p99_of_all_ms"]), f"{100 * found['refused']:.2f}", top1, shares,
             "yes" if holds(dict(found), objective_ms) else "no"]  # fmt: skip
 
 
