@@ -263,12 +263,12 @@ class Scheduler:
         seconds = self._clock() - began
         with self._changed:
             self._policy.finished(degree, images, seconds)
-        self._on_batch(degree, images, seconds)
         at = 0
         for request in batch:
             own = logits[at : at + len(request.pixel_values)]
             at += len(request.pixel_values)
             _answer(request, Answer(own, degree, 1e3 * (began - request.came), 1e3 * seconds))
+        self._on_batch(degree, images, seconds)  # last: whatever it does, the requests have their answers
 
     def _parts(self, batch: list[_Request]) -> Iterable[np.ndarray]:
         """The batch's images, as many at a time as a batch may have: only a single large request has more parts."""
