@@ -213,6 +213,7 @@ def test_killed_in_a_stage(options: CompileOptions, stage: str, degree: int | No
     assert all("1" in engine["latency_ms"] for engine in manifest["engines"])
 
 
+@pytest.mark.full
 def test_killed_while_a_listed_degree_is_made_anew(options: CompileOptions) -> None:
     """At another scale, and from another checkpoint: what family.json lists loads until it lists the new."""
     options = replace(options, degrees=(2,), images=None)

@@ -106,6 +106,7 @@ def test_two_engines_are_proven_each_and_put_beside_each_other(checkpoint: Path,
     assert 1e-5 < pair["logit_error_alike"] < 0.1  # as far as bfloat16 is from float32
 
 
+@pytest.mark.full
 def test_where_float16_goes_wrong_and_what_brings_it_back(
     checkpoint: Path,
     family: Path,
