@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BENCH = Path(__file__).resolve().parents[1]
-_WIDTH = 150  # characters of a line of a results file
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
           "legend.frameon": False}  # fmt: skip
 _NUMBER = r"\**[-+±<]?\d.*"
@@ -50,17 +49,17 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def _lines(value: Any) -> str:
-    """JSON whose records stand on a line each where they are not too long."""
-    short = json.dumps(value)
-    if len(short) <= _WIDTH or not isinstance(value, Mapping | list | tuple):
-        return short
+    """JSON in which every record without records inside stands on a line."""
+    inside = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(map(_holds_records, inside)):
+        return json.dumps(value)
     if isinstance(value, Mapping):
-        if not any(isinstance(each, Mapping | list | tuple) for each in value.values()):
-            return short
         return "{\n" + ",\n".join(f"{json.dumps(name)}: {_lines(each)}" for name, each in value.items()) + "\n}"
-    if not any(isinstance(each, Mapping | list | tuple) for each in value):
-        return short
     return "[\n" + ",\n".join(map(_lines, value)) + "\n]"
+
+
+def _holds_records(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_holds_records, value)))
 
 
 def render(template: str, out: Path, **values: Any) -> None:
