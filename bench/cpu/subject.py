@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain_tome import PlainToMe
-from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
-from export.lower import INPUT, OUTPUT, Lowering
-from export.proof.validate import default_images
-from export.quantized import Form, quantized_graph
-from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint, OnnxGraph
-from runtime.engines import EngineRunner, open_engine
+from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
+from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
+from tocom.export.proof.validate import default_images
+from tocom.export.graph.insert_qdq import Form, quantized_graph
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph
+from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -82,7 +82,7 @@ class Subject:
         return ReducedViT(self.model, schedule_for(self.model, degree, ScheduleFamily(schedule))).eval()
 
     def graph(self, degree: int, schedule: str, form: str = "fp32") -> OnnxGraph:
-        """Our graph of a degree, in a form of `export.build.graph_precision`."""
+        """Our graph of a degree, in a form of `tocom.export.engine.build.graph_precision`."""
         made_of = FusedCheckpoint(self.model.state_dict(), self.name, degree, 0, None, "random", None)
         planned = schedule_for(self.model, degree, ScheduleFamily(schedule))
         name = f"{degree}-{schedule.replace(':', '')}-{form}.onnx"

@@ -12,8 +12,8 @@ import jinja2
 import pandas as pd
 
 from bench.harness.machine import machine, versions
-from runtime.artifacts import write_atomically
-from runtime.errors import InputError, one_line
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
