@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calib.quantize.network import looking
-from tocom.errors import InputError
+from tocom.calib.quantize.network import looking
+from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
 
 _NEIGHBOURS = 8  # that an image's density is measured with, and the density of its surroundings

@@ -11,9 +11,9 @@ from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 from torch import nn
 
-from calib.quantize import synthesize as module
-from calib.quantize.synthesize import entropy, objective, roughness, similarities, synthesize
-from tocom.errors import InputError
+from tocom.calib.quantize import synthesize as module
+from tocom.calib.quantize.synthesize import entropy, objective, roughness, similarities, synthesize
+from tocom.runtime.errors import InputError
 
 SIZE = (3, 32, 32)
 LOW, HIGH = torch.tensor([-2.0, -1.0, -1.5]), torch.tensor([2.5, 1.0, 1.5])
