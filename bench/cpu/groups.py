@@ -12,8 +12,8 @@ from bench.cpu.subject import Subject, peers
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.engine.measure_latency import slice_bound
 from tocom.export.graph.lower import count_gmacs
-from tocom.runtime.engines.base import open_engine
 from tocom.runtime.degrees.latency import Latency, measure
+from tocom.runtime.engines.base import open_engine
 
 STRIDED = "strided:3"
 OURS = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "bf16"),

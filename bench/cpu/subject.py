@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
-from tocom.export.proof.validate import default_images
+from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.graph.insert_qdq import Form, quantized_graph
+from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph
+from tocom.export.source.images import default_images
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for

@@ -12,8 +12,8 @@ import jinja2
 import pandas as pd
 
 from bench.harness.machine import machine, versions
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,9 +19,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import tocom.runtime.errors
-import tocom.errors
 from bench.harness.state import State
+from tocom.runtime.errors import GateError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -100,9 +99,9 @@ def main(name: str, *commands: Callable[..., None], arguments: list[str] | None 
         status = leave.exit_code
     except typer.TyperException as error:
         status = _complain(name, error.format_message(), 2)
-    except (tocom.runtime.errors.InputError, tocom.errors.InputError) as error:
+    except InputError as error:
         status = _complain(name, error, 2)
-    except tocom.runtime.errors.GateError as error:
+    except GateError as error:
         status = _complain(name, error, 1)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain(name, "interrupted; the same command goes on", _INTERRUPTED)
@@ -158,7 +157,7 @@ def names(option: str, text: str, known: Mapping[str, Any] | tuple[str, ...]) ->
     found = [name for name in text.split(",") if name]
     for name in found:
         if name not in known:
-            raise tocom.runtime.errors.InputError(f"--{option} must be some of {', '.join(known)}, got {name!r}")
+            raise InputError(f"--{option} must be some of {', '.join(known)}, got {name!r}")
     return found or list(known)
 
 
@@ -173,7 +172,7 @@ def numbers(option: str, text: str, low: int = 0) -> tuple[int, ...]:
     except ValueError:
         found = (low - 1,)
     if min(found) < low:
-        raise tocom.runtime.errors.InputError(f"--{option} must be numbers of {low} or more parted by commas, got {text!r}.")
+        raise InputError(f"--{option} must be numbers of {low} or more parted by commas, got {text!r}.")
     return found
 
 
@@ -185,5 +184,5 @@ def matching(option: str, text: str, known: Mapping[str, Any] | tuple[str, ...])
     """
     found = [name for name in known if text.lower() in name.lower()]
     if not found:
-        raise tocom.runtime.errors.InputError(f"--{option} must be part of one of {', '.join(known)}, got {text!r}")
+        raise InputError(f"--{option} must be part of one of {', '.join(known)}, got {text!r}")
     return found
