@@ -57,7 +57,15 @@ class Entry:
     name: str
     kinds: Mapping[str, Mutate]
     whole: Callable[[Given, random.Random], bytes]
-    place: Callable[[Given, Path, bytes], None]
+    place: Callable[[Given, Path, bytes], object]
     run: Callable[[Given, Path], bool]
     weight: float = 1.0
     forged: bool = False
+
+
+def entry_of_file(
+    name: str, kinds: Mapping[str, Mutate], file: str, run: Callable[[Given, Path], bool], weight: float = 1.0
+) -> Entry:
+    """An entry point that reads one of the whole files, by its name."""
+    return Entry(name, kinds, lambda given, _: (given.folder / file).read_bytes(),
+                 lambda _, folder, content: (folder / file).write_bytes(content), run, weight)  # fmt: skip

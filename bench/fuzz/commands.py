@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fuzz.outcome import ESCAPED, LEFTOVER, FaultError, RefusedError
+from tocom.runtime.errors import InputError, readable
 
 _LONGEST = 2000  # characters of a line that somebody is to read
 # what infer tells beside errors
@@ -34,7 +35,7 @@ class Answer:
     err: str
 
 
-def tocom(*arguments: object) -> Answer:
+def run_tocom(*arguments: object) -> Answer:
     """Runs `tocom` as its own process would, refusing what is left of one that ran before."""
     from tocom.export.cli import __main__ as cli
 
@@ -51,11 +52,23 @@ def tocom(*arguments: object) -> Answer:
     return _captured(run)
 
 
-def infer(*arguments: object) -> Answer:
+def run_infer(*arguments: object) -> Answer:
     """Runs `runtime/infer.py`."""
     from tocom.runtime.infer import main
 
     return _captured(lambda: main(list(map(str, arguments))))
+
+
+def refusing(run: Callable[[], bool]) -> bool:
+    """Runs what refuses by an exception that the command prints as one line.
+
+    Raises:
+        RefusedError: It refused, clearly.
+    """
+    try:
+        return run()
+    except InputError as error:
+        raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
 
 
 def judge(answer: Answer, folder: Path | None = None) -> str:

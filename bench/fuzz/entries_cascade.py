@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.fuzz.case import Entry
-from bench.fuzz.commands import infer, judge
+from bench.fuzz.commands import judge, run_infer
 from bench.fuzz.entries_family import copy_family
 from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
@@ -41,8 +41,8 @@ def _run(given: Given, folder: Path) -> bool:
     """
     family, image = folder / "family", given.folder / "image.png"
     common = ("--json", "--top-k", 99, image)
-    found = json.loads(judge(infer("--engines", family, "--cascade", *common), family))
-    alone = json.loads(judge(infer("--engines", family, "--degree", found["degree"], *common), family))
+    found = json.loads(judge(run_infer("--engines", family, "--cascade", *common), family))
+    alone = json.loads(judge(run_infer("--engines", family, "--degree", found["degree"], *common), family))
     one, other = (sorted((each["class"], each["probability"]) for each in answer["predictions"])
                   for answer in (found, alone))  # fmt: skip
     if not np.allclose(one, other, rtol=0, atol=1e-4):

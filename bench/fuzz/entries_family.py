@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bench.fuzz.case import Entry, Mutate
-from bench.fuzz.commands import infer, judge, tocom
-from bench.fuzz.given import DEGREE, Given
+from bench.fuzz.commands import judge, run_infer, run_tocom
+from bench.fuzz.given import DEGREE, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.outcome import WRONG, FaultError
@@ -40,7 +40,7 @@ def predictions(given: Given, family: Path) -> list[dict[str, Any]]:
     Raises:
         FaultError: If these are no probabilities.
     """
-    answer = infer("--engines", family, "--degree", DEGREE, "--json", "--top-k", 99, given.folder / "image.png")
+    answer = run_infer("--engines", family, "--degree", DEGREE, "--json", "--top-k", 99, given.folder / "image.png")
     printed = judge(answer, family)
     found = json.loads(printed)["predictions"]
     shares = np.array([each["probability"] for each in found])
@@ -90,8 +90,8 @@ def _infer_by_manifest(given: Given, folder: Path) -> bool:
 
 
 def _inspect_family(given: Given, folder: Path) -> bool:
-    printed = judge(tocom("inspect", folder / "family"), folder)
-    return printed == judge(tocom("inspect", given.family(_BACKEND))).replace(str(given.family(_BACKEND)), "")
+    printed = judge(run_tocom("inspect", folder / "family"), folder)
+    return printed == judge(run_tocom("inspect", given.family(_BACKEND))).replace(str(given.family(_BACKEND)), "")
 
 
 def _compile_again(given: Given, folder: Path) -> bool:
@@ -100,14 +100,12 @@ def _compile_again(given: Given, folder: Path) -> bool:
     Raises:
         FaultError: It keeps what it must not.
     """
-    import tocom.export.engine.measure_latency
-
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3
     options = given.options()
     arguments = [f"--model-arg={name}={value}" for name, value in options.model_args.items()]
-    judge(tocom("compile", "--model", options.model, *arguments, "--checkpoint", options.checkpoint, "--compensator",
-                options.compensator, "--source-degree", 0, "--degrees", DEGREE, "--backend", _BACKEND, "--out",
-                folder / "family"), folder)  # fmt: skip
+    with measured_briefly():
+        judge(run_tocom("compile", "--model", options.model, *arguments, "--checkpoint", options.checkpoint,
+                        "--compensator", options.compensator, "--source-degree", 0, "--degrees", DEGREE, "--backend",
+                        _BACKEND, "--out", folder / "family"), folder)  # fmt: skip
     if not agree(predictions(given, folder / "family"), expected(given.folder, _BACKEND)):
         raise FaultError(WRONG, "status 0, but the family answers otherwise than one that was compiled from nothing")
     return True
@@ -155,7 +153,7 @@ def _infer_altered(given: Given, folder: Path) -> bool:
 
 
 def _inspect_altered(given: Given, folder: Path) -> bool:
-    judge(tocom("inspect", folder / "family"), folder)
+    judge(run_tocom("inspect", folder / "family"), folder)
     _require_untouched(given, folder)
     return True
 

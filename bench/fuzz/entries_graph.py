@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.fuzz.case import Entry, Mutate
-from bench.fuzz.commands import judge, require_clear, tocom
+from bench.fuzz.commands import judge, require_clear, run_tocom
 from bench.fuzz.entries_family import agree, copy_family, expected, predictions
 from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
@@ -98,8 +98,8 @@ def _place_alone(given: Given, folder: Path, content: bytes) -> None:
 
 
 def _inspect_graph(_: Given, folder: Path) -> bool:
-    judge(tocom("inspect", folder / "family" / "graph.onnx"))
-    judge(tocom("inspect", folder / "family" / "graph.onnx", "--show", "layers,attrs,weights"))
+    judge(run_tocom("inspect", folder / "family" / "graph.onnx"))
+    judge(run_tocom("inspect", folder / "family" / "graph.onnx", "--show", "layers,attrs,weights"))
     return True
 
 

@@ -16,9 +16,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from bench.fuzz.case import Entry
-from bench.fuzz.commands import infer, judge
+from bench.fuzz.commands import judge, refusing, run_infer
 from bench.fuzz.entries_family import expected
-from bench.fuzz.entries_weights import refusing
 from bench.fuzz.given import Given
 from bench.fuzz.mutate_images import IMAGES, largest
 from bench.fuzz.outcome import WRONG, FaultError
@@ -67,7 +66,7 @@ def _classify(given: Given, folder: Path) -> bool:
     """
     good = shutil.copy(given.folder / "image.png", folder / "good.png")
     family = given.family("onnxruntime")
-    answer = infer("--engines", family, "--degree", 4, "--json", "--top-k", 99, folder / "image.png", good)
+    answer = run_infer("--engines", family, "--degree", 4, "--json", "--top-k", 99, folder / "image.png", good)
     lines = [json.loads(line) for line in answer.out.splitlines()]
     if not lines or lines[-1]["predictions"] != expected(given.folder, "onnxruntime"):
         raise FaultError(WRONG, "a good image beside a damaged one is not answered as it is alone")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.fuzz.case import Entry
-from bench.fuzz.entries_weights import refusing
+from bench.fuzz.case import entry_of_file
+from bench.fuzz.commands import refusing
 from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
@@ -26,20 +24,6 @@ from tocom.export.family.quantizer import _made_for
 from tocom.export.family.scales import at_chosen_scales
 from tocom.export.source.load import input_spec
 from tocom.vit import ReducedViT, schedule_for
-
-
-def _whole(name: str) -> Callable[[Given, random.Random], bytes]:
-    def whole(given: Given, _: random.Random) -> bytes:
-        return (given.folder / name).read_bytes()
-
-    return whole
-
-
-def _place(name: str) -> Callable[[Given, Path, bytes], None]:
-    def place(_: Given, folder: Path, content: bytes) -> None:
-        (folder / name).write_bytes(content)
-
-    return place
 
 
 def _take_scales(given: Given, folder: Path) -> bool:
@@ -87,9 +71,8 @@ def _load_folder(given: Given, folder: Path) -> bool:
 
 
 ENTRIES = (
-    Entry("scales.json -> compile", STRUCTURE | BYTES, _whole("scales.json"), _place("scales.json"), _take_scales, 1.5),
-    Entry("calibration .safetensors -> quantize", SAFETENSORS, _whole("calibration.safetensors"),
-          _place("calibration.safetensors"), _use_calibration, 1.5),
-    Entry("config.json -> load_model", STRUCTURE | BYTES, _whole("config.json"), _place("config.json"), _load_folder,
-          2),
+    entry_of_file("scales.json -> compile", STRUCTURE | BYTES, "scales.json", _take_scales, 1.5),
+    entry_of_file("calibration .safetensors -> quantize", SAFETENSORS, "calibration.safetensors", _use_calibration,
+                  1.5),
+    entry_of_file("config.json -> load_model", STRUCTURE | BYTES, "config.json", _load_folder, 2),
 )  # fmt: skip
