@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.accounts import LOST
+from bench.serving.case import Bench, Case, SkippedError
 from bench.serving.fault_clients import bad_requests, many_connections, slow_clients
-from bench.serving.faults import Bench, Case, SkippedError
 from bench.serving.traffic import account, sound
 
 

@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bench.serving.case import Bench
 from bench.serving.clients import BlockingGrpcClient, exchange, read_grpc
 from bench.serving.malformed_grpc import judge_grpc, judge_http, malformed
 from bench.serving.server import Server
 from bench.serving.traffic import Traffic
-
-if TYPE_CHECKING:
-    from bench.serving.faults import Bench
 
 _AT_ONCE = 8  # malformed requests on their way
 _TIMEOUT_S = 60.0

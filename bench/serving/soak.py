@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.serving.case import Bench, FaultOptions
 from bench.serving.fault_clients import BadStorm
-from bench.serving.faults import Bench, FaultOptions
 from bench.serving.flat import slope
 from bench.serving.server import Server
 from bench.serving.subject import Subject
@@ -60,8 +60,8 @@ def run_soak(
         if len(values) >= 24:
             fitted = slope(values)
             slopes[name] = {**asdict(fitted), "flat": fitted.flat}
-    return {"traffic": found, "malformed": storm.to_json(), "slopes": slopes, "samples": watch.samples,
-            "reloads": watch.reloads, "kills": watch.kills, "restarts": watch.kills, "said": watch.said,
+    return {"traffic": found, "malformed": storm.to_json(), "slopes": slopes,
+            "reloads": watch.reloads, "kills": watch.kills, "said": watch.said,
             "exit": status, "faults": faults, "minutes": minutes}  # fmt: skip
 
 
