@@ -74,7 +74,7 @@ def render(template: str, out: Path, **values: Any) -> None:
 
 def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> str:
     """A table in Markdown: numbers to the right, text to the left, nothing for None."""
-    frame = pd.DataFrame(rows).astype(object)
+    frame = pd.DataFrame(rows).convert_dtypes().astype(object)  # whole numbers stay whole beside missing ones
     frame = frame.where(frame.notna(), "").astype(str)
     align = ["right" if frame[name].replace("", "0").str.fullmatch(_NUMBER).all() else "left" for name in frame]
     return frame.to_markdown(index=False, disable_numparse=True, colalign=align)

@@ -60,14 +60,14 @@ def write_faults_page(results: Mapping[str, Any], out: Path) -> None:
     told = [{"case": name, "clients were told": cell(text), "times": times} for name, each in cases.items()
             for text, times in each["notes"].get("traffic", {}).get("said", {}).items()]  # fmt: skip
     checks = [{"case": name, "checks": "; ".join(dict.fromkeys(what for what, _, _ in each["checks"])),
-               "do not hold": "; ".join(map(cell, failed(each)))} for name, each in cases.items()]  # fmt: skip
+               **({"do not hold": "; ".join(map(cell, failed(each)))} if failed(each) else {})}
+              for name, each in cases.items()]  # fmt: skip
     malformed = cases.get("malformed requests", {}).get("notes", {}).get("malformed")
     render("serving/faults.md.j2", out, setup=results["setup"], soak=soak, rate=RATE, cases=run,
            passed=sum(each["passed"] for each in run.values()), sums=_counts(sums), told=told, checks=checks,
            skipped=[(name, each["skipped"]) for name, each in cases.items() if each["skipped"]],
            rows=[_case(*each) for each in cases.items()], malformed=malformed,
-           kinds=malformed and pd.DataFrame(malformed["kinds"]).T.sort_index(axis=1).rename_axis("kind").reset_index()
-           .astype(object).map(lambda each: int(each) if isinstance(each, float) and each == each else each),
+           kinds=malformed and [{"kind": kind} | counts for kind, counts in malformed["kinds"].items()],
            verdicts=soak_verdicts(soak) if soak else [], slopes=_slopes(soak) if soak else [])  # fmt: skip
 
 
