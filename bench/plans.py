@@ -5,139 +5,139 @@ Needs no GPU: plans are built, not run, and their graphs are carried out by ONNX
 
 from __future__ import annotations
 
-import os
-import platform
-import tempfile
-from datetime import date
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
 
-from bench.compile_cost import write_inputs
-from bench.markdown import table
-from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
-from tocom.export.family.compile import compile_family
-from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
-from tocom.runtime.manifest import EngineEntry
+from bench.harness import run
+from bench.harness.state import State
 
 BACKEND = "tensorrt-rtx"
+_LIBRARIES = ("tensorrt-rtx-cu13", "onnxruntime-gpu", "torch", "timm")
 _MIB = 1 << 20
 
 
-def rows_of(
-    model: str, degrees: tuple[int, ...], precision: str, options: PlanOptions, folder: Path
-) -> list[list[str]]:
-    """Compiles a family and builds every plan once more; one row per degree.
-
-    Args:
-        model: timm name.
-        degrees: Beside 0.
-        precision: Of the graphs.
-        options: Of the plans.
-        folder: With `write_inputs`.
-
-    Raises:
-        SystemExit: If an engine fails validation, or a plan is not the same bytes again.
-    """
-    out = folder / precision
-    result = compile_family(
-        CompileOptions(
-            model=model,
-            out=out,
-            degrees=degrees,
-            checkpoint=folder / "checkpoint.safetensors",
-            compensator=folder / "compensator.safetensors",
-            source_degree=0,
-            precision=precision,
-            backend=BACKEND,
-            plan=options,
-            quantize=QuantizeOptions(folder / "images") if precision in QUANTIZED else QuantizeOptions(),
-        )
-    )
-    if result.failed:
-        raise SystemExit(f"{model} {precision}: degrees {sorted(result.failed)} failed validation")
-    rows = []
-    for entry in result.family.engines:
-        again = build_plan(out / entry.onnx, BACKEND, options)
-        if again.content != (out / entry.engine).read_bytes():
-            raise SystemExit(f"{model} {precision}, degree {entry.degree}: another plan when it is built again")
-        rows.append(_row(model, entry))
-    return rows
-
-
-def write_patterns(folder: Path, count: int = 16) -> None:
-    """Smooth random images, for quantized formats to be calibrated on."""
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for index in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-
-
-def _row(model: str, entry: EngineEntry) -> list[str]:
-    found, build = entry.validation, entry.build
-    blocks = found["blocks"].values()
-    shares = " ".join(f"{100 * block['equal'] / block['decisions']:.1f}" for block in blocks)
-    errors = " ".join(f"{1e4 * block['output_error']:.0f}" for block in blocks if block["output_error"] is not None)
-    return [
-        model,
-        entry.precision,
-        str(entry.degree),
-        f"{build['bytes'] / _MIB:.1f}",
-        f"{build['seconds']:.1f}",
-        str(sum(build["layers"].values())),
-        f"{found['max_logit_error']:.1e} of {found['max_logit']:.1f}",
-        f"{found['agreement']:.2%}" if found["decisions"] else "-",
-        str(found["explained"]),
-        f"{found['largest_margin']:.1e}",
-        shares or "-",
-        errors or "-",
-    ]
-
-
-def main(
+def plans(
     models: Annotated[str, typer.Option(help="timm names, parted by commas.")] = "deit_small_patch16_224",
     degrees: Annotated[str, typer.Option(help="Beside 0.")] = "8,16",
     precisions: Annotated[str, typer.Option(help="Formats of the graphs.")] = "fp32,fp16,bf16",
     targets: Annotated[str, typer.Option(help="GPU architectures.")] = "sm80,sm89,sm120",
-    out: Annotated[Path, typer.Option(help="Result file.")] = Path("bench/results/plans.md"),
+    out: run.Out = None,
+    work: run.Work = None,
+    fresh: run.Fresh = False,
+    quick: run.Quick = False,
+    report_only: run.ReportOnly = False,
 ) -> None:
-    """Builds plans at real sizes, random weights, with a compensator, and writes a table."""
-    options = PlanOptions(batch=(1, 8, 32), targets=tuple(targets.split(",")))
-    rows = []
-    for model in models.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            write_inputs(model, Path(folder))
-            write_patterns(Path(folder) / "images")
-            for precision in precisions.split(","):
-                rows += rows_of(model, tuple(map(int, degrees.split(","))), precision, options, Path(folder))
-                print(f"{model} {precision} done", flush=True)
-    columns = ["model", "format", "degree", "plan MiB", "build s", "layers", "logit error", "agreement", "explained",
-               "largest margin", "agreement by block, %", "token error by block, 1e-4"]  # fmt: skip
-    text = [
-        "# Plans of TensorRT for RTX, built without a GPU",
-        "",
-        f"Written by `python -m bench.plans --models {models} --degrees {degrees} --precisions {precisions}`, "
-        f"{date.today()}: {os.cpu_count()} "
-        f"cores ({platform.machine()}), no GPU, tensorrt-rtx {version('tensorrt-rtx-cu13')}, onnxruntime "
-        f"{version('onnxruntime-gpu')}. Random weights, with a compensator; one plan for {targets}, batch 1 to 32; "
-        "every plan was the same bytes when it was built again. No plan was run. Layers: of the network that the "
-        "library parses, before it joins any. The other columns are about the graphs, carried out by ONNX Runtime in "
-        "float32 with every rounding that stands in them, against the PyTorch reference with the same decisions, which "
-        "is quantized as the format is: 12 images, noise and patterns. Explained: images and blocks that decide "
-        "otherwise, where the choice is as good to within the margin. Token error: largest difference in the tokens "
-        "behind a block's merge, as a share of the largest number in them.",
-        "",
-        table(columns, rows, {"model", "format"}),
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(text) + "\n")
-    print(f"wrote {out}")
+    """Build plans at real sizes, random weights, with a compensator: every one twice, which must be the same bytes.
+
+    The same command goes on where it stopped.
+    """
+    from bench.harness.page import read_results, render, setup, write_results
+
+    place = run.Places.of("plans", out, work, quick=quick)
+    if quick:
+        models, degrees, precisions, targets = "deit_tiny_patch16_224", "16", "fp16", "sm89"
+    if not report_only:
+        state = State.load(place.state, {"degrees": degrees, "targets": targets}, fresh=fresh)
+        cases = {
+            f"{model} {precision}": partial(
+                rows_of, model, run.numbers("degrees", degrees, 1), precision, tuple(targets.split(","))
+            )
+            for model in models.split(",")
+            for precision in precisions.split(",")
+        }
+        rows = [row for found in run.run_cases(state, cases).values() for row in found]
+        head = setup(run.command_line("bench.plans"), _LIBRARIES, targets=targets.split(","))
+        write_results(place.results, {"setup": head, "rows": rows})
+    results = read_results(place.results)
+    render("plans.md.j2", place.page, **results, table=[_told(each) for each in results["rows"]])
+    print(f"wrote {place.page}")
+
+
+def rows_of(model: str, degrees: tuple[int, ...], precision: str, targets: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Compiles a family and builds every plan once more; a record for each degree.
+
+    Raises:
+        GateError: An engine fails validation, or a plan is not the same bytes again.
+    """
+    from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
+    from tocom.export.family.compile import compile_family
+    from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
+    from tocom.runtime.errors import GateError
+
+    options = PlanOptions(batch=(1, 8, 32), targets=targets)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _write_inputs(model, folder)
+        out = folder / precision
+        result = compile_family(
+            CompileOptions(
+                model=model, out=out, degrees=degrees, checkpoint=folder / "checkpoint.safetensors",
+                compensator=folder / "compensator.safetensors", source_degree=0, precision=precision, backend=BACKEND,
+                plan=options,
+                quantize=QuantizeOptions(folder / "images") if precision in QUANTIZED else QuantizeOptions(),
+            )
+        )  # fmt: skip
+        if result.failed:
+            raise GateError(f"{model} {precision}: degrees {sorted(result.failed)} failed validation")
+        for entry in result.family.engines:
+            again = build_plan(out / entry.onnx, BACKEND, options)
+            if again.content != (out / entry.engine).read_bytes():
+                raise GateError(f"{model} {precision}, degree {entry.degree}: another plan when it is built again")
+        return [_record(model, entry) for entry in result.family.engines]
+
+
+def _write_inputs(model: str, folder: Path) -> None:
+    """A checkpoint and a compensator of the right sizes, and images to calibrate on, all drawn at random."""
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from tocom.compensator import Compensator, CompensatorInfo
+
+    torch.manual_seed(0)
+    network = timm.create_model(model)
+    save_file(network.state_dict(), folder / "checkpoint.safetensors")
+    compensator = Compensator(CompensatorInfo(width=network.embed_dim, depth=len(network.blocks), backbone=model))
+    for weight in compensator.parameters():
+        weight.data.normal_(0, 0.02)
+    (folder / "compensator.safetensors").write_bytes(compensator.to_safetensors())
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(16):  # smooth ones
+        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((256, 256), Image.Resampling.BICUBIC).save(folder / "images" / f"{index}.png")
+
+
+def _record(model: str, entry: Any) -> dict[str, Any]:
+    found, build = entry.validation, entry.build
+    blocks = found["blocks"].values()
+    errors = [block["output_error"] for block in blocks if block["output_error"] is not None]
+    return {
+        "model": model, "format": entry.precision, "degree": entry.degree, "mib": build["bytes"] / _MIB,
+        "seconds": build["seconds"], "layers": sum(build["layers"].values()), "logit_error": found["max_logit_error"],
+        "logit": found["max_logit"], "agreement": found["agreement"] if found["decisions"] else None,
+        "explained": found["explained"], "margin": found["largest_margin"], "errors": errors,
+        "shares": [block["equal"] / block["decisions"] for block in blocks],
+    }  # fmt: skip
+
+
+def _told(each: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": each["model"], "format": each["format"], "degree": each["degree"], "plan MiB": f"{each['mib']:.1f}",
+        "build s": f"{each['seconds']:.1f}", "layers": each["layers"],
+        "logit error": f"{each['logit_error']:.1e} of {each['logit']:.1f}",
+        "agreement": "-" if each["agreement"] is None else f"{each['agreement']:.2%}", "explained": each["explained"],
+        "largest margin": f"{each['margin']:.1e}",
+        "agreement by block, %": " ".join(f"{100 * share:.1f}" for share in each["shares"]) or "-",
+        "token error by block, 1e-4": " ".join(f"{1e4 * error:.0f}" for error in each["errors"]) or "-",
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run.main("bench.plans", plans)

@@ -89,8 +89,8 @@ def rows_of(
     Returns:
         For each contender and degree `ms`, the median of a call, with quartiles `low` and `high`, after so many
         `rounds`; `speed_up` over its own degree 0, None where that is missing; `ideal`, by multiplications; quartiles
-        of `tax`, the time beyond its slice bound as a share of it, and of `over_compile`, torch.compile's time over this
-        one's, None where the other is missing; `tflops`, the work that it does itself in 1e12 per second.
+        of `tax`, the time beyond its slice bound as a share of it, and of `over_compile`, torch.compile's time over
+        this one's, None where the other is missing; `tflops`, the work that it does itself in 1e12 per second.
     """
     rows = []
     for (name, degree, bound), each in times.items():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BENCH = Path(__file__).resolve().parents[1]
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
           "legend.frameon": False}  # fmt: skip
-_NUMBER = r"\**[-+±<]?\d.*"
+_NUMBER = r"-|\**[-+±<]?\d.*"
 
 
 def setup(command: str, libraries: Iterable[str], **more: Any) -> dict[str, Any]:

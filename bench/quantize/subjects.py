@@ -18,19 +18,21 @@ from bench.experiment.evaluation import TEST_SEED
 from bench.experiment.protocol import PRESETS
 from bench.experiment.stages import ARCHITECTURE
 from bench.experiment.tasks import TASKS
-from bench.quantize.protocol import POOL
+from bench.harness.run import ROOT
 from tocom.calib.labelled import LabelledImages
 from tocom.checkpoint import load_model
 from tocom.compensator import Compensator
 from tocom.export.graph.fuse import fuse
 from tocom.export.source.load import input_spec
 from tocom.runtime.errors import InputError
-from tocom.runtime.files import write_atomically
 from tocom.vit import ReducedViT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE, EXPERIMENT = ROOT / "examples" / "digits", ROOT / "build" / "experiment" / "small"
 
+SEEDS = (0, 1, 2)
+SHIPPED = "example-shipped"
+SUBJECTS = (SHIPPED, "example", *(f"{task}-{seed}" for task in ("board", "letters", "missing") for seed in SEEDS))
+POOL = 1024  # training sheets that calibration sheets are chosen from
 BATCH = 64  # what a core's cache holds; larger batches are slower
 _EXAMPLE_SCALE = 0.1
 _CALIBRATION_SEED = 77  # no training run draws with it
@@ -104,9 +106,17 @@ def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([network(part) for part in pixels.split(BATCH)])
 
 
+def subject_named(name: str) -> Subject:
+    """One of `SUBJECTS`."""
+    if name.startswith("example"):
+        return example(shipped=name == SHIPPED)
+    task, _, seed = name.rpartition("-")
+    return downstream(task, int(seed))
+
+
 def example(*, shipped: bool = False) -> Subject:
     """The example's checkpoint, on freshly drawn sheets or on the shipped ones."""
-    name = "example-shipped" if shipped else "example"
+    name = SHIPPED if shipped else "example"
     return Subject(name, "board", _example_model(), Compensator.load(EXAMPLE / "compensator.safetensors"),
                    dict.fromkeys(range(1, 33), _EXAMPLE_SCALE), shipped)  # fmt: skip
 
@@ -122,17 +132,11 @@ def downstream(task: str, seed: int, folder: Path = EXPERIMENT) -> Subject:
     for file in (*files, compensator):
         if not file.exists():
             raise InputError(f"the study quantizes the experiment's checkpoints, but {file.name} is not there. Run "
-                             "`make experiment` first, or --quick --only with stages of the example.")  # fmt: skip
+                             "`make experiment` first, or --only example.")  # fmt: skip
     model = timm.create_model(ARCHITECTURE, num_classes=10, **PRESETS["small"].model)
     model.load_state_dict(load_file(files[0]))
     scales = {outcome["target"]: outcome["scale"] for outcome in json.loads(files[1].read_text())}
     return Subject(f"{task}-{seed}", task, model.eval().requires_grad_(False), Compensator.load(compensator), scales)
-
-
-def keep_json(file: Path, data: object) -> None:
-    """Writes what a stage found."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(data) + "\n").encode())
 
 
 @functools.cache
