@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def _held(
     }
 
 
-def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], object]) -> list[dict[str, Any]]:
+def by_time(given: Given, effort: Effort, cache: Path) -> list[dict[str, Any]]:
     """For every batch size and drop, the cascade of the least mean time here, timed beside every single degree."""
     rows = []
     pixels, _ = given.subject.sheets("test", effort.test_sheets)
@@ -245,7 +245,6 @@ def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], obj
             if found.single is not None:
                 row |= {"single": found.single.plan.degrees[0], "single_predicted": found.single.cost}
             if found.cascade is not None:
-                tell(f"batch {batch}, drop {drop:g}")
                 row |= _timed(given, found.cascade, batch, pixels)
                 if found.single is not None:
                     row["single_cost"] = row["measured"][str(row["single"])]

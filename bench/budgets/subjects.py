@@ -14,6 +14,7 @@ from bench.experiment.evaluation import TEST_SEED, VAL_SEED
 from bench.experiment.protocol import PRESETS
 from bench.experiment.stages import ARCHITECTURE, checkpoint_name
 from bench.experiment.tasks import TASKS
+from bench.harness.run import ROOT
 from examples.sheets import Split
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import choose_family_scales
@@ -21,7 +22,6 @@ from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME, Family
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE, EXPERIMENT = ROOT / "examples" / "digits", ROOT / "build" / "experiment" / "small"
 DEGREES = (0, 4, 8, 12, 16)
 

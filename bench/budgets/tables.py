@@ -78,7 +78,7 @@ class Cascades:
     @property
     def sent_on(self) -> float:
         """Share of images that go beyond the first stage."""
-        return float(np.mean([row["shares"][1] for row in self.rows]))
+        return float(np.mean([row["shares"][1] if len(row["shares"]) > 1 else 0.0 for row in self.rows]))
 
     @property
     def lost(self) -> Gain:
