@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from bench.experiment.evaluation import TEST_SEED, VAL_SEED
 from bench.experiment.protocol import PRESETS
-from bench.experiment.stages import ARCHITECTURE, checkpoint_name
+from bench.experiment.stages import checkpoint_name, write_model_folder
 from bench.experiment.tasks import TASKS
 from bench.harness.run import ROOT
 from examples.sheets import Split
@@ -75,26 +74,15 @@ class Subject:
         if self.seed is None:
             options |= {"model": str(EXAMPLE), "compensator": EXAMPLE / "compensator.safetensors", "delta_scale": 0.1}
         else:
-            options |= {"model": str(self._model(work)), "compensator": _existing("compensator-constant.safetensors")}
+            weights = _existing(checkpoint_name(self.task, 0, self.seed))
+            folder = write_model_folder(weights, PRESETS["small"], work / "models" / self.name)
+            options |= {"model": str(folder), "compensator": _existing("compensator-constant.safetensors")}
             tell("choosing scales")
             scale_sheets = self._images(work, "val", _SCALE_SEED, sheets)
             choose_family_scales(CompileOptions(**options, images=scale_sheets), _FURTHER_SCALES)
         tell("compiling")
         compile_family(CompileOptions(**options, images=self._images(work, "test", _COMPILE_SEED, sheets)))
         return out
-
-    def _model(self, work: Path) -> Path:
-        """The checkpoint as a folder in timm's hub layout."""
-        folder = work / "models" / self.name
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = _existing(checkpoint_name(self.task, 0, self.seed)).read_bytes()
-        (folder / "model.safetensors").write_bytes(weights)
-        pretrained = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3,
-                      "std": [0.5] * 3, "num_classes": 10}  # fmt: skip
-        config = {"architecture": ARCHITECTURE, "num_classes": 10, "model_args": dict(PRESETS["small"].model),
-                  "pretrained_cfg": pretrained}  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder
 
     def _images(self, work: Path, split: Split, seed: int, count: int) -> Path:
         """Sheets as files, in a folder per class."""

@@ -16,7 +16,7 @@ import torch
 from bench.experiment import stages
 from bench.experiment.protocol import Protocol
 
-BACKBONE = "backbone.safetensors"
+BACKBONE, LATENCY = "backbone.safetensors", "latency.json"
 
 
 @dataclass(frozen=True)

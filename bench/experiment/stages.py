@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from examples.supervised import fit
 from tocom.calib.distill import DistillOptions, distill
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
+from tocom.export.family.compile import compile_family
+from tocom.export.source.options import CompileOptions
+from tocom.runtime.degrees.latency import measure
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.files import write_atomically
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -172,3 +177,41 @@ def _moved(onto: dict[str, Tensor], low: dict[str, Tensor], high: dict[str, Tens
 def checkpoint_name(task: str, source: int, seed: int) -> str:
     """File of a downstream checkpoint."""
     return f"{task}-{source}-{seed}.safetensors"
+
+
+def time_families(bench: Bench, name: str, methods: tuple[str, ...] = ("constant", "strided")) -> None:
+    """Latency of both methods at every degree, measured side by side: what accuracy is compared at.
+
+    It does not depend on the weights, so one checkpoint is compiled for both.
+    """
+    began, protocol = time.monotonic(), bench.protocol
+    first = bench.work / checkpoint_name(protocol.tasks[0], 0, protocol.seeds[0])
+    folder = write_model_folder(first, protocol, bench.work / "model")
+    with ExitStack() as stack:
+        runners = {}
+        for method in methods:
+            out = bench.work / "engines" / method
+            compensator = bench.work / f"compensator-{method}.safetensors"
+            options = CompileOptions(model=str(folder), out=out, degrees=protocol.targets, compensator=compensator,
+                                     source_degree=0, schedule=METHODS[method].schedule,
+                                     backend="onnxruntime")  # fmt: skip
+            for entry in compile_family(options).family.engines:
+                opened = open_engine(out / entry.engine, entry.backend, precision=entry.precision)
+                runners[f"{method} {entry.degree}"] = stack.enter_context(opened)
+        table = {}
+        for batch in (1, 8, 32):
+            times = measure(runners, batch=batch, seconds=20.0, min_rounds=60)
+            table[str(batch)] = {key: {"p50": each.p50, "p99": each.p99} for key, each in times.items()}
+    bench.keep(name, json.dumps(table).encode(), began)
+
+
+def write_model_folder(weights: Path, protocol: Protocol, folder: Path) -> Path:
+    """A checkpoint of the experiment as a folder in timm's hub layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights.read_bytes())
+    pretrained = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3,
+                  "std": [0.5] * 3, "num_classes": 10}  # fmt: skip
+    config = {"architecture": ARCHITECTURE, "num_classes": 10, "model_args": dict(protocol.model),
+              "pretrained_cfg": pretrained}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
