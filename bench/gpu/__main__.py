@@ -28,8 +28,7 @@ def gpu_check(
         typer.Option(help="Time only contenders with this in their names, like 'Triton'; may be given several times."),
     ] = None,
     without: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave out contenders and comparisons with this in their names; likewise."),
+        list[str] | None, typer.Option(help="Leave out contenders and comparisons with this in their names; likewise.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Measure each group for this long, and at least 15 rounds.")] = 30.0,
     minutes: Annotated[

@@ -16,10 +16,7 @@ Send = Callable[[int], Awaitable[object]]
 
 
 async def offer(
-    times: Sequence[float],
-    bodies: Sequence[int],
-    send: Send,
-    stopped: Callable[[], bool] = lambda: False,
+    times: Sequence[float], bodies: Sequence[int], send: Send, stopped: Callable[[], bool] = lambda: False
 ) -> list[Record]:
     """Sends every request at its time, and waits for all answers; tells of what was sent.
 
