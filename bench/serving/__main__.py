@@ -84,9 +84,8 @@ def faults(
 
     place = run.Places.of("serving-faults", out, work, quick=quick)
     if not report_only:
-        from bench.serving.case import FaultOptions
+        from bench.serving.case import FaultOptions, run_case
         from bench.serving.fault_cases import CASES
-        from bench.serving.faults import run_case
         from bench.serving.subject import Subject
         from bench.serving.traffic import mixed_bodies
 

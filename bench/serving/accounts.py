@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -77,32 +77,16 @@ class Judged:
     text: str = ""
 
 
-@dataclass
-class Tally:
-    """Counts of outcomes, and what was said with those that are no answer."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    said: Counter[str] = field(default_factory=Counter)
-
-    def add(self, judged: Judged) -> None:
-        """Counts a request."""
-        self.counts[judged.outcome] += 1
-        if judged.outcome != RIGHT and judged.text:
-            self.said[f"{judged.outcome}: {judged.text[:160]}"] += 1
-
-    def to_json(self) -> dict[str, object]:
-        """Counts, and the most frequent texts."""
-        counts = {"sent": sum(self.counts.values()), **{name: self.counts[name] for name in OUTCOMES}}
-        return {"counts": counts, "said": dict(self.said.most_common(8))}
+def tallied(judged: Sequence[Judged]) -> dict[str, object]:
+    """Counts of outcomes, and the texts that were said most often with those that are no right answer."""
+    counts = Counter(each.outcome for each in judged)
+    said = Counter(f"{each.outcome}: {each.text[:160]}" for each in judged if each.outcome != RIGHT and each.text)
+    named = {name: counts[name] for name in OUTCOMES}
+    return {"counts": {"sent": len(judged), **named}, "said": dict(said.most_common(8))}
 
 
 def clear_refusal(reply: Reply, *, over_http: bool) -> bool:
-    """Whether a valid request was refused so that a client knows what to do: come back, and when.
-
-    Args:
-        reply: It.
-        over_http: Whether it came over HTTP, which must say when.
-    """
+    """Whether a valid request was refused so that a client knows what to do: come back, and over HTTP when."""
     readable = bool(reply.text.strip()) and "\n" not in reply.text and "Traceback" not in reply.text
     return reply.status in BUSY and readable and (reply.retry_after or not over_http)
 
@@ -122,21 +106,13 @@ def percentile(values: np.ndarray, share: float) -> float | None:
 
 
 def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
-    """What a phase came to, JSON-ready.
-
-    Args:
-        judged: All requests of the phase.
-        seconds: That it was offered for.
-    """
+    """What a phase came to that was offered for some seconds, JSON-ready."""
     answered = [each for each in judged if each.outcome in (RIGHT, WRONG)]
     taken = latencies(judged)
     images = sum(each.images for each in answered)
     degrees = Counter[int]()
     for each in answered:
         degrees[-1 if each.degree is None else each.degree] += each.images
-    tally = Tally()
-    for each in judged:
-        tally.add(each)
     asked = sum(each.images for each in judged)
     return {
         "seconds": seconds,
@@ -149,7 +125,7 @@ def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
         "refused": sum(each.outcome == REFUSED for each in judged) / max(len(judged), 1),
         "top1": sum(each.correct for each in answered) / images if images else None,
         "degrees": {str(degree): count / images for degree, count in sorted(degrees.items())},
-        **tally.to_json(),
+        **tallied(judged),
     }
 
 

@@ -10,8 +10,7 @@ import pandas as pd
 
 from bench.harness.page import cell, render
 from bench.serving.accounts import OUTCOMES
-from bench.serving.case import RATE
-from bench.serving.faults import failed
+from bench.serving.case import RATE, failed
 from bench.serving.soak import WATCHED
 from bench.serving.traffic import sound
 

@@ -18,8 +18,7 @@ from bench.harness.run import Tell
 from bench.harness.state import State
 from bench.serving.accounts import Judged, over_time, summary
 from bench.serving.clients import GrpcClient, read_grpc
-from bench.serving.offer import lag_ms, offer
-from bench.serving.schedule import order, poisson
+from bench.serving.offer import lag_ms, offer, order, poisson
 from bench.serving.server import Server
 from bench.serving.subject import Body, Subject
 
@@ -63,25 +62,16 @@ class LoadTest:
     """The measurements, in the order they are made; what is in the state is not measured again."""
 
     def __init__(self, subject: Subject, options: LoadOptions, state: State, work: Path, tell: Tell) -> None:
-        """Encodes the requests.
-
-        Args:
-            subject: Whom to ask.
-            options: How.
-            state: What is known.
-            work: For logs and the measured latencies of the family.
-            tell: Told what is done now.
-        """
         self._subject, self._options, self._state, self._work, self._tell = subject, options, state, work, tell
         self._bodies: list[Body] = [subject.body(each, "grpc") for each in subject.batches(options.images)]
-        self._last = max(subject.expected)
+        self._contenders = contenders(max(subject.expected), options.objective_ms)
 
     def run(self) -> None:
         """Measures everything that is missing."""
         os.sched_setaffinity(0, self._options.own_cores)
         rate = self._state.once("sustained", self._search)["rate"]
         for factor in FACTORS:
-            for name in self.contenders():
+            for name in self._contenders:
                 self._tell(f"{factor:g}x {name}: {factor * rate:.1f} requests/s")
                 phases = [(factor * rate, self._options.seconds)]
                 self._state.once(f"{factor:g}x {name}", partial(self._measure, name, phases))
@@ -90,17 +80,13 @@ class LoadTest:
         phases = [(0.5 * rate, third / 2), (2 * rate, third), (TRICKLE * rate, third)]
         self._state.once("step", lambda: self._measure(ADAPTIVE, phases) | {"phases": phases})
 
-    def contenders(self) -> dict[str, list[object]]:
-        """Name -> arguments of the server."""
-        return contenders(self._last, self._options.objective_ms)
-
     def _serve(self, name: str) -> Server:
         options = self._options
         arguments = ["--threads", 1, "--workers", 1, "--max-queue", MAX_QUEUE]
         log = self._work / f"{name.replace(' ', '-')}.log"
         # every contender goes by the same measured latencies, of this run
         environment = {"XDG_CACHE_HOME": str(self._work / "cache")}
-        return Server(self._subject.folder, log, [*arguments, *self.contenders()[name]],
+        return Server(self._subject.folder, log, [*arguments, *self._contenders[name]],
                       cores=options.server_cores, environment=environment)  # fmt: skip
 
     def _search(self) -> dict[str, Any]:
@@ -181,12 +167,7 @@ class LoadTest:
 
 
 def contenders(last: int, objective_ms: float) -> dict[str, list[object]]:
-    """Name -> arguments of the server.
-
-    Args:
-        last: The most compressed degree.
-        objective_ms: Of the adaptive one.
-    """
+    """Name -> arguments of the server; `last` is the most compressed degree."""
     return {
         FIXED: ["--degree", 0],
         COMPRESSED.format(last): ["--degree", last],

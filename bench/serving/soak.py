@@ -10,14 +10,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.serving.case import Bench, FaultOptions
 from bench.serving.fault_clients import BadStorm
-from bench.serving.flat import slope
 from bench.serving.server import Server
 from bench.serving.subject import Subject
 from bench.serving.traffic import account, mixed_bodies
@@ -26,20 +27,51 @@ WATCHED = ("rss_mib", "files", "threads")
 _EVERY_S = 20.0  # between a reload and a kill
 _QUIET_S = 4.0  # behind either: what starts or ends is not the level
 _BAD_AT_ONCE, _BAD_PAUSE_S = 2, 0.1
+_BLOCKS = 12  # of which the second half is made: means of blocks are nearly independent, single seconds are not
+_T95 = 2.228  # Student's t at 97.5% for _BLOCKS - 2 degrees of freedom
+_SHARE = 0.03  # of its level that something may grow over the second half
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Growth over the second half of a run.
+
+    Attributes:
+        level: Mean of the second half.
+        most: Of the whole run.
+        growth: Over the second half, by the line through it.
+        low: Of its 95% interval.
+        high: Likewise.
+    """
+
+    level: float
+    most: float
+    growth: float
+    low: float
+    high: float
+
+    @property
+    def flat(self) -> bool:
+        """Whether no growth is seen, or one that is small against the level."""
+        return self.low <= 0 or self.growth <= _SHARE * self.level
+
+
+def slope(values: Sequence[float]) -> Slope:
+    """The line through the second half of values, one a second, at least 24."""
+    half = np.asarray(values[len(values) // 2 :], np.float64)
+    means = np.array([block.mean() for block in np.array_split(half, _BLOCKS)])
+    at = np.linspace(0.5 / _BLOCKS, 1 - 0.5 / _BLOCKS, _BLOCKS)  # as a share of the half
+    middle = at - at.mean()
+    growth = float((middle * means).sum() / (middle**2).sum())
+    rest = means - means.mean() - growth * middle
+    error = float(np.sqrt((rest**2).sum() / (_BLOCKS - 2) / (middle**2).sum()))
+    return Slope(float(half.mean()), float(np.max(values)), growth, growth - _T95 * error, growth + _T95 * error)
 
 
 def run_soak(
     subject: Subject, minutes: float, seed: int, work: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs it; JSON-ready.
-
-    Args:
-        subject: Family and sheets.
-        minutes: How long.
-        seed: Of everything drawn.
-        work: For the copy of the family and the log.
-        tell: Told how it goes.
-    """
+    """Runs it in a folder for the copy of the family and the log; JSON-ready."""
     shutil.rmtree(work, ignore_errors=True)
     family = work / "family"
     shutil.copytree(subject.folder, family)

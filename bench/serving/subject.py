@@ -79,25 +79,13 @@ class Subject:
         return [tuple(mixed[at : at + images].tolist()) for at in range(0, len(mixed) - images + 1, images)]
 
     def body(self, sheets: Sequence[int], route: str, want: Mapping[str, int] | None = None) -> Body:
-        """Encodes a request.
-
-        Args:
-            sheets: To ask about; one for "page".
-            route: See `Body`.
-            want: See `Body`.
-        """
+        """Encodes a request; see `Body`. For "page" it is about one sheet."""
         contents = [self.sheets[sheet] for sheet in sheets]
         encode = {"grpc": grpc_message, "http": http_infer, "page": http_page}[route]
         return Body(tuple(sheets), dict(want or {}), route, encode(contents, want or {}))
 
     def judge(self, record: Record, body: Body, reply: Reply) -> Judged:
-        """Compares an answer with the local engine's and with the labels.
-
-        Args:
-            record: When it was sent and answered.
-            body: What was asked.
-            reply: What came.
-        """
+        """Compares an answer with the local engine's and with the labels."""
         outcome, correct = self._outcome(body, reply)
         took = 1e3 * (record.done_s - record.at_s)
         text = reply.text if reply.status != 200 else ""
