@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -126,19 +127,15 @@ def change_operator(draw: random.Random, model: ModelProto) -> None:
 def change_functions(draw: random.Random, model: ModelProto) -> None:
     """A function is missing, twice there, empty, or takes and gives another number of values."""
     function = draw.choice(model.functions)
-    way = draw.randrange(6)
-    if way == 0:
-        model.functions.remove(function)
-    elif way == 1:
-        model.functions.append(copy.deepcopy(function))
-    elif way == 2:
-        del function.node[:]
-    elif way == 3:
-        del function.input[-1]
-    elif way == 4:
-        del function.output[-1]
-    else:
-        del function.opset_import[:]
+    draw.choice((
+        lambda: model.functions.remove(function), lambda: model.functions.append(copy.deepcopy(function)),
+        lambda: _clear(function.node), lambda: function.input.pop(), lambda: function.output.pop(),
+        lambda: _clear(function.opset_import),
+    ))()  # fmt: skip
+
+
+def _clear(repeated: Any) -> None:
+    del repeated[:]
 
 
 def change_attribute(draw: random.Random, model: ModelProto) -> None:
@@ -161,27 +158,18 @@ def change_attribute(draw: random.Random, model: ModelProto) -> None:
 
 def change_interface(draw: random.Random, model: ModelProto) -> None:
     """The graph takes or gives something else than it says, or nothing."""
-    graph, way = model.graph, draw.randrange(9)
+    graph = model.graph
     value = draw.choice((graph.input[0], graph.output[0]))
-    if way == 0:
-        del graph.output[:]
-    elif way == 1:
-        del graph.input[:]
-    elif way == 2:
-        value.type.tensor_type.elem_type = draw.choice((*range(24), 99))
-    elif way == 3:
-        value.name = draw.choice(("other", "", graph.node[0].output[0], "\x1b[2J", "a\nb"))
-    elif way == 4:
-        graph.output.append(helper.make_tensor_value_info(graph.node[3].output[0], TensorProto.FLOAT, None))
-    elif way == 5:
-        graph.input.append(helper.make_tensor_value_info("further", TensorProto.FLOAT, [1]))
-    elif way == 6:
-        value.type.Clear()
-    elif way == 7:
-        graph.output.append(copy.deepcopy(graph.output[0]))
-    else:
-        side = draw.choice(value.type.tensor_type.shape.dim)
-        side.dim_value = draw.choice((-1, 0, 1, 7, 33, 10**6, 2**40))
+    tensor, further = value.type.tensor_type, helper.make_tensor_value_info("further", TensorProto.FLOAT, [1])
+    inner = helper.make_tensor_value_info(graph.node[3].output[0], TensorProto.FLOAT, None)
+    name = draw.choice(("other", "", graph.node[0].output[0], "\x1b[2J", "a\nb"))
+    side, count = draw.choice(tensor.shape.dim), draw.choice((-1, 0, 1, 7, 33, 10**6, 2**40))
+    draw.choice((
+        lambda: _clear(graph.output), lambda: _clear(graph.input), lambda: value.type.Clear(),
+        lambda: setattr(tensor, "elem_type", draw.choice((*range(24), 99))), lambda: setattr(value, "name", name),
+        lambda: graph.output.append(inner), lambda: graph.input.append(further),
+        lambda: graph.output.append(copy.deepcopy(graph.output[0])), lambda: setattr(side, "dim_value", count),
+    ))()  # fmt: skip
 
 
 def change_names(draw: random.Random, model: ModelProto) -> None:
@@ -196,15 +184,12 @@ def change_names(draw: random.Random, model: ModelProto) -> None:
 
 def change_versions(draw: random.Random, model: ModelProto) -> None:
     """Another opset, another IR, or none."""
-    way = draw.randrange(4)
-    if way == 0:
-        draw.choice(model.opset_import).version = draw.choice((-1, 0, 1, 6, 12, 999, 2**62))
-    elif way == 1:
-        model.ir_version = draw.choice((0, 1, 3, 8, 99, 2**62))
-    elif way == 2:
-        del model.opset_import[:]
-    else:
-        model.opset_import.append(copy.deepcopy(model.opset_import[0]))
+    opset = draw.choice(model.opset_import)
+    draw.choice((
+        lambda: setattr(opset, "version", draw.choice((-1, 0, 1, 6, 12, 999, 2**62))),
+        lambda: setattr(model, "ir_version", draw.choice((0, 1, 3, 8, 99, 2**62))),
+        lambda: _clear(model.opset_import), lambda: model.opset_import.append(copy.deepcopy(opset)),
+    ))()  # fmt: skip
 
 
 def reorder(draw: random.Random, model: ModelProto) -> None:
@@ -252,23 +237,12 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, *length, left]) + content
 
 
-GRAPHS: dict[str, Mutate] = {
-    "node missing": _graph(drop_node),
-    "inputs exchanged": _graph(exchange_inputs),
-    "input rewired": _graph(rewire),
-    "cycle": _graph(make_cycle),
-    "weight's shape": _graph(change_dims),
-    "weight's type": _graph(change_dtype),
-    "weight elsewhere": _graph(change_external),
-    "weight's bytes": _graph(cut_values),
-    "function recursive": _graph(recurse),
-    "function changed": _graph(change_functions),
-    "operator changed": _graph(change_operator),
-    "attribute changed": _graph(change_attribute),
-    "interface changed": _graph(change_interface),
-    "names changed": _graph(change_names),
-    "versions changed": _graph(change_versions),
-    "nodes reordered": _graph(reorder),
-    "huge tensor": _graph(ask_for_memory),
-    "nested deeply": nest,
-}
+_CHANGES = {
+    "node missing": drop_node, "inputs exchanged": exchange_inputs, "input rewired": rewire, "cycle": make_cycle,
+    "weight's shape": change_dims, "weight's type": change_dtype, "weight elsewhere": change_external,
+    "weight's bytes": cut_values, "function recursive": recurse, "function changed": change_functions,
+    "operator changed": change_operator, "attribute changed": change_attribute, "interface changed": change_interface,
+    "names changed": change_names, "versions changed": change_versions, "nodes reordered": reorder,
+    "huge tensor": ask_for_memory,
+}  # fmt: skip
+GRAPHS: dict[str, Mutate] = {**{name: _graph(change) for name, change in _CHANGES.items()}, "nested deeply": nest}

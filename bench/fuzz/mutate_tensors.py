@@ -53,21 +53,16 @@ def header_entries(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     entries = json.loads(header)
     entry = entries[draw.choice([name for name in entries if name != "__metadata__"])]
-    begin, end = entry["data_offsets"]
-    way = draw.randrange(5)
-    if way == 0:
-        entry["dtype"] = draw.choice(("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X", ""))
-    elif way == 1:
-        entry["shape"] = draw.choice(([], [0], [-1], [2**63], [2**32, 2**32], [1] * 200, [end - begin], [1.5], "x",
-                                      [*entry["shape"], 1], entry["shape"][::-1]))  # fmt: skip
-    elif way == 2:
-        entry["data_offsets"] = draw.choice(([begin, begin], [end, begin], [begin, 2**63], [0, len(payload)], [-4, end],
-                                             [begin + 1, end + 1], [begin, end, end],
-                                             [len(payload), 2 * len(payload)]))  # fmt: skip
-    elif way == 3:
-        entry["dtype"], entry["shape"] = "I32", entry["shape"]
-    else:
-        entry["shape"], entry["data_offsets"] = [0, 10**9], [begin, begin]
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    entry |= draw.choice((
+        {"dtype": draw.choice(("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X", ""))},
+        {"shape": draw.choice(([], [0], [-1], [2**63], [2**32, 2**32], [1] * 200, [end - begin], [1.5], "x",
+                               [*shape, 1], shape[::-1]))},
+        {"data_offsets": draw.choice(([begin, begin], [end, begin], [begin, 2**63], [0, len(payload)], [-4, end],
+                                      [begin + 1, end + 1], [begin, end, end], [len(payload), 2 * len(payload)]))},
+        {"dtype": "I32"},
+        {"shape": [0, 10**9], "data_offsets": [begin, begin]},
+    ))  # fmt: skip
     return _with_header(json.dumps(entries).encode(), payload)
 
 
@@ -115,31 +110,16 @@ def _odd_tensor(draw: random.Random, tensor: torch.Tensor) -> Any:
     """A tensor of the same name that no checkpoint has."""
     one = torch.ones(1)
     return draw.choice((
-        lambda: tensor.double(),
-        lambda: tensor.half(),
-        lambda: tensor.bfloat16(),
-        lambda: tensor.to(torch.int32),
-        lambda: tensor.to(torch.float8_e4m3fn),
-        lambda: tensor.to(torch.complex64),
-        lambda: tensor > 0,
-        lambda: tensor.to_sparse(),
-        lambda: tensor.to("meta"),
-        lambda: torch.nn.Parameter(tensor),
+        lambda: tensor.double(), lambda: tensor.half(), lambda: tensor.bfloat16(), lambda: tensor.to(torch.int32),
+        lambda: tensor.to(torch.float8_e4m3fn), lambda: tensor.to(torch.complex64), lambda: tensor > 0,
+        lambda: tensor.to_sparse(), lambda: tensor.to("meta"), lambda: torch.nn.Parameter(tensor),
         lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
         lambda: one.expand(tensor.shape),  # every number at the same place
-        lambda: one.expand(10**6, 10**6),  # 4 TB, of 4 bytes
-        lambda: one.expand(10**4, 10**5),  # 4 GB, of 4 bytes
+        lambda: one.expand(10**6, 10**6), lambda: one.expand(10**4, 10**5),  # 4 TB and 4 GB, of 4 bytes
         lambda: torch.as_strided(torch.ones(64), tuple(tensor.shape), (0,) * tensor.ndim),
-        lambda: tensor.flatten()[:0],
-        lambda: tensor.t() if tensor.ndim == 2 else tensor[None],
-        lambda: tensor * float("nan"),
-        lambda: tensor.numpy(),
-        lambda: None,
-        lambda: 3,
-        lambda: "text",
-        lambda: [tensor],
-        lambda: {"weight": tensor},
-        _Runs,
+        lambda: tensor.flatten()[:0], lambda: tensor.t() if tensor.ndim == 2 else tensor[None],
+        lambda: tensor * float("nan"), lambda: tensor.numpy(), lambda: None, lambda: 3, lambda: "text",
+        lambda: [tensor], lambda: {"weight": tensor}, _Runs,
     ))()  # fmt: skip
 
 
@@ -175,21 +155,13 @@ def odd_archive(draw: random.Random, whole: bytes) -> bytes:
     name, way = draw.choice(list(members)), draw.randrange(8)
     if way == 0:
         del members[name]
-    elif way == 1:
-        members[name] = b""
     elif way == 2:
         members[f"../{name}"] = members.pop(name)
-    elif way == 3:
-        members[name] *= 3
-    elif way == 4:
-        members[name] = bytes(200_000_000 if draw.random() < 0.2 else 1_000_000)
-    written = io.BytesIO()
-    with (
-        warnings.catch_warnings(),
-        zipfile.ZipFile(
-            written, "w", zipfile.ZIP_DEFLATED if way >= 4 else zipfile.ZIP_STORED, compresslevel=1
-        ) as archive,
-    ):
+    elif way in (1, 3, 4):
+        huge = bytes(200_000_000 if draw.random() < 0.2 else 1_000_000)
+        members[name] = {1: b"", 3: members[name] * 3, 4: huge}[way]
+    written, form = io.BytesIO(), zipfile.ZIP_DEFLATED if way >= 4 else zipfile.ZIP_STORED
+    with warnings.catch_warnings(), zipfile.ZipFile(written, "w", form, compresslevel=1) as archive:
         warnings.simplefilter("ignore")  # of names that are there twice
         for each, content in members.items():
             archive.writestr(each, content)
