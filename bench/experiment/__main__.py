@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,17 +78,13 @@ def _require_same_protocol(bench: stages.Bench) -> None:
 def _run(bench: stages.Bench) -> None:
     if not (bench.work / plan.BACKBONE).exists():
         with run.progress(bench.protocol.pretraining_steps, "backbone") as tell:
-            stages.pretrain(bench, plan.BACKBONE, lambda step, text: tell(f"backbone {text}", step))
+            stages.pretrain(bench, plan.BACKBONE, tell)
     jobs = plan.jobs(bench.protocol)
     with run.progress(len(jobs), "stages") as tell:
-        plan.run_jobs(bench, jobs, partial(_tell, tell))
+        plan.run_jobs(bench, jobs, tell)
     if not (bench.work / plan.LATENCY).exists() and "strided" in bench.protocol.methods:
         print("compiling and timing the constant and the strided family ...", flush=True)
         stages.time_families(bench, plan.LATENCY)
-
-
-def _tell(tell: run.Tell, running: dict[str, tuple[int, str]], done: int) -> None:
-    tell("; ".join(f"{Path(name).stem} {step} {text}".strip() for name, (step, text) in running.items()), done)
 
 
 def _gather(bench: stages.Bench) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bench.experiment.evaluation import TEST_SEED, at_degree, evaluate, hits
 from bench.experiment.protocol import CONSTANT, METHODS, Protocol
 from bench.experiment.tasks import PRETRAINING, TASKS, Task
+from bench.harness.run import Tell
 from examples.sheets import normalize
 from examples.supervised import fit
 from tocom.calib.distill import DistillOptions, distill
@@ -32,8 +33,6 @@ from tocom.runtime.files import write_atomically
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 BATCH = 64
-Tell = Callable[[int, str], None]
-"""(steps done, what is going on)"""
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def pretrain(bench: Bench, name: str, tell: Tell) -> None:
     torch.manual_seed(0)
     model = bench.untrained()
     fit(model, bench.batches(PRETRAINING, 10), steps=steps, lr=1e-3,
-        on_step=lambda step, loss: tell(step, f"loss {loss:.3f}"))  # fmt: skip
+        on_step=lambda step, loss: tell(f"backbone, loss {loss:.3f}", step))  # fmt: skip
     bench.keep(name, save(model.state_dict()), began)
 
 
-def distill_method(bench: Bench, name: str, method: str, tell: Tell) -> None:
+def distill_method(bench: Bench, name: str, method: str) -> None:
     """A method's compensator, distilled on the backbone's training sheets."""
     began, protocol = time.monotonic(), bench.protocol
     backbone = bench.network("backbone.safetensors")
@@ -114,12 +113,11 @@ def distill_method(bench: Bench, name: str, method: str, tell: Tell) -> None:
         backbone_sha256=hash_tensors(backbone.state_dict()),
         options=options,
         state_folder=bench.work / f"{name}.training",
-        on_step=lambda step, loss: tell(step, f"KL {loss:.3f}"),
     )
     bench.keep(name, compensator.cpu().to_safetensors(), began)
 
 
-def finetune(bench: Bench, name: str, task: str, source: int, seed: int, tell: Tell) -> None:
+def finetune(bench: Bench, name: str, task: str, source: int, seed: int) -> None:
     """A downstream checkpoint: the backbone with a new head, fine-tuned at a source degree."""
     began, steps = time.monotonic(), bench.protocol.finetune_steps
     torch.manual_seed(seed)
@@ -127,8 +125,7 @@ def finetune(bench: Bench, name: str, task: str, source: int, seed: int, tell: T
     model.load_state_dict(load_file(bench.work / "backbone.safetensors"))
     model.reset_classifier(10)
     model.to(bench.device)
-    fit(at_degree(model, source, CONSTANT), bench.batches(TASKS[task], 1000 + seed), steps=steps, lr=3e-4,
-        on_step=lambda step, loss: tell(step, f"loss {loss:.3f}"))  # fmt: skip
+    fit(at_degree(model, source, CONSTANT), bench.batches(TASKS[task], 1000 + seed), steps=steps, lr=3e-4)
     bench.keep(name, save(model.state_dict()), began)
 
 
