@@ -58,11 +58,7 @@ def plans(
 
 
 def rows_of(model: str, degrees: tuple[int, ...], precision: str, targets: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Compiles a family and builds every plan once more; a record for each degree.
-
-    Raises:
-        GateError: An engine fails validation, or a plan is not the same bytes again.
-    """
+    """Compiles a family and builds every plan once more; a record for each degree."""
     from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
     from tocom.export.family.compile import compile_family
     from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions

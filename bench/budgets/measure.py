@@ -115,11 +115,6 @@ def answers(
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Carries out a cascade on logits that are known.
 
-    Args:
-        plan: The cascade.
-        logits: Degree -> [n, classes].
-        labels: int [n].
-
     Returns:
         Where it is right, bool [n], and the share that reaches each stage.
     """
@@ -152,12 +147,7 @@ def singles(given: Given) -> dict[str, Any]:
 
 
 def calibration_error(sureness: np.ndarray, right: np.ndarray) -> float:
-    """How far confidence and accuracy lie apart, in points, over equally wide bins (Guo et al. 2017, equation 3).
-
-    Args:
-        sureness: float64 [n].
-        right: bool [n].
-    """
+    """How far confidence and accuracy lie apart, in points, over equally wide bins (Guo et al. 2017, equation 3)."""
     bins = np.minimum((sureness * _BINS).astype(int), _BINS - 1)
     gaps = [abs((right[bins == each].astype(float) - sureness[bins == each]).sum()) for each in range(_BINS)]
     return float(100 * sum(gaps) / len(sureness))

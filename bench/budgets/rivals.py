@@ -29,11 +29,7 @@ class Rival:
         return float(self.right.mean())
 
     def gain(self, of: np.ndarray) -> tuple[float, float]:
-        """How much better something is, in points of top-1, with the standard error of the paired difference.
-
-        Args:
-            of: bool [n], where it is right.
-        """
+        """How much better something is, in points of top-1, with the standard error of the paired difference."""
         gains = 100 * (of.astype(float) - self.right)
         return float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
 
@@ -42,11 +38,6 @@ def best_single(right: Mapping[int, np.ndarray], cost: Mapping[int, float], at: 
     """The single degree of equal or lower cost that is right most often on these very images.
 
     That it is picked by what is reported favours it.
-
-    Args:
-        right: Degree -> bool [n].
-        cost: Degree -> mean cost.
-        at: Mean cost of the cascade.
 
     Returns:
         None where every degree costs more.
@@ -62,11 +53,6 @@ def best_mixture(right: Mapping[int, np.ndarray], cost: Mapping[int, float], at:
     """The best single degree, or pair of degrees between which images are drawn by lot, of exactly equal mean cost.
 
     It is the upper envelope of all lines between degrees, so it fills the gaps between them.
-
-    Args:
-        right: Degree -> bool [n].
-        cost: Degree -> mean cost.
-        at: Mean cost of the cascade.
 
     Returns:
         None where every degree costs more.

@@ -56,16 +56,8 @@ class Subject:
     def compile(self, work: Path, sheets: int, tell: Callable[[str], object]) -> Path:
         """Compiles all degrees, with scales chosen on validation sheets; what is finished is kept.
 
-        Args:
-            work: Folder for families and images.
-            sheets: How many to choose scales on, and how many to prove engines and measure top-1 on.
-            tell: Given what is going on.
-
         Returns:
             The family's folder.
-
-        Raises:
-            InputError: The experiment has not been run.
         """
         out = work / "engines" / self.name
         if (out / FILE_NAME).exists() and {entry.degree for entry in Family.read(out).engines} == set(DEGREES):

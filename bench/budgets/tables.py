@@ -106,12 +106,7 @@ def by_task(results: Found, stage: str) -> dict[str, list[Any]]:
 
 
 def cascades(results: Found, stage: str) -> Iterator[Cascades]:
-    """Every task, batch and drop, in this order.
-
-    Args:
-        results: As `bench.budgets.__main__` gathers them.
-        stage: "gmacs" or "times".
-    """
+    """Every task, batch and drop, in this order."""
     for task, found in by_task(results, stage).items():
         listed = [each["rows"] if stage == "times" else each for each in found]
         for place, first in enumerate(listed[0]):

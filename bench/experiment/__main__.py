@@ -50,11 +50,7 @@ def experiment(
 
 
 def selected(protocol: Protocol, seeds: str, methods: str) -> Protocol:
-    """A preset with a part of its seeds and methods.
-
-    Raises:
-        InputError: There are no such ones.
-    """
+    """A preset with a part of its seeds and methods."""
     names = tuple(run.names("methods", methods, protocol.methods))
     if names[0] != "constant":
         raise InputError(f"--methods must begin with constant, got {methods!r}")
@@ -62,11 +58,7 @@ def selected(protocol: Protocol, seeds: str, methods: str) -> Protocol:
 
 
 def _require_same_protocol(bench: stages.Bench) -> None:
-    """Files of another protocol are not mixed with this one's.
-
-    Raises:
-        InputError: The folder holds them.
-    """
+    """Files of another protocol are not mixed with this one's."""
     bench.work.mkdir(parents=True, exist_ok=True)
     file = bench.work / "protocol.json"
     now = {name: value for name, value in asdict(bench.protocol).items() if name not in ("seeds", "methods")}

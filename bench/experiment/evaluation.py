@@ -46,14 +46,6 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Measures a checkpoint at every target degree.
 
-    Args:
-        model: The fine-tuned timm model.
-        source: Degree it was fine-tuned at, with constant schedules.
-        task: What it was fine-tuned on.
-        compensator: Trained for the method.
-        method: How tokens are removed.
-        protocol: Degrees and numbers of sheets.
-
     Returns:
         An `Outcome` per target degree, as plain data.
     """

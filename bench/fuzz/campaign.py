@@ -20,11 +20,7 @@ from bench.harness.state import State
 
 
 def prepare(work: Path) -> Given:
-    """Makes the whole files, in a process of its own, so that this one stays small.
-
-    Raises:
-        RuntimeError: They cannot be made.
-    """
+    """Makes the whole files, in a process of its own, so that this one stays small."""
     folder = work / "given"
     if not folder.is_dir():
         process = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
@@ -36,17 +32,7 @@ def prepare(work: Path) -> Given:
 
 
 def run(work: Path, state: State, *, count: int, seconds: float, seed: int, only: str = "", tell: Tell) -> None:
-    """Runs what is not done yet of the first cases.
-
-    Args:
-        work: Where whole files, and files that bring faults to light, are kept.
-        state: What is done.
-        count: Cases, at most.
-        seconds: To run, at most.
-        seed: Decides the cases.
-        only: Part of the names of the entry points that take part.
-        tell: Told after every case.
-    """
+    """Runs what is not done yet of the first cases."""
     given, began = prepare(work), time.monotonic()
     with Supervisor(given) as supervisor:
         for number, case in zip(range(count), cases(seed, only), strict=False):

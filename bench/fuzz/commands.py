@@ -60,11 +60,7 @@ def run_infer(*arguments: object) -> Answer:
 
 
 def refusing(run: Callable[[], bool]) -> bool:
-    """Runs what refuses by an exception that the command prints as one line.
-
-    Raises:
-        RefusedError: It refused, clearly.
-    """
+    """Runs what refuses by an exception that the command prints as one line."""
     try:
         return run()
     except InputError as error:
@@ -74,16 +70,8 @@ def refusing(run: Callable[[], bool]) -> bool:
 def judge(answer: Answer, folder: Path | None = None) -> str:
     """Checks that a command ended well or refused clearly.
 
-    Args:
-        answer: Of the command.
-        folder: Must not hold temporary files afterwards.
-
     Returns:
         What it printed, where it ended well.
-
-    Raises:
-        RefusedError: It refused, in clear words.
-        FaultError: It did neither.
     """
     left = [file.name for file in folder.rglob(".*.tmp")] if folder is not None and folder.exists() else []
     if left:
@@ -104,11 +92,7 @@ def judge(answer: Answer, folder: Path | None = None) -> str:
 
 
 def require_clear(message: str) -> str:
-    """Checks what a user is told.
-
-    Raises:
-        FaultError: It is no line that somebody could read.
-    """
+    """Checks what a user is told."""
     if "\n" in message.strip() or not message.strip():
         raise FaultError(ESCAPED, f"a message must be one line, got {message!r:.200}")
     if len(message) > _LONGEST:

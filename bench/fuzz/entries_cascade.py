@@ -34,11 +34,7 @@ def _place(given: Given, folder: Path, content: bytes) -> None:
 
 
 def _run(given: Given, folder: Path) -> bool:
-    """Either stage may answer; another one cannot.
-
-    Raises:
-        FaultError: The answer is none that an engine of the family gives.
-    """
+    """Either stage may answer; another one cannot."""
     family, image = folder / "family", given.folder / "image.png"
     common = ("--json", "--top-k", 99, image)
     found = json.loads(judge(run_infer("--engines", family, "--cascade", *common), family))

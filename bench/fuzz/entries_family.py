@@ -35,11 +35,7 @@ def copy_family(given: Given, folder: Path, backend: str = _BACKEND, without: st
 
 
 def predictions(given: Given, family: Path) -> list[dict[str, Any]]:
-    """What infer says of the given image: a class, a name and a probability for every class.
-
-    Raises:
-        FaultError: If these are no probabilities.
-    """
+    """What infer says of the given image: a class, a name and a probability for every class."""
     answer = run_infer("--engines", family, "--degree", DEGREE, "--json", "--top-k", 99, given.folder / "image.png")
     printed = judge(answer, family)
     found = json.loads(printed)["predictions"]
@@ -95,11 +91,7 @@ def _inspect_family(given: Given, folder: Path) -> bool:
 
 
 def _compile_again(given: Given, folder: Path) -> bool:
-    """A compile that finds the manifest there: what it cannot use it refuses, or makes anew.
-
-    Raises:
-        FaultError: It keeps what it must not.
-    """
+    """A compile that finds the manifest there: what it cannot use it refuses, or makes anew."""
     options = given.options()
     arguments = [f"--model-arg={name}={value}" for name, value in options.model_args.items()]
     with measured_briefly():
@@ -136,11 +128,7 @@ def _place_listed(given: Given, folder: Path, content: bytes) -> None:
 
 
 def _require_untouched(given: Given, folder: Path) -> None:
-    """Makes sure that what was accepted is what was compiled.
-
-    Raises:
-        FaultError: It is not.
-    """
+    """Makes sure that what was accepted is what was compiled."""
     for name in _files(given.family(_BACKEND)):
         if (given.family(_BACKEND) / name).read_bytes() != (folder / "family" / name).read_bytes():
             raise FaultError(WRONG, "a file that was altered was accepted although its hash is listed")

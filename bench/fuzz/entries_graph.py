@@ -75,11 +75,7 @@ def _infer_with(backend: str) -> Callable[[Given, Path], bool]:
 
 
 def _open_sharing(given: Given, folder: Path) -> bool:
-    """As a service does that runs several degrees in one process.
-
-    Raises:
-        RefusedError: It is refused.
-    """
+    """As a service does that runs several degrees in one process."""
     family = folder / "family"
     engine = _engine(given.family("onnxruntime"))["engine"]
     try:

@@ -59,11 +59,7 @@ def _prepare(given: Given, folder: Path) -> bool:
 
 
 def _classify(given: Given, folder: Path) -> bool:
-    """Beside a good image, whose answer must not suffer.
-
-    Raises:
-        FaultError: It does.
-    """
+    """Beside a good image, whose answer must not suffer."""
     good = shutil.copy(given.folder / "image.png", folder / "good.png")
     family = given.family("onnxruntime")
     answer = run_infer("--engines", family, "--degree", 4, "--json", "--top-k", 99, folder / "image.png", good)

@@ -54,12 +54,7 @@ def _inspect_compensator(_: Given, folder: Path) -> bool:
 
 
 def _compile(given: Given, folder: Path) -> bool:
-    """The whole command: what is refused must leave nothing, what is accepted must have passed validation.
-
-    Raises:
-        FaultError: It is otherwise.
-        RefusedError: It is refused.
-    """
+    """The whole command: what is refused must leave nothing, what is accepted must have passed validation."""
     out = folder / "out"
     arguments = [f"--model-arg={name}={value}" for name, value in ARGS.items()]
     try:

@@ -73,11 +73,7 @@ class Given:
 
 
 def make(folder: Path) -> Given:
-    """Makes the files, unless they are there.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Makes the files, unless they are there."""
     if not folder.is_dir():
         making = folder.with_name(f".{folder.name}.{os.getpid()}")
         making.mkdir(parents=True)

@@ -16,12 +16,7 @@ ENTRIES: dict[str, Entry] = {
 
 
 def cases(seed: int, only: str = "") -> Iterator[Case]:
-    """Cases without end: entry points by their weights, each one's kinds of damage in turn.
-
-    Args:
-        seed: Decides everything random about them.
-        only: Part of the names of the entry points that take part.
-    """
+    """Cases without end: entry points by their weights, each one's kinds of damage in turn."""
     chosen = [entry for entry in ENTRIES.values() if only.lower() in entry.name.lower()]
     queue = [(0.5 / entry.weight, index) for index, entry in enumerate(chosen)]
     heapq.heapify(queue)

@@ -81,11 +81,7 @@ def gpu_check(
 
 
 def _require_cuda() -> None:
-    """Makes sure that there is something to check.
-
-    Raises:
-        InputError: There is no PyTorch, or no GPU that it can use.
-    """
+    """Makes sure that there is something to check."""
     try:
         import torch
     except ImportError as error:

@@ -57,17 +57,7 @@ class Options:
 
 
 def check_gpu(options: Options, places: Callable[[str], Places], *, fresh: bool = False) -> None:
-    """Does what is not finished yet, and writes the page after every step.
-
-    Args:
-        options: What.
-        places: The GPU's name as in files -> where things are kept.
-        fresh: Whether to begin anew.
-
-    Raises:
-        InputError: Something given cannot be used.
-        GateError: A comparison failed, or something left the GPU unusable.
-    """
+    """Does what is not finished yet, and writes the page after every step."""
     # a few digits less would flip decisions; what asks cuBLAS itself is told by NVIDIA_TF32_OVERRIDE
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = machine.describe()

@@ -84,16 +84,7 @@ def planned(degree: int, precision: str) -> list[str]:
 
 
 def run_check(subject: Subject, degree: int, what: str) -> Check:
-    """Makes one comparison.
-
-    Args:
-        subject: The model.
-        degree: Tokens removed in every block.
-        what: One of `planned`.
-
-    Raises:
-        GateError: It left the GPU unusable.
-    """
+    """Makes one comparison."""
     who, precision = what.rsplit(", ", 1)
     try:
         found = _compared(subject, degree, who, precision)
@@ -139,11 +130,7 @@ def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _runners(subject: Subject, degree: int, who: str, precision: str) -> Iterator[tuple[EngineRunner, EngineRunner]]:
-    """What is compared, and what also tells its decisions.
-
-    Raises:
-        InputError: ONNX Runtime does not load.
-    """
+    """What is compared, and what also tells its decisions."""
     if who == ONNXRUNTIME:
         try:
             from bench.gpu.ort_cuda import CudaOrtRunner
@@ -268,11 +255,7 @@ def _on_cpu(matching: Matching) -> Matching:
 def _compared_plan(
     subject: Subject, degree: int, backend: str, precision: str, batches: Iterator[np.ndarray]
 ) -> dict[str, Any]:
-    """A plan beside the reference.
-
-    Raises:
-        InputError: It cannot be built or run here.
-    """
+    """A plan beside the reference."""
     options = plan_options(backend, 1, _LARGEST_BATCH)
     engine = build(subject.graph(degree, precision), backend=backend, precision=precision, plan=options)
     ensure_runs(engine)

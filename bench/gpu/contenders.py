@@ -166,11 +166,7 @@ class Field:
         return by_events(step)
 
     def _onnxruntime(self, degree: int, bound: bool, stack: ExitStack) -> Timed:
-        """ONNX Runtime, whose calls wait.
-
-        Raises:
-            InputError: It cannot run here.
-        """
+        """ONNX Runtime, whose calls wait."""
         try:
             from bench.gpu.ort_cuda import CudaOrtRunner
         except ImportError as error:
@@ -179,11 +175,7 @@ class Field:
             return by_wall(stack.enter_context(CudaOrtRunner(file)).on_device(self._images))
 
     def _plan(self, backend: str, degree: int, bound: bool, stack: ExitStack) -> Timed:
-        """A plan for the batch size.
-
-        Raises:
-            InputError: It cannot be built or run here.
-        """
+        """A plan for the batch size."""
         options, how = plan_options(backend, 1, self.batch), {"precision": self.precision, "batch": self.batch}
         if bound:
             recipe = {"options": options.to_json()}
@@ -201,11 +193,7 @@ class Field:
 
 
 def _step(model: nn.Module, degree: int, bound: bool) -> ReduceStep | None:
-    """How a network of ours removes tokens.
-
-    Raises:
-        tocom.runtime.errors.InputError: By Triton, which is not there.
-    """
+    """How a network of ours removes tokens."""
     if not degree:
         return None
     if bound:

@@ -19,18 +19,9 @@ from tocom.runtime.degrees.latency import Latency
 def run_group(field: Field, degrees: Sequence[int], seconds: float, date: str) -> dict[str, Any]:
     """Times everybody at one batch size, in turn.
 
-    Args:
-        field: Who takes part.
-        degrees: 0 first.
-        seconds: How long to measure; making everybody ready comes on top.
-        date: Today.
-
     Returns:
         `model`, `batch`, `precision`, `degrees` and `date`; `rows`, see `rows_of`; `missing`, `contender`, `degree` and
         `why` of each that did not run; `block_tflops`, what the GPU reaches in the products of one of its blocks.
-
-    Raises:
-        GateError: A contender left the GPU unusable, so that nothing more can be measured in this process.
     """
     missing: list[dict[str, Any]] = []
     ready: dict[tuple[str, int, bool], Contender] = {}

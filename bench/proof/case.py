@@ -71,13 +71,7 @@ def check(drawn: Drawn) -> dict[str, Any]:
 
 
 def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
-    """Lowers a model, quantized where the precision is a quantized one.
-
-    Args:
-        drawn: What is asked for.
-        model: Its timm model.
-        folder: Empty; takes the graph and its weights.
-    """
+    """Lowers a model, quantized where the precision is a quantized one."""
     weights = model.state_dict()
     compensation = None
     if drawn.delta_scale is not None:
@@ -110,13 +104,7 @@ def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
 
 
 def measured(found: Mapping[str, Any], depth: int, reduction: str) -> dict[str, Any]:
-    """What was found, in units of the number format's unit roundoff.
-
-    Args:
-        found: Findings as JSON.
-        depth: Blocks of the network.
-        reduction: Name of it.
-    """
+    """What was found, in units of the number format's unit roundoff."""
     unit = GATES[found["precision"]].unit_roundoff
     parts: dict[str, float] = {}
     for block in found["blocks"].values():

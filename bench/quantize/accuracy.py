@@ -20,16 +20,7 @@ CALIBRATION_IMAGES = 128
 def accuracy(
     subject: Subject, form: str, degrees: Sequence[int], sheets: int, float_sheets: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Default settings in a format, one calibration for all degrees: a record for each degree, see `compared`.
-
-    Args:
-        subject: The network.
-        form: Number format.
-        degrees: That it is run at.
-        sheets: How many test sheets.
-        float_sheets: How many the float network is run on, once for all formats.
-        folder: Keeps its logits.
-    """
+    """Default settings in a format, one calibration for all degrees: a record for each degree, see `compared`."""
     pixels, records = subject.spread(CALIBRATION_IMAGES), []
     calibration = calibrate([subject.network(degree) for degree in OBSERVED], pixels, Method(format=form))
     images, classes = subject.test(sheets)

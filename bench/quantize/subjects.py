@@ -122,11 +122,7 @@ def example(*, shipped: bool = False) -> Subject:
 
 
 def downstream(task: str, seed: int, folder: Path = EXPERIMENT) -> Subject:
-    """A checkpoint of the experiment, with the scales that were chosen on its validation sheets.
-
-    Raises:
-        InputError: If the experiment has not been run.
-    """
+    """A checkpoint of the experiment, with the scales that were chosen on its validation sheets."""
     files = [folder / name for name in (f"{task}-0-{seed}.safetensors", f"{task}-0-{seed}-constant.json")]
     compensator = folder / "compensator-constant.safetensors"
     for file in (*files, compensator):

@@ -110,11 +110,7 @@ async def exchange(port: int, request: bytes, timeout_s: float, *, end: bool = F
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:
-    """Until the response is whole, or the server ends the connection.
-
-    Raises:
-        ConnectionError: It ends before anything came.
-    """
+    """Until the response is whole, or the server ends the connection."""
     got = bytearray()
     while True:
         try:

@@ -51,19 +51,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
         start_s: float = 180.0,
     ) -> None:
-        """Starts it and waits until it is ready.
-
-        Args:
-            folder: Of the family.
-            log: Where its output goes.
-            arguments: Of `tocom serve`, beside the family and the ports.
-            cores: It may run on; all by default.
-            environment: Beside this process's.
-            start_s: How long that may take.
-
-        Raises:
-            InputError: It does not start.
-        """
+        """Starts it and waits until it is ready."""
         self.http, self.grpc = free_ports(2)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,20 +83,12 @@ class Server:
         raise InputError(f"tocom serve does not start: {one_line(self.log.read_text()[-300:])}")
 
     def get(self, path: str) -> str:
-        """What a GET brings.
-
-        Raises:
-            OSError: Another status than 200, or no answer.
-        """
+        """What a GET brings."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as answer:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
-        """One number of /metrics, summed over its labels.
-
-        Raises:
-            OSError: There is no answer.
-        """
+        """One number of /metrics, summed over its labels."""
         lines = [line for line in self.get("/metrics").splitlines() if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 

@@ -45,15 +45,7 @@ class Subject:
     """
 
     def __init__(self, folder: Path, images: Path) -> None:
-        """Reads the sheets, whose folders are named by their classes.
-
-        Args:
-            folder: Of the family.
-            images: Folders of PNG files.
-
-        Raises:
-            InputError: There are no such files.
-        """
+        """Reads the sheets, whose folders are named by their classes."""
         files = sorted(images.rglob("*.png"))
         if not files or not all(file.parent.name.isdigit() for file in files):
             raise InputError(f"sheets must lie in folders named by their classes, got {one_line(images)}")
