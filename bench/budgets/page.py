@@ -152,33 +152,23 @@ def _found_equal(results: Results) -> str:
 
 
 def _found(results: Results, stage: str) -> list[str]:
-    listed = list(cascades(results, stage))
+    """In how many cases cascades pay, and how they compare in those; a sentence for each batch size."""
     sentences = []
-    for batch in sorted({each.batch for each in listed}, key=str):
-        chosen = [each for each in listed if each.batch == batch]
+    for batch in dict.fromkeys(each.batch for each in cascades(results, stage)):
+        chosen = [each for each in cascades(results, stage) if each.batch == batch]
+        paying, others = (sum(len(getattr(each, name)) for each in chosen) for name in ("rows", "others"))
         by = "multiply-accumulates" if batch is None else f"time at batch {batch}"
-        paying, count = (sum(map(len, kept)) for kept in (
-            [each.rows for each in chosen], [each.rows + each.others for each in chosen]))  # fmt: skip
-        never = [task for task in dict.fromkeys(each.task for each in chosen)
-                 if not any(each.rows for each in chosen if each.task == task)]  # fmt: skip
-        text = f"At a stated accuracy, by {by}: cascades pay in {paying} of {count} cases (checkpoints x drops)"
-        text += f", on {', '.join(map(_named, never))} in none." if never else "."
-        sentences.append(" ".join([text, *(_sentence(kind, chosen) for kind in _KINDS if paying)]))
+        text = (
+            f"At a stated accuracy, by {by}: cascades pay in {paying} of {paying + others} cases."
+        )
+        for kind, named in _KINDS.items():
+            gains = [gain for each in chosen if each.rows and (gain := each.gain_on(kind)) is not None]
+            if gains:
+                ahead, behind = (sum(holds(gain) for gain in gains) for holds in (
+                    lambda gain: gain.mean >= 0, lambda gain: gain.mean < -_ERRORS * gain.error))  # fmt: skip
+                text += (f" Against {named}, those are at least as accurate in {ahead} of {len(gains)} rows, by "
+                         f"{np.mean([gain.mean for gain in gains]):+.2f} points on average, and behind by more than "
+                         f"{_ERRORS} standard errors in {behind}; the least is {min(gains, key=lambda g: g.mean)}."
+                         )  # fmt: skip
+        sentences.append(text)
     return sentences
-
-
-def _sentence(kind: str, listed: Sequence[Cascades]) -> str:
-    gains = [(each, gain) for each in listed if each.rows and (gain := each.gain_on(kind)) is not None]
-    if not gains:
-        return "Those are cheaper than all single degrees."
-    ahead = [gain for _, gain in gains if gain.mean >= 0]
-    behind = [(each, gain) for each, gain in gains if gain.mean < -_ERRORS * gain.error]
-    row, least = min(gains, key=lambda pair: pair[1].mean)
-    text = (f"Against {_KINDS[kind]}, those are at least as accurate in {len(ahead)} of {len(gains)} rows, by "
-            f"{np.mean([gain.mean for _, gain in gains]):+.2f} points on average; the least is {least} "
-            f"({_named(row.task)}, may lose {row.drop:g})")  # fmt: skip
-    if behind:
-        where = ", ".join(f"{_named(each.task)} at {each.drop:g}" for each, _ in behind)
-        text += f"; they are behind by more than {_ERRORS} standard errors in {len(behind)}: {where}"
-    worst = [gain.worst for _, gain in gains]
-    return f"{text}. Of single checkpoints, the least is {min(worst):+.2f}."

@@ -79,6 +79,5 @@ PRESETS = {
     "large": Protocol(
         name="large", model={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
         pretraining_steps=20_000, distill_steps=20_000, finetune_steps=4000, seeds=(0, 1, 2, 3, 4), test_sheets=8192,
-        tasks=("board", "photo", "letters", "missing"),
     ),
 }  # fmt: skip

@@ -13,7 +13,6 @@ import torch
 from bench.harness.run import Tell
 from bench.harness.state import State
 from bench.proof.case import check
-from bench.proof.condition import own_errors
 from bench.proof.models import Drawn, draw
 from bench.proof.summary import Record, alarms, judged
 
@@ -43,8 +42,7 @@ def _workers(jobs: int) -> Iterator[Callable[..., Iterable[Record]]]:
 def _checked(drawn: Drawn) -> Record:
     torch.set_num_threads(1)  # the models are tiny
     try:
-        record = check(drawn)
-        return record if record["passed"] else {**record, "own": own_errors(drawn)}
+        return check(drawn)
     except Exception as error:  # noqa: BLE001 - a healthy model that crashes is an alarm like others
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {"drawn": asdict(drawn), "passed": False, "faults": [reason], "seconds": 0.0}

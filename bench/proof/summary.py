@@ -55,7 +55,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         "room": [{"engine": engine, "quantity": quantity, **spread} for engine, each in by_engine.items()
                  for quantity in _QUANTITIES if (spread := _spread(each, quantity))],
         "alarms": [{"model": each["drawn"]["number"], "what": _described(each["drawn"]),
-                    "alarm": "; ".join(each["faults"]), "float32's own": _own(each)} for each in alarms(records)],
+                    "alarm": "; ".join(each["faults"])} for each in alarms(records)],
     }  # fmt: skip
 
 
@@ -83,9 +83,3 @@ def _described(drawn: dict[str, Any]) -> str:
     return (f"{drawn['backend']} {drawn['precision']}: {drawn['kind']}, {given['depth']} blocks, width "
             f"{given['embed_dim']}, {given['num_heads']} heads, {height}x{width} by {given['patch_size']}, "
             f"{drawn['reduction']} {drawn['degree']} {drawn['schedule']}, gain {drawn['gain']:.2f}")  # fmt: skip
-
-
-def _own(record: Record) -> str:
-    shown = {"attention": "attention", "signal": "signal", MIDDLE: "middle image", WORST: "worst image"}
-    own = record.get("own", {})
-    return ", ".join(f"{text} {own[name]:.0f}" for name, text in shown.items() if name in own)
