@@ -26,31 +26,18 @@ _BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        name: As in the folder of finished stages.
-        seeds: Of the fine-tunings.
-        tasks: Of the experiment.
-        compile_sheets: To choose scales on, and as many others to prove engines on.
-        val_sheets: That cascades are calibrated on.
-        test_sheets: That everything is reported on.
-        drops: Points of top-1 that a cascade may lose.
-        batches: Images per call that times are measured at.
-        draws: Calibrations on fewer sheets, to see how often what they promise holds.
-        draw_sheets: Sheets of each.
-    """
-
-    name: str
-    seeds: tuple[int, ...] = (0, 1, 2)
-    tasks: tuple[str, ...] = ("board", "letters", "missing")
-    compile_sheets: int = 512
-    val_sheets: int = 2048
-    test_sheets: int = 8192
-    drops: tuple[float, ...] = (0.5, 1.0, 2.0)
-    batches: tuple[int, ...] = (8, 32)
-    draws: int = 40
-    draw_sheets: int = 500
+    name: str  # as in the folder of finished stages
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the fine-tunings
+    tasks: tuple[str, ...] = ("board", "letters", "missing")  # of the experiment
+    compile_sheets: int = 512  # to choose scales on, and as many others to prove engines on
+    val_sheets: int = 2048  # that cascades are calibrated on
+    test_sheets: int = 8192  # that everything is reported on
+    drops: tuple[float, ...] = (0.5, 1.0, 2.0)  # points of top-1 that a cascade may lose
+    batches: tuple[int, ...] = (8, 32)  # images per call that times are measured at
+    draws: int = 40  # calibrations on fewer sheets, to see how often what they promise holds
+    draw_sheets: int = 500  # sheets of each
 
 
 FULL = Effort("full")
@@ -60,25 +47,15 @@ QUICK = Effort("quick", seeds=(0,), tasks=("board",), compile_sheets=64, val_she
 
 @dataclass(frozen=True)
 class Given:
-    """A subject with its family, and what every engine says of every sheet.
+    """A subject with its family, and what every engine says of every sheet."""
 
-    Attributes:
-        subject: Which.
-        folder: Of the family.
-        family: Its manifest.
-        val: Degree -> logits on the validation sheets.
-        val_labels: Their classes.
-        test: Degree -> logits on the test sheets.
-        test_labels: Their classes.
-    """
-
-    subject: Subject
-    folder: Path
-    family: Family
-    val: Mapping[int, np.ndarray]
-    val_labels: np.ndarray
-    test: Mapping[int, np.ndarray]
-    test_labels: np.ndarray
+    subject: Subject  # which
+    folder: Path  # of the family
+    family: Family  # its manifest
+    val: Mapping[int, np.ndarray]  # degree -> logits on the validation sheets
+    val_labels: np.ndarray  # their classes
+    test: Mapping[int, np.ndarray]  # degree -> logits on the test sheets
+    test_labels: np.ndarray  # their classes
 
     @functools.cached_property
     def right(self) -> dict[int, np.ndarray]:

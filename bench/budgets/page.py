@@ -158,9 +158,7 @@ def _found(results: Results, stage: str) -> list[str]:
         chosen = [each for each in cascades(results, stage) if each.batch == batch]
         paying, others = (sum(len(getattr(each, name)) for each in chosen) for name in ("rows", "others"))
         by = "multiply-accumulates" if batch is None else f"time at batch {batch}"
-        text = (
-            f"At a stated accuracy, by {by}: cascades pay in {paying} of {paying + others} cases."
-        )
+        text = f"At a stated accuracy, by {by}: cascades pay in {paying} of {paying + others} cases."
         for kind, named in _KINDS.items():
             gains = [gain for each in chosen if each.rows and (gain := each.gain_on(kind)) is not None]
             if gains:

@@ -14,13 +14,12 @@ class Rival:
     """The best that single degrees do at a mean cost.
 
     Attributes:
-        name: "degree 8", or the two degrees that images are sent to at random, and how many to the cheaper one.
-        cost: Its mean cost.
-        right: Per image, how often it is right: 0 or 1, or between where chance decides the degree; float64 [n].
+        right: Per image, how often it is right: 0 or 1, or between where chance decides the degree; float64
+            [n].
     """
 
-    name: str
-    cost: float
+    name: str  # "degree 8", or the two degrees that images are sent to at random, and how many to the cheaper one
+    cost: float  # its mean cost
     right: np.ndarray
 
     @property

@@ -32,15 +32,10 @@ _CHUNK = 256  # sheets drawn at a time, so that fewer are the first of more
 
 @dataclass(frozen=True)
 class Subject:
-    """A fine-tuned checkpoint and its compensator.
+    """A fine-tuned checkpoint and its compensator."""
 
-    Attributes:
-        name: As in files: "example", or task and seed of the fine-tuning.
-        task: What its sheets ask.
-    """
-
-    name: str
-    task: str
+    name: str  # as in files: "example", or task and seed of the fine-tuning
+    task: str  # what its sheets ask
 
     @property
     def seed(self) -> int | None:

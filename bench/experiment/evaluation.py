@@ -24,21 +24,13 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Outcome:
-    """One checkpoint at one degree; shares are in percent.
+    """One checkpoint at one degree; shares are in percent."""
 
-    Attributes:
-        target: Degree it ran at.
-        plain: Top-1 as it is.
-        compensated: Top-1 with the compensator at the chosen scale.
-        standard_error: Of compensated - plain over the test sheets, which both saw.
-        scale: Chosen on the validation sheets.
-    """
-
-    target: int
-    plain: float
-    compensated: float
-    standard_error: float
-    scale: float
+    target: int  # degree it ran at
+    plain: float  # top-1 as it is
+    compensated: float  # top-1 with the compensator at the chosen scale
+    standard_error: float  # of compensated - plain over the test sheets, which both saw
+    scale: float  # chosen on the validation sheets
 
 
 def evaluate(

@@ -21,19 +21,12 @@ BACKBONE, LATENCY = "backbone.safetensors", "latency.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One stage with its arguments.
+    """One stage with its arguments."""
 
-    Attributes:
-        name: The file it leaves in the work folder.
-        run: The stage.
-        arguments: What it is given after the bench and the name.
-        needs: Files of other jobs.
-    """
-
-    name: str
-    run: Callable[..., None]
-    arguments: Mapping[str, Any]
-    needs: tuple[str, ...]
+    name: str  # the file it leaves in the work folder
+    run: Callable[..., None]  # the stage
+    arguments: Mapping[str, Any]  # what it is given after the bench and the name
+    needs: tuple[str, ...]  # files of other jobs
 
 
 def jobs(protocol: Protocol) -> list[Job]:

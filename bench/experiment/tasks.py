@@ -66,17 +66,11 @@ class _Missing(Sheets):
 
 @dataclass(frozen=True)
 class Task:
-    """A task: ten classes, images of 32x32 pixels.
+    """A task: ten classes, images of 32x32 pixels."""
 
-    Attributes:
-        name: As in tables and files.
-        asks: What it asks, for readers.
-        open: (split, seed) -> an endless stream of sheets.
-    """
-
-    name: str
-    asks: str
-    open: Callable[[Split, int], Sheets]
+    name: str  # as in tables and files
+    asks: str  # what it asks, for readers
+    open: Callable[[Split, int], Sheets]  # (split, seed) -> an endless stream of sheets
 
     def sheets(self, split: Split, seed: int, count: int, batch: int = 256) -> tuple[Tensor, Tensor]:
         """Draws sheets: normalized, float32 [count, 3, 32, 32], and their classes [count]."""

@@ -15,19 +15,12 @@ Mutate = Callable[[random.Random, bytes], bytes]
 
 @dataclass(frozen=True)
 class Case:
-    """One damaged file at one entry point.
+    """One damaged file at one entry point."""
 
-    Attributes:
-        entry: Name of the entry point.
-        kind: Name of the damage.
-        number: Counts the cases of that entry point and kind.
-        seed: Of the campaign.
-    """
-
-    entry: str
-    kind: str
-    number: int
-    seed: int
+    entry: str  # name of the entry point
+    kind: str  # name of the damage
+    number: int  # counts the cases of that entry point and kind
+    seed: int  # of the campaign
 
     @property
     def key(self) -> str:
@@ -44,22 +37,19 @@ class Entry:
     """An entry point, and how files for it are damaged.
 
     Attributes:
-        name: What it is.
-        kinds: Name of a damage -> what does it.
-        whole: (given, source of randomness) -> a whole file to be damaged.
         place: (given, folder, content) -> puts the damaged file where `run` finds it.
         run: (given, folder) -> whether the answer is the one that whole files give. Raises `RefusedError` for a
             refusal, `FaultError` for what must not be; whatever else it raises is a fault too.
-        weight: How many cases it gets, beside the others' weights.
-        forged: Whether every check that is there to be passed was passed on purpose, so that a crash is the library's.
+        forged: Whether every check that is there to be passed was passed on purpose, so that a crash is the
+            library's.
     """
 
-    name: str
-    kinds: Mapping[str, Mutate]
-    whole: Callable[[Given, random.Random], bytes]
+    name: str  # what it is
+    kinds: Mapping[str, Mutate]  # name of a damage -> what does it
+    whole: Callable[[Given, random.Random], bytes]  # (given, source of randomness) -> a whole file to be damaged
     place: Callable[[Given, Path, bytes], object]
     run: Callable[[Given, Path], bool]
-    weight: float = 1.0
+    weight: float = 1.0  # how many cases it gets, beside the others' weights
     forged: bool = False
 
 

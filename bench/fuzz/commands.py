@@ -22,17 +22,11 @@ _STAGES = ("loading", "r=", "measuring", "calibrating", "choosing", "note: ")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command left behind.
+    """What a command left behind."""
 
-    Attributes:
-        status: Its exit status.
-        out: What it printed.
-        err: What it, and every library in it, said on stderr.
-    """
-
-    status: int
-    out: str
-    err: str
+    status: int  # its exit status
+    out: str  # what it printed
+    err: str  # what it, and every library in it, said on stderr
 
 
 def run_tocom(*arguments: object) -> Answer:

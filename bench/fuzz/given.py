@@ -27,13 +27,9 @@ BACKENDS = ("onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class Given:
-    """Where the whole files lie, and what they hold.
+    """Where the whole files lie, and what they hold."""
 
-    Attributes:
-        folder: `make` has filled it.
-    """
-
-    folder: Path
+    folder: Path  # `make` has filled it
 
     def family(self, backend: str) -> Path:
         """A compiled family."""

@@ -24,19 +24,12 @@ LIBRARY_CRASH = "library's crash"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one case.
+    """Of one case."""
 
-    Attributes:
-        verdict: One of `FINE`, of `FAULTS`, or `LIBRARY_CRASH`.
-        message: The line that was told, or what went wrong.
-        mebibytes: How far resident memory rose meanwhile, at its peak.
-        seconds: How long it took.
-    """
-
-    verdict: str
-    message: str = ""
-    mebibytes: float = 0.0
-    seconds: float = 0.0
+    verdict: str  # one of `FINE`, of `FAULTS`, or `LIBRARY_CRASH`
+    message: str = ""  # the line that was told, or what went wrong
+    mebibytes: float = 0.0  # how far resident memory rose meanwhile, at its peak
+    seconds: float = 0.0  # how long it took
 
     def to_json(self) -> dict[str, Any]:
         """The arguments that make an equal outcome."""

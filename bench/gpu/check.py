@@ -29,31 +29,18 @@ _LARGE_PRODUCT = (8192, 8192, 8192)
 
 @dataclass(frozen=True)
 class Options:
-    """What is to be compared and timed.
+    """What is to be compared and timed."""
 
-    Attributes:
-        models: timm names.
-        batches: Images per call.
-        degrees: Tokens removed per block; 0 first.
-        precision: What everybody computes in, one of `DTYPES`.
-        only: Contenders with one of these in their names; none for all.
-        without: Not those with one of these, nor comparisons.
-        seconds: How long to measure each group, in seconds.
-        minutes: How long to begin anything new; None for as long as it takes.
-        anyway: Whether to time what did not pass.
-        command: As it was given.
-    """
-
-    models: tuple[str, ...]
-    batches: tuple[int, ...]
-    degrees: tuple[int, ...]
-    precision: str
-    only: tuple[str, ...]
-    without: tuple[str, ...]
-    seconds: float
-    minutes: float | None
-    anyway: bool
-    command: str
+    models: tuple[str, ...]  # timm names
+    batches: tuple[int, ...]  # images per call
+    degrees: tuple[int, ...]  # tokens removed per block; 0 first
+    precision: str  # what everybody computes in, one of `DTYPES`
+    only: tuple[str, ...]  # contenders with one of these in their names; none for all
+    without: tuple[str, ...]  # not those with one of these, nor comparisons
+    seconds: float  # how long to measure each group, in seconds
+    minutes: float | None  # how long to begin anything new; None for as long as it takes
+    anyway: bool  # whether to time what did not pass
+    command: str  # as it was given
 
 
 def check_gpu(options: Options, places: Callable[[str], Places], *, fresh: bool = False) -> None:

@@ -47,28 +47,22 @@ class Check:
     """One comparison at one degree.
 
     Attributes:
-        model: timm's name.
-        degree: Tokens removed in every block.
-        what: What was compared.
-        verdict: `PASSED`, `FAILED` or `NOT_RUN`.
-        agreement: Share of the decisions about single tokens that is the other side's; None where nothing is decided.
-        explained: Images in whose blocks something else was decided that is as good to within rounding.
-        unexplained: Images in whose blocks it is not.
-        error: Largest difference of a logit; for a step, of a number in its tokens as a share of the largest one.
-        allowed: What it may be.
-        why: Why it was not run, or what else failed; one line.
+        agreement: Share of the decisions about single tokens that is the other side's; None where nothing is
+            decided.
+        error: Largest difference of a logit; for a step, of a number in its tokens as a share of the largest
+            one.
     """
 
-    model: str
-    degree: int
-    what: str
-    verdict: str
+    model: str  # timm's name
+    degree: int  # tokens removed in every block
+    what: str  # what was compared
+    verdict: str  # `PASSED`, `FAILED` or `NOT_RUN`
     agreement: float | None = None
-    explained: int = 0
-    unexplained: int = 0
+    explained: int = 0  # images in whose blocks something else was decided that is as good to within rounding
+    unexplained: int = 0  # images in whose blocks it is not
     error: float | None = None
-    allowed: float | None = None
-    why: str = ""
+    allowed: float | None = None  # what it may be
+    why: str = ""  # why it was not run, or what else failed; one line
 
     def to_json(self) -> dict[str, Any]:
         """For the file of finished checks."""

@@ -45,15 +45,10 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True)
 class Places:
-    """Where a campaign keeps what.
+    """Where a campaign keeps what."""
 
-    Attributes:
-        work: What is finished, and files on the way.
-        page: What is read.
-    """
-
-    work: Path
-    page: Path
+    work: Path  # what is finished, and files on the way
+    page: Path  # what is read
 
     @classmethod
     def of(cls, name: str, out: Path | None, work: Path | None, *, quick: bool = False) -> Places:

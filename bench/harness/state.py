@@ -18,16 +18,11 @@ class State:
     """Results by name, in a file of JSON lines: the settings, then one line for each result as it comes.
 
     Adding a result writes one line. Of a line that a kill cut off nothing is taken; the last line of a name counts.
-
-    Attributes:
-        file: Where they are kept.
-        settings: JSON-ready; what makes results of two runs comparable.
-        results: JSON-ready.
     """
 
-    file: Path
-    settings: dict[str, Any]
-    results: dict[str, Any] = field(default_factory=dict)
+    file: Path  # where they are kept
+    settings: dict[str, Any]  # JSON-ready; what makes results of two runs comparable
+    results: dict[str, Any] = field(default_factory=dict)  # JSON-ready
 
     @classmethod
     def load(cls, file: Path, settings: dict[str, Any], *, fresh: bool = False) -> State:

@@ -35,17 +35,11 @@ _SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as the gates take it.
+    """A model as the gates take it."""
 
-    Attributes:
-        graph: One degree, in the form that the engine takes.
-        reference: What it is compared with.
-        plain: Of a quantized one, the reference that is not quantized.
-    """
-
-    graph: OnnxGraph
-    reference: ReducedViT
-    plain: ReducedViT | None = None
+    graph: OnnxGraph  # one degree, in the form that the engine takes
+    reference: ReducedViT  # what it is compared with
+    plain: ReducedViT | None = None  # of a quantized one, the reference that is not quantized
 
 
 def check(drawn: Drawn) -> dict[str, Any]:

@@ -40,23 +40,14 @@ _CALIBRATION_SEED = 77  # no training run draws with it
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A checkpoint that was fine-tuned without merging, and runs at any degree.
+    """A checkpoint that was fine-tuned without merging, and runs at any degree."""
 
-    Attributes:
-        name: As in files.
-        task: Of its sheets.
-        plain: The timm model.
-        compensator: Fused into it at every degree but 0.
-        scales: Degree -> scale of the compensator.
-        shipped: Whether it is measured on the example's sheets instead of on freshly drawn ones.
-    """
-
-    name: str
-    task: str
-    plain: nn.Module
-    compensator: Compensator
-    scales: dict[int, float]
-    shipped: bool = False
+    name: str  # as in files
+    task: str  # of its sheets
+    plain: nn.Module  # the timm model
+    compensator: Compensator  # fused into it at every degree but 0
+    scales: dict[int, float]  # degree -> scale of the compensator
+    shipped: bool = False  # whether it is measured on the example's sheets instead of on freshly drawn ones
 
     @functools.cached_property
     def _models(self) -> dict[int, nn.Module]:

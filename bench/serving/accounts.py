@@ -19,62 +19,40 @@ class Reply:
     """What came back, whichever protocol brought it.
 
     Attributes:
-        status: Of HTTP; what a code of gRPC stands for there; 0 where nothing came.
-        text: What a refusal says, or how the connection failed.
-        retry_after: Whether the refusal says when to come back. gRPC has no place for it that this server could use.
-        logits: float32 [n, classes], of an answer.
-        classes: Best class of each image, of an answer that tells no logits.
-        degree: That answered.
+        retry_after: Whether the refusal says when to come back. gRPC has no place for it that this server could
+            use.
     """
 
-    status: int
-    text: str = ""
+    status: int  # of HTTP; what a code of gRPC stands for there; 0 where nothing came
+    text: str = ""  # what a refusal says, or how the connection failed
     retry_after: bool = False
-    logits: np.ndarray | None = None
-    classes: tuple[int, ...] | None = None
-    degree: int | None = None
+    logits: np.ndarray | None = None  # float32 [n, classes], of an answer
+    classes: tuple[int, ...] | None = None  # best class of each image, of an answer that tells no logits
+    degree: int | None = None  # that answered
 
 
 @dataclass(slots=True)
 class Record:
-    """One request.
+    """One request."""
 
-    Attributes:
-        at_s: When it was to be sent, from the start of the phase; its latency counts from here.
-        body: Which one.
-        sent_s: When it was sent.
-        done_s: When its answer was there.
-        reply: The answer, as it came.
-    """
-
-    at_s: float
-    body: int
-    sent_s: float = 0.0
-    done_s: float = 0.0
-    reply: object = None
+    at_s: float  # when it was to be sent, from the start of the phase; its latency counts from here
+    body: int  # which one
+    sent_s: float = 0.0  # when it was sent
+    done_s: float = 0.0  # when its answer was there
+    reply: object = None  # the answer, as it came
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One request, and what became of it.
+    """One request, and what became of it."""
 
-    Attributes:
-        at_s: See `Record`.
-        latency_ms: From when it was to be sent to its answer.
-        outcome: Of `OUTCOMES`.
-        images: In it.
-        correct: Of the images, how many got the class of their label.
-        degree: That answered.
-        text: What a refusal or a failure said.
-    """
-
-    at_s: float
-    latency_ms: float
-    outcome: str
-    images: int
-    correct: int = 0
-    degree: int | None = None
-    text: str = ""
+    at_s: float  # see `Record`
+    latency_ms: float  # from when it was to be sent to its answer
+    outcome: str  # Of `OUTCOMES`
+    images: int  # in it
+    correct: int = 0  # of the images, how many got the class of their label
+    degree: int | None = None  # that answered
+    text: str = ""  # what a refusal or a failure said
 
 
 def tallied(judged: Sequence[Judged]) -> dict[str, object]:

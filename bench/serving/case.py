@@ -21,17 +21,11 @@ RATE = 12.0  # requests a second of steady traffic: far below what a server take
 
 @dataclass(frozen=True)
 class FaultOptions:
-    """How fault runs go.
+    """How fault runs go."""
 
-    Attributes:
-        seconds: Of steady traffic around a fault.
-        malformed: How many malformed requests.
-        seed: Of everything drawn.
-    """
-
-    seconds: float = 12.0
-    malformed: int = 10_000
-    seed: int = 0
+    seconds: float = 12.0  # of steady traffic around a fault
+    malformed: int = 10_000  # how many malformed requests
+    seed: int = 0  # of everything drawn
 
 
 class SkippedError(Exception):
@@ -43,22 +37,16 @@ class Bench:
     """What a case has at hand.
 
     Attributes:
-        subject: Of the copy of the family that is served.
-        bodies: Valid requests.
-        options: See above.
-        work: A folder of its own.
-        family: Copy of the family that is served, which a case may damage.
         checks: Of the case: what was checked, whether it held, and what was seen.
-        notes: Numbers worth telling.
     """
 
-    subject: Subject
-    bodies: list[Body]
-    options: FaultOptions
-    work: Path
-    family: Path
+    subject: Subject  # of the copy of the family that is served
+    bodies: list[Body]  # valid requests
+    options: FaultOptions  # see above
+    work: Path  # A folder of its own
+    family: Path  # copy of the family that is served, which a case may damage
     checks: list[tuple[str, bool, str]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # numbers worth telling
 
     def serve(self, *arguments: object, environment: Mapping[str, str] | None = None) -> Server:
         """Starts a server on the case's copy of the family."""

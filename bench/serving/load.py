@@ -37,20 +37,15 @@ class LoadOptions:
     """How the load test runs.
 
     Attributes:
-        objective_ms: Of the 99th percentile.
-        images: In a request.
-        seconds: For each measurement.
-        trial_s: For each step of the search.
         server_cores: It may use; the generator has the others, or shares them where there are none.
-        seed: Of arrivals.
     """
 
-    objective_ms: float = 100.0
-    images: int = 16
-    seconds: float = 60.0
-    trial_s: float = 15.0
+    objective_ms: float = 100.0  # of the 99th percentile
+    images: int = 16  # in a request
+    seconds: float = 60.0  # for each measurement
+    trial_s: float = 15.0  # for each step of the search
     server_cores: tuple[int, ...] = (_CORES[0],)
-    seed: int = 0
+    seed: int = 0  # of arrivals
 
     @property
     def own_cores(self) -> tuple[int, ...]:

@@ -20,22 +20,16 @@ class Bad:
     """A malformed request.
 
     Attributes:
-        kind: What is wrong with it.
-        protocol: "http" or "grpc".
-        content: Bytes of a connection, or a message.
-        method: Of gRPC.
-        ends: Whether the sending side ends behind it, so that what it promised never comes.
         may_close: Whether ending the connection without a word is an answer: to what is no HTTP, or ends early.
-        harmless: Whether it may be answered as well: what is wrong with it is bounded and touches nothing.
     """
 
-    kind: str
-    protocol: str
-    content: bytes
-    method: str = ""
-    ends: bool = False
+    kind: str  # what is wrong with it
+    protocol: str  # "http" or "grpc"
+    content: bytes  # bytes of a connection, or a message
+    method: str = ""  # of gRPC
+    ends: bool = False  # whether the sending side ends behind it, so that what it promised never comes
     may_close: bool = False
-    harmless: bool = False
+    harmless: bool = False  # whether it may be answered as well: what is wrong with it is bounded and touches nothing
 
 
 def malformed(seed: int, number: int, sheets: Sequence[bytes]) -> Bad:

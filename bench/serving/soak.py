@@ -34,21 +34,13 @@ _SHARE = 0.03  # of its level that something may grow over the second half
 
 @dataclass(frozen=True)
 class Slope:
-    """Growth over the second half of a run.
+    """Growth over the second half of a run."""
 
-    Attributes:
-        level: Mean of the second half.
-        most: Of the whole run.
-        growth: Over the second half, by the line through it.
-        low: Of its 95% interval.
-        high: Likewise.
-    """
-
-    level: float
-    most: float
-    growth: float
-    low: float
-    high: float
+    level: float  # mean of the second half
+    most: float  # of the whole run
+    growth: float  # over the second half, by the line through it
+    low: float  # of its 95% interval
+    high: float  # likewise
 
     @property
     def flat(self) -> bool:

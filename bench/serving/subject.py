@@ -20,19 +20,12 @@ MODEL = "digits"
 
 @dataclass(frozen=True)
 class Body:
-    """A valid request.
+    """A valid request."""
 
-    Attributes:
-        sheets: Which ones it asks about.
-        want: Its parameters: degree, min_degree, max_degree.
-        route: "grpc", "http", or "page" for /api/predict.
-        content: As it is sent: a message of gRPC, or a whole request of HTTP.
-    """
-
-    sheets: tuple[int, ...]
-    want: Mapping[str, int]
-    route: str
-    content: bytes
+    sheets: tuple[int, ...]  # which ones it asks about
+    want: Mapping[str, int]  # its parameters: degree, min_degree, max_degree
+    route: str  # "grpc", "http", or "page" for /api/predict
+    content: bytes  # as it is sent: a message of gRPC, or a whole request of HTTP
 
 
 class Subject:
