@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.fuzz.outcome import ESCAPED, LEFTOVER, FaultError, RefusedError
 from tocom.runtime.errors import InputError, readable
@@ -53,12 +54,16 @@ def run_infer(*arguments: object) -> Answer:
     return _captured(lambda: main(list(map(str, arguments))))
 
 
-def refusing(run: Callable[[], bool]) -> bool:
-    """Runs what refuses by an exception that the command prints as one line."""
-    try:
-        return run()
-    except InputError as error:
-        raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
+def refusing(run: Callable[[Any, Path], bool]) -> Callable[[Any, Path], bool]:
+    """Makes a refusal of what refuses by an exception that the commands print as one line."""
+
+    def told(given: Any, folder: Path) -> bool:
+        try:
+            return run(given, folder)
+        except InputError as error:
+            raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
+
+    return told
 
 
 def judge(answer: Answer, folder: Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""`family.json`, and the files that it lists, at `tocom inspect` and `runtime/infer.py`."""
+"""`family.json`, the files that it lists, and `cascade.json`, at `tocom inspect` and `runtime/infer.py`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from bench.fuzz.given import DEGREE, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.outcome import WRONG, FaultError
+from tocom.runtime.degrees.cascade import FILE_NAME as CASCADE
+from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
 _DECIDING = ("engine", "backend", "precision", "sha256")  # keys of an engine that its answer depends on
@@ -146,12 +149,38 @@ def _inspect_altered(given: Given, folder: Path) -> bool:
     return True
 
 
+def _whole_cascade(given: Given, _: random.Random) -> bytes:
+    """No image is so sure that it would not go on."""
+    family = Family.read(given.family(_BACKEND))
+    stages = [Stage(degree, temperature, threshold, family.entry(degree).recipe)
+              for degree, temperature, threshold in ((DEGREE, 1.5, 1.0), (0, 0.8, 0.0))]  # fmt: skip
+    return json.dumps(CascadePlan(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
+
+
+def _place_cascade(given: Given, folder: Path, content: bytes) -> None:
+    (copy_family(given, folder) / CASCADE).write_bytes(content)
+
+
+def _infer_cascade(given: Given, folder: Path) -> bool:
+    """Either stage may answer; another one cannot."""
+    family, image = folder / "family", given.folder / "image.png"
+    common = ("--json", "--top-k", 99, image)
+    found = json.loads(judge(run_infer("--engines", family, "--cascade", *common), family))
+    alone = json.loads(judge(run_infer("--engines", family, "--degree", found["degree"], *common), family))
+    one, other = (sorted((each["class"], each["probability"]) for each in answer["predictions"])
+                  for answer in (found, alone))  # fmt: skip
+    if not np.allclose(one, other, rtol=0, atol=1e-4):
+        raise FaultError(WRONG, f"degree {found['degree']} answers otherwise in a cascade")
+    return found["degree"] == 0
+
+
 _ALTERED = {name: _behind_name(mutate) for name, mutate in BYTES.items()}
 
 ENTRIES = (
     Entry("family.json -> infer", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _infer_by_manifest, 3),
     Entry("family.json -> tocom inspect", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _inspect_family, 2),
     Entry("family.json -> tocom compile", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _compile_again, 0.1),
+    Entry("cascade.json -> infer", STRUCTURE | BYTES, _whole_cascade, _place_cascade, _infer_cascade, 1.5),
     Entry("engine's files -> infer", _ALTERED, _listed, _place_listed, _infer_altered),
     Entry("engine's files -> tocom inspect", _ALTERED, _listed, _place_listed, _inspect_altered),
 )

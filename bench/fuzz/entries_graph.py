@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from bench.fuzz.case import Entry, Mutate
-from bench.fuzz.commands import judge, require_clear, run_tocom
+from bench.fuzz.commands import judge, refusing, run_tocom
 from bench.fuzz.entries_family import agree, copy_family, expected, predictions
 from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_onnx import GRAPHS
-from bench.fuzz.outcome import RefusedError
 from tocom.runtime.engines.base import open_engine
-from tocom.runtime.errors import InputError
 
 _CLOSE = 1e-4
 
@@ -74,17 +72,14 @@ def _infer_with(backend: str) -> Callable[[Given, Path], bool]:
     return run
 
 
+@refusing
 def _open_sharing(given: Given, folder: Path) -> bool:
     """As a service does that runs several degrees in one process."""
-    family = folder / "family"
     engine = _engine(given.family("onnxruntime"))["engine"]
-    try:
-        with open_engine(family / engine, "onnxruntime", share_weights=True, threads=1) as runner:
-            if runner.input_size != given.pixels.shape[1:]:
-                return False
-            logits = runner.infer(given.pixels)
-    except InputError as error:
-        raise RefusedError(require_clear(str(error))) from error
+    with open_engine(folder / "family" / engine, "onnxruntime", share_weights=True, threads=1) as runner:
+        if runner.input_size != given.pixels.shape[1:]:
+            return False
+        logits = runner.infer(given.pixels)
     return logits.shape == given.logits.shape and bool(np.abs(logits - given.logits).max() < _CLOSE)
 
 

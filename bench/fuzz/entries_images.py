@@ -43,19 +43,17 @@ def _transform() -> Any:
                             crop_pct=_SPEC.crop_pct, crop_mode="center")  # fmt: skip
 
 
+@refusing
 def _prepare(given: Given, folder: Path) -> bool:
-    def prepare() -> bool:
-        (file,) = find_images([folder])
-        pixels = preprocess(load_image(file), _SPEC)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
-                theirs = _transform()(opened.convert("RGB"))
-        if not isinstance(theirs, torch.Tensor) or not np.allclose(pixels, theirs.numpy(), rtol=0, atol=_CLOSE):
-            raise FaultError(WRONG, "the image is prepared otherwise than by timm's transform")
-        return np.array_equal(pixels, preprocess(load_image(given.folder / "image.png"), _SPEC))
-
-    return refusing(prepare)
+    (file,) = find_images([folder])
+    pixels = preprocess(load_image(file), _SPEC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file) as opened:
+            theirs = _transform()(opened.convert("RGB"))
+    if not isinstance(theirs, torch.Tensor) or not np.allclose(pixels, theirs.numpy(), rtol=0, atol=_CLOSE):
+        raise FaultError(WRONG, "the image is prepared otherwise than by timm's transform")
+    return np.array_equal(pixels, preprocess(load_image(given.folder / "image.png"), _SPEC))
 
 
 def _classify(given: Given, folder: Path) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from bench.fuzz import entries_cascade, entries_family, entries_graph, entries_images, entries_tables, entries_weights
+from bench.fuzz import entries_family, entries_files, entries_graph, entries_images
 from bench.fuzz.case import Case, Entry
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
-    for module in (entries_cascade, entries_family, entries_graph, entries_weights, entries_images, entries_tables)
+    for module in (entries_family, entries_graph, entries_files, entries_images)
     for entry in module.ENTRIES
 }
 

@@ -6,7 +6,8 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ class Bench:
         common = ["--threads", 1, "--objective-ms", 100, *arguments]
         own = {"XDG_CACHE_HOME": str(self.work.parent / "cache"), **(environment or {})}
         return Server(self.family, self.work / "server.log", common, environment=own)
+
+    @contextmanager
+    def under_traffic(self, seconds: float | None = None, rate: float = RATE, **how: Any) -> Iterator[Server]:
+        """A server under steady traffic; at the end every answer must be right and the server alive."""
+        with self.serve(**how) as server:
+            traffic = self.traffic(server, seconds, rate)
+            yield server
+            self.check_traffic(traffic)
+            self.check_alive(server)
 
     def traffic(self, server: Server, seconds: float | None = None, rate: float = RATE) -> Traffic:
         """Starts steady traffic."""
