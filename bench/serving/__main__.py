@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the local engine must not take the server's core
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it remarks on every process that is started
@@ -68,6 +68,7 @@ def faults(
     only: Annotated[str, typer.Option(help="Cases with this in their names.")] = "",
     malformed: Annotated[int, typer.Option(min=1, help="Malformed requests.")] = 10_000,
     seconds: Annotated[float, typer.Option(min=1, help="Of steady traffic around a fault.")] = 12.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Of the soak, the last case.")] = 10.0,
     seed: run.Seed = 0,
     out: run.Out = None,
     work: run.Work = None,
@@ -80,7 +81,8 @@ def faults(
 
     The same command goes on where it stopped. Exit status: 0 every case passes, 1 one does not, 2 bad input.
     """
-    from bench.serving.faults_page import fault_verdicts
+    from bench.harness.page import read_results, setup, write_results
+    from bench.serving.faults_page import fault_verdicts, write_faults_page
 
     place = run.Places.of("serving-faults", out, work, quick=quick)
     if not report_only:
@@ -89,7 +91,7 @@ def faults(
         from bench.serving.subject import Subject
         from bench.serving.traffic import mixed_bodies
 
-        options = FaultOptions(4.0, 200, seed) if quick else FaultOptions(seconds, malformed, seed)
+        options = FaultOptions(4.0, 200, 1.0, seed) if quick else FaultOptions(seconds, malformed, minutes, seed)
         state = State.load(place.state, {**vars(options), "family": _hash(engines)}, fresh=fresh)
         if again:
             state.forget([name for name, each in state.results.items() if not each["passed"] and not each["skipped"]])
@@ -99,53 +101,11 @@ def faults(
             name: partial(run_case, name, CASES[name], subject, bodies, options, place.work / "faults")
             for name in run.matching("only", only, CASES)
         })  # fmt: skip
-        _keep(place, cases=state.results)
-    results = _write(place)
-    _end(fault_verdicts(results.get("cases", {})), place)
-
-
-def soak(
-    engines: Engines = _ENGINES,
-    images: Images = _IMAGES,
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
-    seed: run.Seed = 0,
-    out: run.Out = None,
-    work: run.Work = None,
-) -> None:
-    """Valid and malformed requests, reloads and killed workers for minutes: memory, files and threads stay flat.
-
-    It goes to the page of the faults. Exit status: 0 all claims hold, 1 one does not, 2 bad input.
-    """
-    from bench.serving.faults_page import soak_verdicts
-    from bench.serving.soak import run_soak
-    from bench.serving.subject import Subject
-
-    place = run.Places.of("serving-faults", out, work)
-    _hash(engines)
-    with run.progress(None) as tell:
-        result = run_soak(Subject(engines, images), minutes, seed, place.work / "soak", tell)
-    _keep(place, soak={"command": run.command_line("bench.serving"), **result})
-    _write(place)
-    _end(soak_verdicts(result), place)
-
-
-def _keep(place: run.Places, **part: Any) -> None:
-    """Faults and soak share a page: either leaves the other's results as they are."""
-    from bench.harness.page import read_results, setup, write_results
-
-    kept = read_results(place.results) if place.results.exists() else {}
-    if "cases" in part or not kept:
-        kept["setup"] = setup(run.command_line("bench.serving"), _LIBRARIES)
-    write_results(place.results, kept | part)
-
-
-def _write(place: run.Places) -> dict[str, Any]:
-    from bench.harness.page import read_results
-    from bench.serving.faults_page import write_faults_page
-
+        head = setup(run.command_line("bench.serving"), _LIBRARIES)
+        write_results(place.results, {"setup": head, "cases": state.results})
     results = read_results(place.results)
     write_faults_page(results, place.page)
-    return results
+    _end(fault_verdicts(results["cases"]), place)
 
 
 def _hash(engines: Path) -> str:
@@ -165,4 +125,4 @@ def _end(lines: list[str], place: run.Places) -> None:
 
 
 if __name__ == "__main__":
-    run.main("bench.serving", load, faults, soak)
+    run.main("bench.serving", load, faults)

@@ -26,6 +26,7 @@ class FaultOptions:
 
     seconds: float = 12.0  # of steady traffic around a fault
     malformed: int = 10_000  # how many malformed requests
+    minutes: float = 10.0  # of the soak
     seed: int = 0  # of everything drawn
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from bench.serving.accounts import LOST
 from bench.serving.case import Bench, Case, SkippedError
 from bench.serving.fault_clients import bad_requests, many_connections, slow_clients
+from bench.serving.soak import soak
 from bench.serving.traffic import account, sound
 
 
@@ -246,4 +247,5 @@ CASES: dict[str, Case] = {
     "slow clients": _slow,
     "too many connections": _connections,
     "malformed requests": _malformed,
+    "soak": soak,
 }

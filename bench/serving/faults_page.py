@@ -11,10 +11,6 @@ import pandas as pd
 from bench.harness.page import cell, render
 from bench.serving.accounts import OUTCOMES
 from bench.serving.case import RATE, failed
-from bench.serving.soak import WATCHED
-from bench.serving.traffic import sound
-
-_UNITS = {"rss_mib": "memory of all processes, MiB", "files": "open files", "threads": "threads"}
 
 
 def fault_verdicts(cases: Mapping[str, Any]) -> list[str]:
@@ -26,34 +22,14 @@ def fault_verdicts(cases: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def soak_verdicts(result: Mapping[str, Any]) -> list[str]:
-    """Whether what is claimed of the soak was seen."""
-    lines = [f"{_passed(sound(result['traffic']))}: every valid request: a right answer or a clear refusal "
-             f"({_counts(result['traffic']['counts'])})"]  # fmt: skip
-    for name in WATCHED:
-        found = result["slopes"].get(name)
-        if found is None:
-            lines.append(f"FAILED: {_UNITS[name]}: the run was too short to tell")
-            continue
-        lines.append(f"{_passed(found['flat'])}: {_UNITS[name]}: {found['level']:.0f}, growth over the second half "
-                     f"{found['growth']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})")  # fmt: skip
-    ended = result["exit"] == 0 and not result["faults"] and not result["said"]
-    lines.append(f"{_passed(ended)}: every reload worked, no traceback in the log, exit status 0")
-    return lines
-
-
-def _passed(held: bool) -> str:
-    return "PASS" if held else "FAILED"
-
-
 def _counts(counts: Mapping[str, int]) -> str:
     return f"{counts['sent']} sent, " + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)
 
 
 def write_faults_page(results: Mapping[str, Any], out: Path) -> None:
-    """Writes the page; `cases` or `soak` may be missing."""
-    cases, soak = results.get("cases", {}), results.get("soak")
-    run = {name: each for name, each in cases.items() if not each["skipped"]}
+    """Writes the page. The soak, if it ran, is summed up by itself."""
+    cases = results["cases"]
+    run = {name: each for name, each in cases.items() if not each["skipped"] and name != "soak"}
     counted = [each["notes"]["traffic"]["counts"] for each in run.values() if "traffic" in each["notes"]]
     sums = pd.DataFrame(counted, columns=["sent", *OUTCOMES]).sum().astype(int)
     told = [{"case": name, "clients were told": cell(text), "times": times} for name, each in cases.items()
@@ -62,12 +38,13 @@ def write_faults_page(results: Mapping[str, Any], out: Path) -> None:
                **({"do not hold": "; ".join(map(cell, failed(each)))} if failed(each) else {})}
               for name, each in cases.items()]  # fmt: skip
     malformed = cases.get("malformed requests", {}).get("notes", {}).get("malformed")
+    soak = cases.get("soak", {}).get("notes")
     render("serving/faults.md.j2", out, setup=results["setup"], soak=soak, rate=RATE, cases=run,
            passed=sum(each["passed"] for each in run.values()), sums=_counts(sums), told=told, checks=checks,
            skipped=[(name, each["skipped"]) for name, each in cases.items() if each["skipped"]],
            rows=[_case(*each) for each in cases.items()], malformed=malformed,
            kinds=malformed and [{"kind": kind} | counts for kind, counts in malformed["kinds"].items()],
-           verdicts=soak_verdicts(soak) if soak else [], slopes=_slopes(soak) if soak else [])  # fmt: skip
+           slopes=_slopes(soak["slopes"]) if soak else [])  # fmt: skip
 
 
 def _case(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +55,8 @@ def _case(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
             "checks": f"{held} of {len(result['checks'])}", "result": verdict}  # fmt: skip
 
 
-def _slopes(soak: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"": _UNITS[name], "level": f"{found['level']:.1f}", "most": f"{found['most']:.1f}",
+def _slopes(slopes: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"": title.strip(","), "level": f"{found['level']:.1f}", "most": f"{found['most']:.1f}",
              "growth over the second half (95%)": f"{found['growth']:+.2f} ({found['low']:+.2f} to "
              f"{found['high']:+.2f})", "flat": "yes" if found["flat"] else "no"}
-            for name in WATCHED if (found := soak["slopes"].get(name))]  # fmt: skip
+            for title, found in slopes.items() if found]  # fmt: skip
