@@ -73,7 +73,7 @@ def cases_of(subjects: list[Any], effort: Any, place: run.Places) -> dict[str, C
 
     @cache
     def given(subject: Any) -> measure.Given:
-        engines = subject.compile(place.work, effort.compile_sheets, lambda _: None)
+        engines = subject.compile(place.work, effort.compile_sheets)
         return measure.Given.of(subject, engines, effort, place.work / f"logits-{subject.name}.npz")
 
     def times(subject: Any) -> dict[str, Any]:

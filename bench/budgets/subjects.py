@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +10,14 @@ from PIL import Image
 
 from bench.experiment.evaluation import TEST_SEED, VAL_SEED
 from bench.experiment.protocol import PRESETS
-from bench.experiment.stages import checkpoint_name, write_model_folder
+from bench.experiment.stages import EXAMPLE, checkpoint_name, finished, write_model_folder
 from bench.experiment.tasks import TASKS
-from bench.harness.run import ROOT
 from examples.sheets import Split
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import choose_family_scales
 from tocom.export.source.options import CompileOptions
-from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME, Family
 
-EXAMPLE, EXPERIMENT = ROOT / "examples" / "digits", ROOT / "build" / "experiment" / "small"
 DEGREES = (0, 4, 8, 12, 16)
 
 _BACKEND = "openvino"  # the fastest on CPUs that it runs on; "auto" could choose otherwise from one subject to the next
@@ -48,7 +44,7 @@ class Subject:
         pixels, classes = TASKS[self.task].sheets(split, seed, -(-count // _CHUNK) * _CHUNK)
         return pixels[:count].numpy(), classes[:count].numpy()
 
-    def compile(self, work: Path, sheets: int, tell: Callable[[str], object]) -> Path:
+    def compile(self, work: Path, sheets: int) -> Path:
         """Compiles all degrees, with scales chosen on validation sheets; what is finished is kept.
 
         Returns:
@@ -61,13 +57,11 @@ class Subject:
         if self.seed is None:
             options |= {"model": str(EXAMPLE), "compensator": EXAMPLE / "compensator.safetensors", "delta_scale": 0.1}
         else:
-            weights = _existing(checkpoint_name(self.task, 0, self.seed))
+            weights = finished(checkpoint_name(self.task, 0, self.seed))
             folder = write_model_folder(weights, PRESETS["small"], work / "models" / self.name)
-            options |= {"model": str(folder), "compensator": _existing("compensator-constant.safetensors")}
-            tell("choosing scales")
+            options |= {"model": str(folder), "compensator": finished("compensator-constant.safetensors")}
             scale_sheets = self._images(work, "val", _SCALE_SEED, sheets)
             choose_family_scales(CompileOptions(**options, images=scale_sheets), _FURTHER_SCALES)
-        tell("compiling")
         compile_family(CompileOptions(**options, images=self._images(work, "test", _COMPILE_SEED, sheets)))
         return out
 
@@ -81,11 +75,3 @@ class Subject:
                 Image.fromarray(sheet).save(folder / str(int(label)) / f"{index:04}.png")
             (folder / ".done").touch()
         return folder
-
-
-def _existing(name: str) -> Path:
-    file = EXPERIMENT / name
-    if not file.exists():
-        raise InputError(f"the study runs the experiment's checkpoints, but {name} is not there. Run `make experiment` "
-                         "first, or --only example.")  # fmt: skip
-    return file

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.experiment.evaluation import TEST_SEED, at_degree, evaluate, hits
 from bench.experiment.protocol import CONSTANT, METHODS, Protocol
 from bench.experiment.tasks import PRETRAINING, TASKS, Task
-from bench.harness.run import Tell
+from bench.harness.run import ROOT, Tell
 from examples.sheets import normalize
 from examples.supervised import fit
 from tocom.calib.distill import DistillOptions, distill
@@ -29,9 +29,11 @@ from tocom.export.family.compile import compile_family
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.degrees.latency import measure
 from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import InputError
 from tocom.runtime.files import write_atomically
 
 ARCHITECTURE = "vit_tiny_patch16_224"
+EXAMPLE = ROOT / "examples" / "digits"
 BATCH = 64
 
 
@@ -212,3 +214,11 @@ def write_model_folder(weights: Path, protocol: Protocol, folder: Path) -> Path:
               "pretrained_cfg": pretrained}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def finished(name: str) -> Path:
+    """A file of the finished experiment, preset small, that other campaigns measure too."""
+    file = ROOT / "build" / "experiment" / "small" / name
+    if not file.exists():
+        raise InputError(f"the experiment's {name} is not there. Run `make experiment` first, or --only example.")
+    return file

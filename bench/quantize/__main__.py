@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -37,17 +37,10 @@ def quantize(
         from bench.quantize.subjects import SEEDS, SUBJECTS, subject_named
 
         many, some = (64, 32) if quick else (4096, 512)
+        formats = {form: (_DEGREES, many) if form == "int8" else (_FEW, some) for form in TITLES}
         state = State.load(place.state, {"sheets": [many, some]}, fresh=fresh)
-        subject = cache(subject_named)
         chosen = run.names("only", only or ("example" if quick else ""), tuple(SUBJECTS))
-        cases = {
-            f"{form} of {name}": partial(
-                lambda name, *how: accuracy(subject(name), *how, many, place.work),
-                name, form, _DEGREES if form == "int8" else _FEW, many if form == "int8" else some,
-            )
-            for form in TITLES
-            for name in chosen
-        }  # fmt: skip
+        cases = {name: partial(lambda name: accuracy(subject_named(name), formats), name) for name in chosen}
         rows = [row for records in run.run_cases(state, cases).values() for row in records]
         head = setup(run.command_line("bench.quantize"), _LIBRARIES, seeds=SEEDS)
         write_results(place.results, {"setup": head, "rows": rows})

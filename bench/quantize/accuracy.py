@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,20 +16,26 @@ from tocom.vit import ReducedViT
 CALIBRATION_IMAGES = 128
 
 
-def accuracy(
-    subject: Subject, form: str, degrees: Sequence[int], sheets: int, float_sheets: int, folder: Path
-) -> list[dict[str, Any]]:
-    """Default settings in a format, one calibration for all degrees: a record for each degree, see `compared`."""
-    pixels, records = subject.spread(CALIBRATION_IMAGES), []
-    calibration = calibrate([subject.network(degree) for degree in OBSERVED], pixels, Method(format=form))
-    images, classes = subject.test(sheets)
-    for degree in degrees:
-        model = subject.model(degree)
-        reference = ReducedViT(model, degree)
-        narrow = ReducedViT(quantized_model(model, quantize(model, reference.schedule, calibration, pixels)), degree)
-        exact = subject.float_logits(degree, float_sheets, folder)[:sheets]
-        found = compared(exact, logits_of(narrow, images), classes)
-        records.append({"network": subject.name, "format": form, "degree": degree, **found})
+def accuracy(subject: Subject, formats: Mapping[str, tuple[Sequence[int], int]]) -> list[dict[str, Any]]:
+    """Default settings, one calibration for all degrees: records as of `compared`, by format and degree.
+
+    Args:
+        subject: The network.
+        formats: Number format -> the degrees that it is run at, and on how many test sheets.
+    """
+    pixels, records, exact = subject.spread(CALIBRATION_IMAGES), [], {}
+    observed = [subject.network(degree) for degree in OBSERVED]
+    for form, (degrees, sheets) in formats.items():
+        calibration = calibrate(observed, pixels, Method(format=form))
+        images, classes = subject.test(sheets)
+        for degree in degrees:
+            reference = subject.network(degree)
+            if len(exact.get(degree, ())) < sheets:
+                exact[degree] = logits_of(reference, images)
+            quantization = quantize(reference.model, reference.schedule, calibration, pixels)
+            narrow = ReducedViT(quantized_model(reference.model, quantization), degree)
+            found = compared(exact[degree][:sheets], logits_of(narrow, images), classes)
+            records.append({"network": subject.name, "format": form, "degree": degree, **found})
     return records
 
 

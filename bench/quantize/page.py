@@ -12,7 +12,7 @@ import pandas as pd
 from bench.experiment.tasks import TASKS
 from bench.harness.page import figure, render
 from bench.quantize.accuracy import CALIBRATION_IMAGES
-from bench.quantize.subjects import POOL, SHIPPED
+from bench.quantize.subjects import POOL
 from tocom.calib.quantize.calibrate import OBSERVED
 
 BAR = 0.3  # points of top-1 that INT8 may lose
@@ -21,11 +21,10 @@ TITLES = {"int8": "INT8", "fp8": "FP8", "int8-weights": "INT8 weights only"}
 
 def write_page(results: Mapping[str, Any], out: Path) -> None:
     """Writes the page, and its plot beside it."""
-    every = pd.DataFrame(results["rows"])
-    records = every[every["network"] != SHIPPED]
+    records = pd.DataFrame(results["rows"])
     int8 = records[records["format"] == "int8"]
     rows = [_degree_row(degree, each) for degree, each in int8.groupby("degree")]
-    by_task = every[every["format"] == "int8"].groupby(["degree", every["network"].map(_task)], sort=False)
+    by_task = int8.groupby(["degree", int8["network"].str.replace(r"-\d+$", "", regex=True)], sort=False)
     tasks = by_task.apply(lambda each: f"{each['reference'].mean():.1f}, {change(each)}").unstack()
     formats = [_format_row(form, each) for form, each in records.groupby("format", sort=False)]
     worst = int8.loc[int8["change"].idxmin()]
@@ -39,16 +38,12 @@ def write_page(results: Mapping[str, Any], out: Path) -> None:
            beyond=int((int8["change"] < -2 * int8["error"]).sum()), images=CALIBRATION_IMAGES, pool=POOL,
            observed=OBSERVED, sheets=int8["sheets"].max(),
            asked=[(name, task.asks) for name, task in TASKS.items()
-                  if every["network"].str.startswith(f"{name}-").any()])  # fmt: skip
+                  if records["network"].str.startswith(f"{name}-").any()])  # fmt: skip
 
 
 def change(records: pd.DataFrame) -> str:
     """The mean change in top-1 with its standard error, from theirs, taken as independent."""
     return f"{records['change'].mean():+.2f} ± {math.sqrt((records['error'] ** 2).sum()) / len(records):.2f}"
-
-
-def _task(network: str) -> str:
-    return {SHIPPED: "example, shipped sheets", "example": "example"}.get(network, network.rpartition("-")[0])
 
 
 def _degree_row(degree: int, records: pd.DataFrame) -> dict[str, Any]:
