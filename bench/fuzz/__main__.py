@@ -33,7 +33,7 @@ def fuzz(
 
     The same command goes on where it stopped. Exit status: 0 no fault, 1 a fault, 2 bad input.
     """
-    from bench.fuzz.outcome import FAULTS, FINE
+    from bench.fuzz.case import FAULTS, FINE
     from bench.fuzz.page import summary, write_page
     from bench.harness.page import read_results, setup, write_results
 

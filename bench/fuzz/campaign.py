@@ -8,9 +8,8 @@ import re
 import time
 from pathlib import Path
 
-from bench.fuzz.case import Case
+from bench.fuzz.case import FINE, Case, Outcome
 from bench.fuzz.given import Given, make
-from bench.fuzz.outcome import FINE, Outcome
 from bench.fuzz.page import faults_of
 from bench.fuzz.registry import ENTRIES, cases
 from bench.fuzz.supervisor import Supervisor
@@ -42,7 +41,7 @@ def run(work: Path, state: State, *, count: int, seconds: float, seed: int, only
                 outcome = supervisor.run(case)
                 if outcome.verdict not in FINE:
                     _keep_file(work / "faults", given, case, outcome)
-                state.keep(case.key, outcome.to_json())
+                state.keep(case.key, vars(outcome))
             tell(f"{faults_of(state.results)} faults", number + 1)
 
 
@@ -51,4 +50,4 @@ def _keep_file(folder: Path, given: Given, case: Case, outcome: Outcome) -> None
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (re.sub(r"[^a-z0-9]+", "-", case.key.lower()).strip("-") + f"-seed{case.seed}")
     file.write_bytes(damaged(ENTRIES[case.entry], given, case))
-    file.with_suffix(".json").write_text(json.dumps({**case.__dict__, **outcome.to_json()}, indent=1) + "\n")
+    file.with_suffix(".json").write_text(json.dumps({**vars(case), **vars(outcome)}, indent=1) + "\n")

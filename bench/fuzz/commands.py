@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.fuzz.outcome import ESCAPED, LEFTOVER, FaultError, RefusedError
+from bench.fuzz.case import ESCAPED, LEFTOVER, FaultError, RefusedError
 from tocom.runtime.errors import InputError, readable
 
 _LONGEST = 2000  # characters of a line that somebody is to read
@@ -95,9 +95,7 @@ def require_clear(message: str) -> str:
     if "\n" in message.strip() or not message.strip():
         raise FaultError(ESCAPED, f"a message must be one line, got {message!r:.200}")
     if len(message) > _LONGEST:
-        raise FaultError(
-            ESCAPED, f"a message must be one readable line, got {len(message)} characters: {message[:100]}"
-        )
+        raise FaultError(ESCAPED, f"a message must be readable, got {len(message)} characters: {message[:100]}")
     if any(ord(letter) < 32 for letter in message):
         raise FaultError(ESCAPED, f"a message must not steer the terminal, got {message!r:.200}")
     return message

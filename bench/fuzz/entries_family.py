@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.fuzz.case import Entry, Mutate
+from bench.fuzz.case import WRONG, Entry, FaultError, Mutate
 from bench.fuzz.commands import judge, run_infer, run_tocom
 from bench.fuzz.given import DEGREE, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
-from bench.fuzz.outcome import WRONG, FaultError
 from tocom.runtime.degrees.cascade import FILE_NAME as CASCADE
 from tocom.runtime.degrees.cascade import CascadePlan, Stage
 from tocom.runtime.manifest import Family

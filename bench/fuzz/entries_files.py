@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.fuzz.case import entry_of_file
+from bench.fuzz.case import LEFTOVER, WRONG, FaultError, RefusedError, entry_of_file
 from bench.fuzz.commands import judge, refusing, run_tocom
 from bench.fuzz.given import ARGS, DEGREE, NAME, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.mutate_tensors import SAFETENSORS, TORCH
-from bench.fuzz.outcome import LEFTOVER, WRONG, FaultError, RefusedError
 from tocom.calib.quantize.calibrate import quantize
 from tocom.calib.quantize.calibration_file import read_calibration
 from tocom.calib.quantize.network import quantized_model

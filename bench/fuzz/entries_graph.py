@@ -25,9 +25,8 @@ _CLOSE = 1e-4
 
 @functools.cache
 def _engine(family: Path) -> dict[str, Any]:
-    return next(
-        each for each in json.loads((family / "family.json").read_text())["engines"] if each["degree"] == DEGREE
-    )
+    engines = json.loads((family / "family.json").read_text())["engines"]
+    return next(each for each in engines if each["degree"] == DEGREE)
 
 
 def _graph_of(backend: str) -> Callable[[Given, random.Random], bytes]:
@@ -55,9 +54,10 @@ def _forge(given: Given, folder: Path, backend: str, name: str, content: bytes) 
 
 
 def _place_graph(backend: str) -> Callable[[Given, Path, bytes], None]:
-    return lambda given, folder, content: _forge(
-        given, folder, backend, _engine(given.family(backend))["engine"], content
-    )
+    def place(given: Given, folder: Path, content: bytes) -> None:
+        _forge(given, folder, backend, _engine(given.family(backend))["engine"], content)
+
+    return place
 
 
 def _place_weights(given: Given, folder: Path, content: bytes) -> None:

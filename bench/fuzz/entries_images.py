@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from bench.fuzz.case import Entry
+from bench.fuzz.case import WRONG, Entry, FaultError
 from bench.fuzz.commands import judge, refusing, run_infer
 from bench.fuzz.entries_family import expected
 from bench.fuzz.given import Given
 from bench.fuzz.mutate_images import IMAGES, largest
-from bench.fuzz.outcome import WRONG, FaultError
 from tocom.runtime.manifest import InputSpec
 from tocom.runtime.preprocess import find_images, load_image, preprocess
 

@@ -24,8 +24,7 @@ _LENGTHS = (0, 1, 7, 2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2*
 _NUMBERS = (float("nan"), float("inf"), -float("inf"), 3e38, 1e-45, -0.0, 0.0)
 
 
-def header_length(draw: random.Random, whole: bytes) -> bytes:
-    """The eight bytes in front say another length than the header's."""
+def _header_length(draw: random.Random, whole: bytes) -> bytes:
     (length,) = struct.unpack("<Q", whole[:8])
     other = draw.choice((*_LENGTHS, length - 1, length + 1, length * 2, len(whole), len(whole) - 8, len(whole) - 7))
     return struct.pack("<Q", other % 2**64) + whole[8:]
@@ -48,8 +47,7 @@ def _in_header(mutate: Mutate) -> Mutate:
     return mutated
 
 
-def header_entries(draw: random.Random, whole: bytes) -> bytes:
-    """One tensor's type, shape or place is another one, as somebody would who attacks a reader."""
+def _header_entries(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     entries = json.loads(header)
     entry = entries[draw.choice([name for name in entries if name != "__metadata__"])]
@@ -66,8 +64,7 @@ def header_entries(draw: random.Random, whole: bytes) -> bytes:
     return _with_header(json.dumps(entries).encode(), payload)
 
 
-def metadata(draw: random.Random, whole: bytes) -> bytes:
-    """A JSON text inside the metadata, which describes what the tensors are, says something else."""
+def _metadata(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     entries = json.loads(header)
     described = entries.get("__metadata__", {})
@@ -81,8 +78,7 @@ def metadata(draw: random.Random, whole: bytes) -> bytes:
     return _with_header(json.dumps(entries).encode(), payload)
 
 
-def values(draw: random.Random, whole: bytes) -> bytes:
-    """A value is NaN, infinite, or far off."""
+def _values(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     damaged, at = bytearray(payload), 4 * draw.randrange(len(payload) // 4)
     damaged[at : at + 4] = np.float32(draw.choice(_NUMBERS)).tobytes()
@@ -90,10 +86,10 @@ def values(draw: random.Random, whole: bytes) -> bytes:
 
 
 SAFETENSORS: dict[str, Mutate] = {
-    "header's length": header_length,
-    "header's entries": header_entries,
-    "odd values": values,
-    "metadata": metadata,
+    "header's length": _header_length,
+    "header's entries": _header_entries,
+    "odd values": _values,
+    "metadata": _metadata,
     **{f"header: {name}": _in_header(mutate) for name, mutate in STRUCTURE.items()},
     **BYTES,
 }
@@ -123,16 +119,14 @@ def _odd_tensor(draw: random.Random, tensor: torch.Tensor) -> Any:
     ))()  # fmt: skip
 
 
-def odd_tensors(draw: random.Random, whole: bytes) -> bytes:
-    """One of the tensors is of another kind, or is none."""
+def _odd_tensors(draw: random.Random, whole: bytes) -> bytes:
     state = torch.load(io.BytesIO(whole), weights_only=True)["model"]
     name = draw.choice(list(state))
     state[name] = _odd_tensor(draw, state[name])
     return _saved({"model": state})
 
 
-def odd_layout(draw: random.Random, whole: bytes) -> bytes:
-    """The tensors are there, but not where they are looked for."""
+def _odd_layout(draw: random.Random, whole: bytes) -> bytes:
     state = torch.load(io.BytesIO(whole), weights_only=True)["model"]
     looped: dict[str, Any] = {}
     looped["model"] = looped
@@ -148,8 +142,7 @@ def odd_layout(draw: random.Random, whole: bytes) -> bytes:
     )))  # fmt: skip
 
 
-def odd_archive(draw: random.Random, whole: bytes) -> bytes:
-    """The archive is written otherwise: compressed, with a file missing, twice, empty, huge or called otherwise."""
+def _odd_archive(draw: random.Random, whole: bytes) -> bytes:
     members = {each.filename: zipfile.ZipFile(io.BytesIO(whole)).read(each) for each in
                zipfile.ZipFile(io.BytesIO(whole)).infolist()}  # fmt: skip
     name, way = draw.choice(list(members)), draw.randrange(8)
@@ -170,8 +163,7 @@ def odd_archive(draw: random.Random, whole: bytes) -> bytes:
     return written.getvalue()
 
 
-def odd_pickle(draw: random.Random, whole: bytes) -> bytes:
-    """A bare pickle: of what is allowed, of code, of something that does not end."""
+def _odd_pickle(draw: random.Random, whole: bytes) -> bytes:
     deep = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."  # lists in lists
     return draw.choice((
         lambda: pickle.dumps({"a": 1}), lambda: pickle.dumps(_Runs()), lambda: deep,
@@ -190,9 +182,9 @@ def _saved(content: Any) -> bytes:
 
 
 TORCH: dict[str, Mutate] = {
-    "odd tensors": odd_tensors,
-    "odd layout": odd_layout,
-    "odd archive": odd_archive,
-    "odd pickle": odd_pickle,
+    "odd tensors": _odd_tensors,
+    "odd layout": _odd_layout,
+    "odd archive": _odd_archive,
+    "odd pickle": _odd_pickle,
     **BYTES,
 }

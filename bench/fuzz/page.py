@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.fuzz.outcome import DIFFERENT, FAULTS, LIBRARY_CRASH, REFUSED, SAME
+from bench.fuzz.case import DIFFERENT, FAULTS, LIBRARY_CRASH, REFUSED, SAME
 from bench.harness.page import cell, render
 
 VERDICTS = (SAME, DIFFERENT, REFUSED, *FAULTS, LIBRARY_CRASH)

@@ -11,9 +11,8 @@ from typing import Self
 
 from pebble import ProcessExpired, ProcessPool
 
-from bench.fuzz.case import Case
+from bench.fuzz.case import CRASH, HANG, LIBRARY_CRASH, MEMORY, Case, Outcome
 from bench.fuzz.given import Given
-from bench.fuzz.outcome import CRASH, HANG, LIBRARY_CRASH, MEMORY, Outcome
 from bench.fuzz.registry import ENTRIES
 from bench.fuzz.worker import begin, damaged, run_case
 

@@ -12,9 +12,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.fuzz.case import Case, Entry
+from bench.fuzz.case import DIFFERENT, ESCAPED, REFUSED, SAME, Case, Entry, FaultError, Outcome, RefusedError
 from bench.fuzz.given import Given
-from bench.fuzz.outcome import DIFFERENT, ESCAPED, REFUSED, SAME, FaultError, Outcome, RefusedError
 
 _BETWEEN_COLLECTIONS = 25  # cases; each would cost more than most of them
 _ADDRESSES = 16 << 30  # bytes that a worker may map beyond what it starts with

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -79,7 +79,7 @@ class _Run:
             if known != PASSED:
                 if self._is_late():
                     continue
-                self._state.keep(key, run_check(self._subject(model), degree, what).to_json())
+                self._state.keep(key, asdict(run_check(self._subject(model), degree, what)))
             check = self._state.results[key]
             why = f" ({check['why']})" if check["why"] else ""
             self._tell(f"{model}, r = {degree}, {what}: {check['verdict']}{why}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,6 @@ class Check:
     error: float | None = None
     allowed: float | None = None  # what it may be
     why: str = ""  # why it was not run, or what else failed; one line
-
-    def to_json(self) -> dict[str, Any]:
-        """For the file of finished checks."""
-        return asdict(self)
 
 
 def planned(degree: int, precision: str) -> list[str]:

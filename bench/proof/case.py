@@ -71,16 +71,8 @@ def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
     if drawn.delta_scale is not None:
         compensation = compensator_of(drawn, model).between(0, drawn.degree, drawn.delta_scale)
         weights = fuse(weights, compensation)
-    fused = FusedCheckpoint(
-        weights=weights,
-        model=drawn.kind,
-        degree=drawn.degree,
-        source_degree=0,
-        delta_scale=drawn.delta_scale,
-        checkpoint_sha256=_SHA256,
-        compensator_sha256=None if compensation is None else _SHA256,
-        compensation=compensation,
-    )
+    sha256 = None if compensation is None else _SHA256
+    fused = FusedCheckpoint(weights, drawn.kind, drawn.degree, 0, drawn.delta_scale, _SHA256, sha256, compensation)
     schedule, reduction = drawn.schedule_of(model), reduction_named(drawn.reduction)
     reference, store = reference_model(model, schedule, fused, reduction), WeightStore(folder)
     if drawn.precision not in FORMATS:

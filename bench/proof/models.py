@@ -118,18 +118,12 @@ def draw(number: int, seed: int) -> Drawn:
     }
     backend, precision = ENGINES[number % len(ENGINES)]
     return Drawn(
-        number=number,
-        seed=chance.randrange(1 << 31),
-        kind=name,
-        arguments=arguments,
-        gain=2.0 ** chance.uniform(-1, 1),
-        degree=chance.randint(0, GROUPS),
-        schedule=_schedule(chance, depth),
+        number=number, seed=chance.randrange(1 << 31), kind=name, arguments=arguments,
+        gain=2.0 ** chance.uniform(-1, 1), degree=chance.randint(0, GROUPS), schedule=_schedule(chance, depth),
         reduction="prune" if kind.class_token and chance.random() < 0.3 else "merge",
         delta_scale=chance.choice((0.05, 0.1, 0.2)) if chance.random() < 0.4 else None,
-        backend=backend,
-        precision=precision,
-    )
+        backend=backend, precision=precision,
+    )  # fmt: skip
 
 
 def _schedule(chance: random.Random, depth: int) -> str:

@@ -123,8 +123,8 @@ def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> l
         {
             "at_s": number * bin_s,
             "requests": len(inside),
-            "degree": _mean_degree(inside),
-            "highest": max((each.degree for each in inside if each.degree is not None), default=None),
+            "degree": float(np.mean(found)) if (found := _degrees(inside)) else None,
+            "highest": max(found, default=None),
             "p50_ms": percentile(latencies(inside), 50),
             "p99_ms": percentile(latencies(inside), 99),
             "refused": sum(each.outcome == REFUSED for each in inside),
@@ -133,6 +133,5 @@ def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> l
     ]
 
 
-def _mean_degree(judged: Sequence[Judged]) -> float | None:
-    found = [each.degree for each in judged if each.degree is not None]
-    return sum(found) / len(found) if found else None
+def _degrees(judged: Sequence[Judged]) -> list[int]:
+    return [each.degree for each in judged if each.degree is not None]

@@ -175,9 +175,8 @@ def _full_disk(bench: Bench) -> None:
         bench.notes["files of the server on the disk"] = len(left)
         (disk / "filler").unlink()
         status, said = bench.reload(server)
-        bench.check(
-            "with space it takes over", status == 200 and bench.degrees(server) == [0, 8, 16], f"{status} {said}"
-        )
+        new = status == 200 and bench.degrees(server) == [0, 8, 16]
+        bench.check("with space it takes over", new, f"{status} {said}")
 
 
 def _end(bench: Bench) -> None:

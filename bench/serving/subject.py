@@ -118,9 +118,8 @@ def http_infer(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
         "name": "image", "datatype": "BYTES", "shape": [len(contents)], "parameters": {"content_type": "base64"},
         "data": [base64.b64encode(content).decode() for content in contents],
     }  # fmt: skip
-    return http_request(
-        f"/v2/models/{MODEL}/infer", json.dumps({"inputs": [tensor], "parameters": dict(want)}).encode()
-    )
+    body = json.dumps({"inputs": [tensor], "parameters": dict(want)}).encode()
+    return http_request(f"/v2/models/{MODEL}/infer", body)
 
 
 def http_page(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
@@ -131,11 +130,6 @@ def http_page(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
 
 def http_request(path: str, body: bytes, method: str = "POST", headers: Sequence[str] = ()) -> bytes:
     """A request of HTTP, on a connection of its own."""
-    lines = [
-        f"{method} {path} HTTP/1.1",
-        "Host: localhost",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-        *headers,
-    ]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += headers
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
