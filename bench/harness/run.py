@@ -90,16 +90,15 @@ def main(name: str, *commands: Callable[..., None], arguments: list[str] | None 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing started is left behind
     try:
         status = app(arguments, standalone_mode=False)
-    except typer.Exit as leave:
-        status = leave.exit_code
+    except typer.Exit as leave:  # typer turns Ctrl-C into one
+        told = "interrupted; the same command goes on"
+        status = _complain(name, told, _INTERRUPTED) if leave.exit_code == _INTERRUPTED else leave.exit_code
     except typer.TyperException as error:
         status = _complain(name, error.format_message(), 2)
     except InputError as error:
         status = _complain(name, error, 2)
     except GateError as error:
         status = _complain(name, error, 1)
-    except (KeyboardInterrupt, typer.Abort):
-        status = _complain(name, "interrupted; the same command goes on", _INTERRUPTED)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 

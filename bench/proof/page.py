@@ -10,6 +10,7 @@ import pandas as pd
 from bench.harness.page import figure, render
 from bench.proof.summary import GATED_PARTS
 
+_ROOM = ("engine", "quantity", "median", "most", "largest", "gate", "share")
 _LEAST = 0.05  # units; what is less is drawn here
 
 
@@ -17,7 +18,7 @@ def write_page(results: dict[str, Any], out: Path) -> None:
     """Writes the page, and the picture beside it."""
     engines = pd.DataFrame(results["engines"])
     total = engines.drop(columns="engine").sum().to_dict()
-    room = pd.DataFrame(results["room"])
+    room = pd.DataFrame(results["room"] or None, columns=[*_ROOM])
     room["text"] = [_text(each) for each in results["room"]]
     room = room.pivot(index="quantity", columns="engine", values="text").reindex(
         index=room["quantity"].unique(), columns=engines["engine"]
