@@ -22,6 +22,7 @@ from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usa
 from tocom.export.engine.build import build
 from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of, point_name
+from tocom.export.proof.findings import Findings
 from tocom.export.proof.observe import RunnerObserver, told_by
 from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import compare_decisions, prove, validate
