@@ -29,6 +29,7 @@ from tocom.export.cli.options import (
     read_model_args,
     read_plan_options,
 )
+from tocom.runtime.backends import AUTO, BACKENDS
 
 if TYPE_CHECKING:
     from tocom.export.source.options import CompileOptions
@@ -52,7 +53,7 @@ def quantize_command(
     ] = "int8",
     backend: Annotated[
         str,
-        typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto.", envvar="TOCOM_BACKEND"),
+        typer.Option(help=f"{', '.join(BACKENDS)}, or {AUTO}.", envvar="TOCOM_BACKEND"),
     ] = "auto",
     max_drop: MaxDrop = None,
     calibration_images: Annotated[int, typer.Option(help="Images of the folder to calibrate on.")] = 128,

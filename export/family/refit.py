@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tocom.export.engine.build import PLANNED
 from tocom.export.engine.tensorrt.plan import PlanOptions, plan_name, refitted
 from tocom.export.family.lock import locked
+from tocom.runtime.backends import named
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.errors import InputError
 from tocom.runtime.files import sha256_file, write_atomically
@@ -44,7 +44,7 @@ def refit_family(folder: Path, notify: Callable[[int, str], None]) -> Family:
 
 
 def _is_stripped(entry: EngineEntry) -> bool:
-    return entry.backend in PLANNED and PlanOptions.from_json(entry.build["options"]).stripped
+    return named(entry.backend).builds_plans and PlanOptions.from_json(entry.build["options"]).stripped
 
 
 def _refitted(entry: EngineEntry, folder: Path) -> EngineEntry:

@@ -28,13 +28,13 @@ from tocom.export.graph.lower import OUTPUT, inline
 from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _POINT = re.compile(rf"block\.\d+\.({'|'.join(POINTS)})")
-_FUSES_BY_OUTPUTS = ("openvino",)  # with more outputs, less is fused, and half precision rounds elsewhere
 _INSIDE_NATIVE = ("attended", "signal")  # never stand outside a native operator: asking for them would undo it
 
 
@@ -262,7 +262,7 @@ def observer_of(engine: Engine, reference: ReducedViT, *, batch: int | None = No
         with ExitStack() as stack:
             opened = open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch)
             shipped, deciding = stack.enter_context(opened), None
-            if engine.backend in _FUSES_BY_OUTPUTS and engine.precision != "fp32" and not engine.native:
+            if BACKENDS[engine.backend].fuses_by_outputs and engine.precision != "fp32" and not engine.native:
                 deciding = stack.enter_context(debug_copy(engine, points=False))
             yield RunnerObserver(shipped, telling, reference, engine.precision, deciding=deciding)
 

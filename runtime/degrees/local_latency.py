@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends import describe
 from ..checked_json import Json, parse, read_text
-from ..engines.base import BACKENDS, open_engine, precisions
+from ..engines.base import open_engine
 from ..errors import InputError, one_line
 from ..files import write_atomically
 from ..manifest import EngineEntry, Family
@@ -124,15 +124,9 @@ def _circumstances(family: Family, machine: str, batch: int, fixed: bool) -> dic
         }
         for entry in family.engines
     ]
-    libraries = {backend: _library(backend) for backend in sorted({entry.backend for entry in family.engines})}
+    libraries = {backend: describe(backend) for backend in sorted({entry.backend for entry in family.engines})}
     return {"format": FORMAT, "machine": machine, "batch": batch, "fixed": fixed, "libraries": libraries,
             "engines": engines}  # fmt: skip
-
-
-def _library(backend: str) -> str:
-    """Version and devices of an engine library."""
-    precisions(backend)  # refuses one that is unknown or not installed
-    return importlib.import_module(BACKENDS[backend]).describe()
 
 
 def _cache_file(cache: Path | None, circumstances: dict[str, Any]) -> Path | None:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..backends import native_operators
 from ..errors import InputError, one_line
 from ..manifest import EngineEntry, Family
-from .base import EngineRunner, native_operators, open_engine
+from .base import EngineRunner, open_engine
 
 if TYPE_CHECKING:
     from .graph_file import Removal

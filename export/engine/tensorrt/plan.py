@@ -27,6 +27,7 @@ from onnxscript import optimizer
 
 from tocom.export.engine.tensorrt.four_bit import put_in_blocks
 from tocom.export.graph.lower import INPUT, inline
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
 from tocom.runtime.errors import InputError, one_line
@@ -35,7 +36,6 @@ from tocom.runtime.files import write_atomically
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
 _FP8_FROM = "sm89"  # the first that has products of 8-bit floats
 CURRENT = "current"  # the GPU of the machine that builds
@@ -111,7 +111,7 @@ def library_of(backend: str) -> ModuleType:
         InputError: If it is not installed.
     """
     try:
-        return importlib.import_module(LIBRARIES[backend])
+        return importlib.import_module(BACKENDS[backend].library)
     except ImportError as error:
         raise InputError(f"backend {backend} cannot build plans here: {one_line(error)}") from error
 

@@ -6,9 +6,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...backends import BACKENDS
 from ...errors import InputError, one_line
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+TITLES = {row.name: row.title for row in BACKENDS.values() if row.builds_plans}
 
 _TAGS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 # tag, format of the header, 8 bytes of it, length of the file (TensorRT for RTX), version of the library

@@ -16,12 +16,12 @@ import tensorrt_rtx
 from ...files import write_atomically
 from ..base import EngineSettings
 from . import device
-from .runner import PRECISIONS, TensorRtRunner
+from .runner import TensorRtRunner
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
-__all__ = ["PRECISIONS", "RtxRunner", "describe", "native_operators", "open_engine", "unusable"]
+__all__ = ["RtxRunner", "describe", "open_engine", "unusable"]
 
 
 def describe() -> str:
@@ -33,11 +33,6 @@ def unusable() -> str | None:
     """Why no plan can run here; None where one can."""
     why = device.unusable()
     return why and f"{why}: plans can be built here, not run"
-
-
-def native_operators() -> frozenset[str]:
-    """None: it runs the function bodies."""
-    return frozenset()
 
 
 def open_engine(path: Path, settings: EngineSettings) -> RtxRunner:

@@ -24,8 +24,6 @@ from .plan import TITLES, Profile, check_header, cut
 if TYPE_CHECKING:  # the types that this code names are the same in all libraries it serves
     import tensorrt_rtx as trt
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights", "int4-weights")
-
 _listeners: dict[int, list[str]] = {}
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tocom.runtime.engines.openvino_engine
-from tocom.runtime.engines.base import native_operators, open_engine
+from tocom.runtime.backends import native_operators
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.native import library
 
