@@ -12,10 +12,10 @@ from typing import Any
 
 from .checked_json import Json, parse, read_text
 from .errors import InputError, one_line
+from .family_files import MANIFEST
 from .files import sha256_file, write_atomically
 
 FORMAT = 1
-FILE_NAME = "family.json"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 
@@ -225,11 +225,11 @@ class Family:
             InputError: There is no manifest, it is broken, newer than this code, or points out of its folder.
         """
         folder = Path(folder)
-        file = folder / FILE_NAME
+        file = folder / MANIFEST
         try:
             if not file.is_file():
                 raise InputError(
-                    f"there is no {FILE_NAME} in {one_line(folder)}: give the folder of a compiled family, "
+                    f"there is no {MANIFEST} in {one_line(folder)}: give the folder of a compiled family, "
                     "or compile one with `make engines R=8,16`"
                 )
             text = read_text(file)
@@ -297,7 +297,7 @@ class Family:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         # A manifest that `read` refuses would make a finished compile useless: find that out before it is on the disk.
         Family.from_json(parse(text))
-        return write_atomically(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        return write_atomically(Path(folder) / MANIFEST, text.encode("utf-8"))
 
     def entry(self, degree: int) -> EngineEntry:
         """The engine of one degree.

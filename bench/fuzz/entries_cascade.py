@@ -15,7 +15,8 @@ from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.outcome import WRONG, FaultError
-from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan, Stage
+from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
@@ -30,7 +31,7 @@ def _whole(given: Given, _: random.Random) -> bytes:
 
 
 def _place(given: Given, folder: Path, content: bytes) -> None:
-    (copy_family(given, folder) / FILE_NAME).write_bytes(content)
+    (copy_family(given, folder) / CASCADE).write_bytes(content)
 
 
 def _run(given: Given, folder: Path) -> bool:

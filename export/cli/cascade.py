@@ -14,8 +14,8 @@ from rich.table import Table
 
 from tocom.export.cli.console import open_console
 from tocom.export.cli.options import FamilyFolder, Limit
-from tocom.runtime.degrees.cascade import FILE_NAME
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
@@ -72,7 +72,7 @@ def cascade_command(
             lambda text, done, total: progress.update(task, description=text, completed=done, total=total),
         )  # fmt: skip
         if found.plan is None:
-            (engines / FILE_NAME).unlink(missing_ok=True)  # one that was found earlier pays no more
+            (engines / CASCADE).unlink(missing_ok=True)  # one that was found earlier pays no more
         else:
             found.plan.write(engines)
     if json_file is not None:
@@ -86,7 +86,7 @@ def cascade_command(
     console.print(_stages(found))
     if (note := better_single(found.trial)) is not None:
         console.print(f"[yellow]note[/]: {note}")
-    console.print(f"[green]wrote[/] {escape(one_line(engines / FILE_NAME))}   try: tocom infer --engines "
+    console.print(f"[green]wrote[/] {escape(one_line(engines / CASCADE))}   try: tocom infer --engines "
                   f"{escape(one_line(engines))} --cascade IMAGE...")  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from tocom.export.cli.options import (
     read_plan_options,
 )
 from tocom.runtime.backends import AUTO, BACKENDS
+from tocom.runtime.family_files import MANIFEST
 
 if TYPE_CHECKING:
     from tocom.export.source.options import CompileOptions
@@ -146,7 +147,7 @@ def run_compile(options: CompileOptions) -> None:
                      f"tocom validate --candidate {options.backend}:{options.precision} --bisect DIR")  # fmt: skip
         raise typer.Exit(1)
     out = options.out
-    wrote = f"{out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE..."
+    wrote = f"{out / MANIFEST}   try: python runtime/infer.py --engines {out} IMAGE..."
     console.print(f"[green]wrote[/] {escape(wrote)}")
 
 

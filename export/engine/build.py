@@ -23,7 +23,6 @@ from tocom.export.engine.tensorrt.plan import (
     PlanOptions,
     build_plan,
     layer_information,
-    plan_name,
     plan_recipe,
 )
 from tocom.export.graph.lower import inline
@@ -31,6 +30,7 @@ from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.backends import AUTO, BACKENDS, available, engine_module, native_operators, require
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import inlined, layers_of, log_of, passing_plan_of, plan_of, timing_of
 from tocom.runtime.files import sha256_file, write_atomically
 from tocom.runtime.manifest import EngineEntry
 
@@ -66,7 +66,7 @@ def build(
     file, files = graph.file, dict(graph.files)
     native = runs_natively(proto, backend)
     if needs_inlining(proto, backend):
-        file = graph.file.with_suffix(".inlined.onnx")
+        file = inlined(graph.file)
         write_atomically(file, inline(proto).SerializeToString())
         files[file.name] = sha256_file(file)
     if graph_precision(backend, precision) != "fp32":
@@ -78,12 +78,12 @@ def build(
 
 def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     recipe = plan_recipe(backend, options)
-    file = graph.file.with_name(plan_name(graph.file, recipe))
-    built = build_plan(graph.file, backend, options, graph.file.with_name(f"{backend}.timing"))
+    file = plan_of(graph.file, recipe)
+    built = build_plan(graph.file, backend, options, timing_of(graph.file, backend))
     write_atomically(file, built.content)
     found = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
     log = json.dumps({**found, "graph": graph.file.name, "log": built.log}, indent=2)
-    write_atomically(file.with_name(f"{file.name}.log"), log.encode())
+    write_atomically(log_of(file), log.encode())
     engine = Engine(
         file=file,
         backend=backend,
@@ -96,7 +96,7 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     if engine.unrunnable is None:
         _ensure_answers(engine)
         layers = layer_information(built.content, backend)
-        write_atomically(file.with_name(f"{file.name}.layers.json"), layers.encode())
+        write_atomically(layers_of(file), layers.encode())
     return engine
 
 
@@ -136,7 +136,7 @@ def as_engine(graph: Path, backend: str, build: Mapping[str, Any]) -> Iterator[P
     if not BACKENDS[backend].builds_plans:
         yield graph
         return
-    plan = graph.with_suffix(".plan")
+    plan = passing_plan_of(graph)
     try:
         plan.write_bytes(build_plan(graph, backend, PlanOptions.from_json(build["options"])).content)
         yield plan

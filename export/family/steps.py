@@ -23,6 +23,7 @@ from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
 from tocom.export.source.options import QUANTIZED
 from tocom.runtime.backends import BACKENDS
+from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
 
@@ -190,11 +191,6 @@ class QuantizedSteps(Steps):
 def steps_of(source: Source, store: WeightStore, notify: Notify) -> Steps:
     """The steps that a source's precision needs."""
     return (QuantizedSteps if source.options.precision in QUANTIZED else Steps)(source, store, notify)
-
-
-def graph_name(degree: int, recipe: str) -> str:
-    """File name of a degree's graph."""
-    return f"r{degree:02d}-{recipe[:12]}.onnx"
 
 
 def _summary(

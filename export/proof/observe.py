@@ -30,6 +30,7 @@ from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
 from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.runtime.family_files import debug_affixes
 from tocom.vit import ReducedViT
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -289,7 +290,8 @@ def told_by(graph: onnx.ModelProto, *, native: bool, points: bool = True) -> Ite
 @contextmanager
 def beside(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
     """A variant of a graph for the moment, beside it because its weight files are found relative to it."""
-    handle, name = tempfile.mkstemp(prefix=f".{graph.stem}.", suffix=".debug.onnx", dir=graph.parent)
+    prefix, suffix = debug_affixes(graph)
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=graph.parent)
     os.close(handle)
     file = Path(name)
     try:

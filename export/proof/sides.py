@@ -24,7 +24,7 @@ from tocom.export.graph.lower import inline
 from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
 from tocom.runtime.backends import BACKENDS, engine_module
 from tocom.runtime.errors import InputError, one_line
-from tocom.runtime.manifest import FILE_NAME
+from tocom.runtime.family_files import MANIFEST
 from tocom.vit import ReducedViT
 
 ENGINES, EXACT = "engines", "torch:fp64"
@@ -70,7 +70,7 @@ class Who:
                 raise InputError(f"{name} computes in {', '.join(known)}, got {one_line(precision)}.")
             engine_module(name)  # refuses one that is not installed
             return cls("graph", backend=name, precision=precision)
-        if (Path(text) / FILE_NAME).is_file():
+        if (Path(text) / MANIFEST).is_file():
             return cls("family", folder=Path(text))
         libraries = ", ".join(BACKENDS)
         raise InputError(f"what is compared must be {ENGINES}, torch:FORMAT, BACKEND:PRECISION ({libraries}) or the "

@@ -17,11 +17,11 @@ import numpy as np
 
 from ..checked_json import Json, parse, read_text
 from ..errors import InputError, one_line
+from ..family_files import CASCADE
 from ..files import write_atomically
 from ..manifest import Family
 
 FORMAT = 1
-FILE_NAME = "cascade.json"
 
 InferAt = Callable[[np.ndarray, int], np.ndarray]
 """(float32 [B, 3, H, W], degree) -> logits, float32 [B, classes]."""
@@ -90,11 +90,11 @@ class CascadePlan:
         Raises:
             InputError: There is no plan, it is broken, or it was found with other engines.
         """
-        file = Path(folder) / FILE_NAME
+        file = Path(folder) / CASCADE
         again = f"find one with `tocom cascade --engines {one_line(folder)} --images DIR`"
         try:
             if not file.is_file():
-                raise InputError(f"there is no {FILE_NAME} in {one_line(folder)}: {again}")
+                raise InputError(f"there is no {CASCADE} in {one_line(folder)}: {again}")
             text = read_text(file)
         except InputError:
             raise
@@ -148,7 +148,7 @@ class CascadePlan:
         """
         text = json.dumps(self.to_json(), indent=1) + "\n"
         CascadePlan.from_json(parse(text))
-        return write_atomically(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        return write_atomically(Path(folder) / CASCADE, text.encode("utf-8"))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import tocom.runtime.preprocess
 from tocom.runtime.backends import BACKENDS
 from tocom.runtime.checked_json import Json, parse, read_text
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import is_data
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 from tocom.serving.triton.config import (
@@ -36,7 +37,7 @@ CLIENT, ENSEMBLE = "client", "ensemble"
 VERSION = "1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "files.py", "manifest.py", "preprocess.py")
+_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "family_files.py", "files.py", "manifest.py", "preprocess.py")
 _PORTABLE = ("fp32", "fp16")  # precisions whose graphs say all, so that ONNX Runtime computes what was proven
 
 
@@ -218,7 +219,7 @@ def _engine_files(
     if row.builds_plans:
         return {opened: engines / entry.engine}
     graph = PurePosixPath(entry.onnx if backend == "onnxruntime" else entry.engine)
-    beside = [name for name in entry.sha256 if PurePosixPath(name).suffix not in (".onnx", ".plan")]
+    beside = [name for name in entry.sha256 if is_data(name)]
     for name in beside:
         if not PurePosixPath(name).is_relative_to(graph.parent):
             raise InputError(f"weights must lie beside their graph {graph} or below, got {name}: compile it again")
