@@ -144,5 +144,5 @@ def may_be_deleted(name: str, listed: Collection[str]) -> bool:
     (True, False)
     """
     beside = _OF_PLAN.fullmatch(name)
-    owner = beside[1] if beside else name
-    return owner not in listed and _GENERATED.fullmatch(name) is not None
+    needed = name in listed or (beside is not None and beside[1] in listed)
+    return not needed and _GENERATED.fullmatch(name) is not None
