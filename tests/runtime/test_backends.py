@@ -37,7 +37,7 @@ def test_every_precision_is_run_by_somebody():
 
 def test_versions_are_those_of_the_packages():
     assert BACKENDS["openvino"].version() == version("openvino")
-    with pytest.raises(InputError, match="^backend tensorrt cannot run here, not installed: pip install tensorrt-cu13$"):
+    with pytest.raises(InputError, match="^backend tensorrt cannot run here, not installed: pip install tensorrt-"):
         BACKENDS["tensorrt"].version()
 
 

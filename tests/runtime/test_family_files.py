@@ -16,7 +16,7 @@ def test_names_are_what_families_on_disk_have():
     assert names.graph_name(8, "0123456789abcdef") == GRAPH.name
     assert names.graph_name(101, "0123456789abcdef") == "r101-0123456789ab.onnx"
     assert names.inlined(GRAPH) == Path("family/r08-0123456789ab.inlined.onnx")
-    assert PLAN == Path("family/r08-0123456789ab.070f0dc9.plan")
+    assert Path("family/r08-0123456789ab.070f0dc9.plan") == PLAN
     assert names.log_of(PLAN) == Path(f"{PLAN}.log") and names.layers_of(PLAN) == Path(f"{PLAN}.layers.json")
     assert names.kernels_of(PLAN, "NVIDIA L40S") == Path(f"{PLAN}.nvidia-l40s.cache")
     assert names.timing_of(GRAPH, "tensorrt") == Path("family/tensorrt.timing")
