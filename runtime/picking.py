@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from .degrees.cascade import CascadePlan, run
+from .degrees.cascade import Cascade, run
 from .degrees.choose import choose, points
 from .degrees.local_latency import Tell, local_latencies
 from .engines.base import EngineRunner, open_engine
@@ -60,7 +60,7 @@ class Pick:
     """
 
     entries: tuple[EngineEntry, ...]
-    plan: CascadePlan | None
+    plan: Cascade | None
     why: str | None
     batch: int | None = None
 
@@ -92,7 +92,7 @@ def pick(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
 
 def _picked(folder: Path, family: Family, wish: Wish, tell: Tell) -> Pick:
     if wish.cascade:
-        plan = CascadePlan.read(folder, family)
+        plan = Cascade.read(folder, family)
         thresholds = ", ".join(f"{stage.threshold:.3f} at degree {stage.degree}" for stage in plan.stages[:-1])
         why = f"images go on to the next degree below a confidence of {thresholds}" if thresholds else None
         return Pick(tuple(family.entry(degree) for degree in plan.degrees), plan, why, wish.batch)

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from .degrees.cascade import CascadePlan, run
+from .degrees.cascade import Cascade, run
 from .degrees.choose import Point, choose, points
 from .degrees.local_latency import local_latencies
 from .engines.base import EngineRunner, open_engine
@@ -101,7 +101,7 @@ class LoadedFamily:
         self._opening = {entry.degree: threading.Lock() for entry in family.engines}
         self._runners: dict[int, EngineRunner] = {}
         self._points: dict[int, tuple[Point, ...]] = {}
-        self._cascade: CascadePlan | None = None
+        self._cascade: Cascade | None = None
         self._closed = False
 
     @property
@@ -262,10 +262,10 @@ class LoadedFamily:
         for degree in self.degrees if degrees is None else degrees:
             self.infer(zeros, degree)
 
-    def _plan(self) -> CascadePlan:
+    def _plan(self) -> Cascade:
         with self._lock:
             if self._cascade is None:
-                self._cascade = CascadePlan.read(self.folder, self.family)
+                self._cascade = Cascade.read(self.folder, self.family)
             return self._cascade
 
     def _runner(self, degree: int) -> EngineRunner:
