@@ -230,7 +230,7 @@ class Family:
             if not file.is_file():
                 raise InputError(
                     f"there is no {MANIFEST} in {one_line(folder)}: give the folder of a compiled family, "
-                    "or compile one with `make engines R=8,16`"
+                    "or compile one with `tocom compile`"
                 )
             text = read_text(file)
         except InputError:
@@ -311,7 +311,7 @@ class Family:
         degrees = ", ".join(str(entry.degree) for entry in self.engines) or "none"
         raise InputError(
             f"degree must be one the family was compiled for ({degrees}), got {degree}: "
-            f"compile it with `make engines R={degree}`"
+            f"compile it with `tocom compile --degrees {degree} ...`"
         )
 
     def with_entry(self, entry: EngineEntry) -> Family:
@@ -326,7 +326,7 @@ class Family:
             InputError: A file is missing, lies outside the folder, cannot be read or has changed.
         """
         folder = Path(folder)
-        again = f"compile degree {entry.degree} again with `make engines R={entry.degree}`"
+        again = f"compile degree {entry.degree} again with `tocom compile --degrees {entry.degree} ...`"
         for name, expected in sorted(entry.sha256.items()):
             _ensure_inside(folder, name, f"degree {entry.degree}")
             file = folder / name

@@ -21,7 +21,7 @@ from ..backends import describe
 from ..checked_json import Json, parse, read_text
 from ..engines.base import open_engine
 from ..errors import InputError, one_line
-from ..files import write_atomically
+from ..files import user_cache, write_atomically
 from ..manifest import EngineEntry, Family
 from .latency import Latency, measure
 
@@ -84,7 +84,7 @@ def local_latencies(
     if batch < 1:
         raise InputError(f"batch must be 1 or more, got {batch}")
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     tell = tell or (lambda _line: None)
     machine = this_machine()
     known = {entry.degree: _from_manifest(entry, machine, batch) for entry in family.engines}
@@ -131,18 +131,9 @@ def _circumstances(family: Family, machine: str, batch: int, fixed: bool) -> dic
 
 def _cache_file(cache: Path | None, circumstances: dict[str, Any]) -> Path | None:
     key = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]
-    folder = _user_cache() if cache is None else cache
-    return None if folder is None else folder / f"{key}.json"
-
-
-def _user_cache() -> Path | None:
-    """None where this user has no home."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # the specification of XDG has relative paths ignored
-        return (named if named.is_absolute() else Path.home() / ".cache") / "tocom" / "latency"
-    except RuntimeError:
-        return None
+    if cache is None and (users := user_cache()) is not None:
+        cache = users / "latency"
+    return None if cache is None else cache / f"{key}.json"
 
 
 def _cached(file: Path | None, family: Family) -> dict[int, Times] | None:

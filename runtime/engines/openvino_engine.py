@@ -12,7 +12,7 @@ import openvino
 from openvino.frontend import FrontEndManager
 
 from ..errors import InputError, one_line, readable
-from ..native import library, record
+from ..native import COMMAND, library, record
 from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from .openvino_fusion import NATIVE, fuse
 
@@ -22,7 +22,7 @@ _DEVICE = "CPU"
 def describe() -> str:
     """One line: the version, and what merges tokens."""
     capabilities = _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
-    merging = "native merge operator" if library() else "no native merge operator (make native)"
+    merging = "native merge operator" if library() else f"no native merge operator ({COMMAND})"
     half = "bf16" if "BF16" in capabilities else "no bf16"
     return f"{openvino.__version__.partition('-')[0]}, {half}, {merging}"
 
@@ -94,7 +94,7 @@ class OpenVinoRunner(EngineRunner):
         except Exception as error:  # OpenVINO raises RuntimeError, and others for what its frontends throw
             if f"ai.tocom.{NATIVE}" in str(error):
                 raise InputError(f"{self._name} needs the native merge operator, which is not there: build it with "
-                                 "`make native`, or compile the family again here") from error  # fmt: skip
+                                 f"`{COMMAND}`, or compile the family again here") from error  # fmt: skip
             raise InputError(f"{self._name} is not a graph that OpenVINO loads: {_reason(error)}") from error
         self.input_size, self.classes = self._contract(model)
         try:

@@ -88,8 +88,8 @@ def test_without_the_native_operator_a_graph_that_needs_it_is_refused(exported, 
     engine = exported("deit_tiny", 8)
     monkeypatch.setattr(tocom.runtime.engines.openvino_engine, "library", lambda: None)
     assert native_operators("openvino") == frozenset()
-    assert "make native" in tocom.runtime.engines.openvino_engine.describe()
-    with pytest.raises(InputError, match="make native"):
+    assert "python -m tocom.runtime.native" in tocom.runtime.engines.openvino_engine.describe()
+    with pytest.raises(InputError, match="python -m tocom.runtime.native"):
         open_engine(engine.file, "openvino")
 
 

@@ -1,4 +1,4 @@
-"""Tests runtime/picking.py through the command: a budget, an accuracy, a cascade, and what excludes what."""
+"""Tests which engines runtime/infer.py runs: a budget, an accuracy, a cascade, and what excludes what."""
 
 import json
 import re
