@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .checked_json import Json, parse, read_text
+from .checked_json import AbsentError, Json, parse, read
 from .errors import InputError, one_line
 from .family_files import MANIFEST
 from .files import sha256_file, write_atomically
@@ -225,28 +225,19 @@ class Family:
             InputError: There is no manifest, it is broken, newer than this code, or points out of its folder.
         """
         folder = Path(folder)
-        file = folder / MANIFEST
-        try:
-            if not file.is_file():
-                raise InputError(
-                    f"there is no {MANIFEST} in {one_line(folder)}: give the folder of a compiled family, "
-                    "or compile one with `tocom compile`"
-                )
-            text = read_text(file)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the folder's name
-            raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from error
-        try:
-            family = cls.from_json(parse(text))
+
+        def interpret(value: Any) -> Family:
+            family = cls.from_json(value)
             for entry in family.engines:
                 for name in entry.sha256:  # `onnx` and `engine` are among them
                     _ensure_inside(folder, name, f"degree {entry.degree}")
-        except InputError as error:
-            raise InputError(f"{one_line(file)}: {error}") from None
-        except RecursionError:
-            raise InputError(f"{one_line(file)}: it is nested too deeply") from None
-        return family
+            return family
+
+        try:
+            return read(folder / MANIFEST, interpret)
+        except AbsentError:
+            raise InputError(f"there is no {MANIFEST} in {one_line(folder)}: give the folder of a compiled family, or "
+                             "compile one with `tocom compile`") from None  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Any) -> Family:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checked_json import Json, parse, read_text
+from ..checked_json import AbsentError, Json, parse, read
 from ..errors import InputError, one_line
 from ..family_files import CASCADE
 from ..files import write_atomically
@@ -90,26 +90,19 @@ class Cascade:
         Raises:
             InputError: There is no cascade, it is broken, or it was found with other engines.
         """
-        file = Path(folder) / CASCADE
         again = f"find one with `tocom cascade --engines {one_line(folder)} --images DIR`"
-        try:
-            if not file.is_file():
-                raise InputError(f"there is no {CASCADE} in {one_line(folder)}: {again}")
-            text = read_text(file)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the folder's name
-            raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from error
-        try:
-            cascade = cls.from_json(parse(text))
+
+        def interpret(value: Any) -> Cascade:
+            cascade = cls.from_json(value)
             for stage in cascade.stages:
                 if stage.recipe not in ("", family.entry(stage.degree).recipe):
                     raise InputError(f"the engine of degree {stage.degree} was compiled anew since: {again}")
-        except InputError as error:
-            raise InputError(f"{one_line(file)}: {error}") from None
-        except RecursionError:
-            raise InputError(f"{one_line(file)}: it is nested too deeply") from None
-        return cascade
+            return cascade
+
+        try:
+            return read(Path(folder) / CASCADE, interpret)
+        except AbsentError:
+            raise InputError(f"there is no {CASCADE} in {one_line(folder)}: {again}") from None
 
     @classmethod
     def from_json(cls, value: Any) -> Cascade:

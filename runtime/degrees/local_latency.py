@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import describe
-from ..checked_json import Json, parse, read_text
+from ..checked_json import Json, read
 from ..engines.base import open_engine
 from ..errors import InputError, one_line
 from ..files import user_cache, write_atomically
@@ -141,15 +141,19 @@ def _cached(file: Path | None, family: Family) -> dict[int, Times] | None:
     if file is None:
         return None
     try:
-        node = Json(parse(read_text(file)), "")
-        if node.key("format").integer() != FORMAT:
-            return None
-        times = node.key("times").mapping(lambda each: Times(each.key("p50").number(), each.key("p99").number()))
-    except (OSError, ValueError, RecursionError):  # InputError is a ValueError
+        times = read(file, _times)
+    except InputError:
         return None
-    wanted = {str(entry.degree): entry.degree for entry in family.engines}
-    usable = times.keys() == wanted.keys() and all(0 < each.p50_ms <= each.p99_ms for each in times.values())
-    return {degree: times[name] for name, degree in wanted.items()} if usable else None
+    degrees = {str(entry.degree): entry.degree for entry in family.engines}
+    usable = times.keys() == degrees.keys() and all(0 < known.p50_ms <= known.p99_ms for known in times.values())
+    return {degree: times[name] for name, degree in degrees.items()} if usable else None
+
+
+def _times(value: Any) -> dict[str, Times]:
+    node = Json(value, "")
+    if node.key("format").integer() != FORMAT:
+        node.key("format").refuse(str(FORMAT))
+    return node.key("times").mapping(lambda times: Times(times.key("p50").number(), times.key("p99").number()))
 
 
 def _keep(file: Path | None, circumstances: dict[str, Any], found: dict[int, Times], tell: Tell) -> None:

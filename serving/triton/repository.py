@@ -17,7 +17,7 @@ from typing import Any
 
 import tocom.runtime.preprocess
 from tocom.runtime.backends import BACKENDS
-from tocom.runtime.checked_json import Json, parse, read_text
+from tocom.runtime.checked_json import Json, read
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.family_files import is_data
 from tocom.runtime.files import write_atomically
@@ -291,10 +291,9 @@ def _ensure_replaceable(engines: Path, out: Path, *, replace: bool) -> None:
 def _marked(out: Path) -> list[str]:
     """Names of the models that a repository's marker lists; none where there is no marker that can be read."""
     try:
-        names = parse(read_text(out / MARKER))["models"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return read(out / MARKER, lambda value: [name.text() for name in Json(value, "").key("models").items()])
+    except InputError:
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _put_in_place(making: Path, out: Path) -> None:

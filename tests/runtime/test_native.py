@@ -211,9 +211,7 @@ def test_where_nothing_can_be_written_both_places_are_told(tmp_path, monkeypatch
     (tmp_path / "package").touch()
     (tmp_path / "cache").touch()
     monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "package/built")
-    with pytest.raises(
-        InputError, match=r"cannot be written to .*package/built \(.*\) or to .*tocom/native \("
-    ):
+    with pytest.raises(InputError, match=r"cannot be written to .*package/built \(.*\) or to .*tocom/native \("):
         build()
 
 
