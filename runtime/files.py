@@ -23,7 +23,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Writes a file so that whoever looks, at any time and after any crash, finds the old content or the new, whole.
+    """Writes a file so that a reader finds the old content or the new, whole, at any time and after any crash.
 
     Args:
         path: Where the file belongs; its folder exists. A file that is there is replaced.

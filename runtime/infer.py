@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 done; 1 no degree keeps to the budget or accuracy; 2 bad usage, or some image could not be used
-        (the others were still classified); 130 interrupted; 141 whoever read the output stopped reading.
+        (the others were still classified); 130 interrupted; 141 the reader of the output stopped reading.
     """
     _keep_odd_names_printable()
     try:

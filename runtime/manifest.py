@@ -324,12 +324,12 @@ class Family:
             try:
                 if not file.is_file():
                     raise InputError(f"{one_line(file)} is missing: {again}")
-                found = sha256_file(file)
+                actual = sha256_file(file)
             except OSError as error:
                 reason = one_line(error.strerror or error)
                 raise InputError(f"{one_line(file)} cannot be read ({reason}): {again}") from error
-            if found != expected:
-                hashes = f"must have sha256 {expected[:12]}..., got {found[:12]}..."
+            if actual != expected:
+                hashes = f"must have sha256 {expected[:12]}..., got {actual[:12]}..."
                 raise InputError(f"{one_line(file)} {hashes}: it has changed; {again}")
 
 

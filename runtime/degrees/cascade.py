@@ -175,11 +175,11 @@ def run(cascade: Cascade, infer: InferAt, pixel_values: np.ndarray) -> CascadeAn
         if not len(waiting):
             break
         # All of a batch goes in as it came: no copy.
-        found = infer(pixel_values if len(waiting) == len(pixel_values) else pixel_values[waiting], stage.degree)
+        answer = infer(pixel_values if len(waiting) == len(pixel_values) else pixel_values[waiting], stage.degree)
         if not logits.shape[1]:
-            logits = np.empty((len(pixel_values), found.shape[1]), np.float32)
-        sureness = confidence(found, stage.temperature)
-        logits[waiting], degrees[waiting], confidences[waiting] = found, stage.degree, sureness
+            logits = np.empty((len(pixel_values), answer.shape[1]), np.float32)
+        sureness = confidence(answer, stage.temperature)
+        logits[waiting], degrees[waiting], confidences[waiting] = answer, stage.degree, sureness
         waiting = waiting[goes_on(sureness, stage)]
     return CascadeAnswer(logits, degrees, confidences)
 

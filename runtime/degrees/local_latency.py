@@ -30,7 +30,7 @@ _SECONDS, _ROUNDS = 2.0, 10
 _TOGETHER = 4  # degrees that are open beside the lowest one: all of a large family would fill the memory
 _PATIENCE_S = 120.0  # how long another process that measures is waited for
 _measuring = threading.Lock()  # two measurements at a time would disturb each other
-_told: set[Path] = set()
+_warned: set[Path] = set()
 
 Tell = Callable[[str], object]
 
@@ -93,16 +93,16 @@ def local_latencies(
     circumstances = _circumstances(family, machine, batch, fixed)
     file = _cache_file(cache, circumstances)
     with _measuring:
-        if (found := _cached(file, family)) is not None:
-            return found
+        if (times := _cached(file, family)) is not None:
+            return times
         with _alone(file):
-            if (found := _cached(file, family)) is not None:
-                return found
+            if (times := _cached(file, family)) is not None:
+                return times
             count = len(family.engines)
             tell(f"measuring {count} engine{'' if count == 1 else 's'} at batch {batch} on this machine, once")
-            found = _measure(Path(folder), family, batch, fixed)
-            _keep(file, circumstances, found, tell)
-            return found
+            times = _measure(Path(folder), family, batch, fixed)
+            _keep(file, circumstances, times, tell)
+            return times
 
 
 def _from_manifest(entry: EngineEntry, machine: str, batch: int) -> Times | None:
@@ -156,17 +156,17 @@ def _times(value: Any) -> dict[str, Times]:
     return node.key("times").mapping(lambda times: Times(times.key("p50").number(), times.key("p99").number()))
 
 
-def _keep(file: Path | None, circumstances: dict[str, Any], found: dict[int, Times], tell: Tell) -> None:
-    times = {str(degree): {"p50": each.p50_ms, "p99": each.p99_ms} for degree, each in found.items()}
+def _keep(file: Path | None, circumstances: dict[str, Any], times: dict[int, Times], tell: Tell) -> None:
+    entries = {str(degree): {"p50": known.p50_ms, "p99": known.p99_ms} for degree, known in times.items()}
     about = {name: circumstances[name] for name in ("format", "machine", "batch", "fixed", "libraries")}
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps({**about, "times": times}, indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps({**about, "times": entries}, indent=1) + "\n").encode())
     except OSError as error:
-        if file.parent not in _told:
-            _told.add(file.parent)
+        if file.parent not in _warned:
+            _warned.add(file.parent)
             tell(f"{one_line(file.parent)} cannot be written ({one_line(error.strerror or error)}): latencies are "
                  "measured again next time")  # fmt: skip
 
@@ -203,12 +203,12 @@ def _measure(folder: Path, family: Family, batch: int, fixed: bool) -> dict[int,
     groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
     runs = [_together(folder, [base, *group], batch, fixed) for group in groups]
     typical = statistics.median(run[base.degree].p50 for run in runs)
-    found: dict[int, Times] = {}
+    times: dict[int, Times] = {}
     for run in runs:
         scale = typical / run[base.degree].p50
         for degree, latency in run.items():
-            found.setdefault(degree, Times(round(latency.p50 * scale, 4), round(latency.p99 * scale, 4)))
-    return found
+            times.setdefault(degree, Times(round(latency.p50 * scale, 4), round(latency.p99 * scale, 4)))
+    return times
 
 
 def _together(folder: Path, entries: list[EngineEntry], batch: int, fixed: bool) -> dict[int, Latency]:
@@ -249,6 +249,6 @@ def _gpus() -> list[str]:
     names = []
     with suppress(OSError):
         for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-            found = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            names += [one_line(found.group(1).strip())] if found else []
+            model = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            names += [one_line(model.group(1).strip())] if model else []
     return sorted(names)

@@ -62,8 +62,8 @@ def record(run: Callable[[], object]) -> list[np.ndarray]:
     try:
         run()
         count = ctypes.c_size_t()
-        while found := native.tocom_recorded(ctypes.c_size_t(len(calls)), ctypes.byref(count)):
-            calls.append(np.ctypeslib.as_array(found, (count.value,)).copy())
+        while values := native.tocom_recorded(ctypes.c_size_t(len(calls)), ctypes.byref(count)):
+            calls.append(np.ctypeslib.as_array(values, (count.value,)).copy())
     finally:
         native.tocom_record(0)
     return calls
@@ -147,12 +147,12 @@ def _compile(file: Path) -> None:
 
 
 def _compiler() -> str:
-    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
-    for name in wanted:
-        if found := shutil.which(name):
-            return found
-    raise InputError(f"there is no C++ compiler ({', '.join(wanted)}): engines use the merge operator's function body, "
-                     f"which is slower; install one and run `{COMMAND}`")  # fmt: skip
+    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    for name in compilers:
+        if path := shutil.which(name):
+            return path
+    raise InputError(f"there is no C++ compiler ({', '.join(compilers)}): engines use the merge operator's function "
+                     f"body, which is slower; install one and run `{COMMAND}`")  # fmt: skip
 
 
 def _name() -> str:

@@ -96,6 +96,6 @@ def cut(batch: int, profiles: Sequence[Profile]) -> list[Part]:
     for start in range(0, batch, most):
         images = min(most, batch - start)
         fitting = [profile for profile in profiles if images <= profile.largest]
-        profile = min(fitting, key=lambda each: (max(images, each.smallest), abs(each.best - images), each.index))
+        profile = min(fitting, key=lambda fit: (max(images, fit.smallest), abs(fit.best - images), fit.index))
         parts.append(Part(start, images, max(images, profile.smallest), profile.index))
     return parts

@@ -129,11 +129,11 @@ class TensorRtRunner(EngineRunner):
 
     def _run(self, pixel_values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         with self._lane(len(pixel_values)) as lane:
-            found = [
+            outputs = [
                 lane.run(pixel_values[part.start : part.start + part.images], part, names)
                 for part in cut(len(pixel_values), self._profiles)
             ]
-        return {name: np.concatenate([part[name] for part in found]) for name in names} if found[1:] else found[0]
+        return {name: np.concatenate([part[name] for part in outputs]) for name in names} if outputs[1:] else outputs[0]
 
     @contextlib.contextmanager
     def _lane(self, batch: int) -> Iterator[Lane]:
