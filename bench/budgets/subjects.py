@@ -16,7 +16,8 @@ from examples.sheets import Split
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import choose_family_scales
 from tocom.export.source.options import CompileOptions
-from tocom.runtime.manifest import FILE_NAME, Family
+from tocom.runtime.family_files import MANIFEST
+from tocom.runtime.manifest import Family
 
 DEGREES = (0, 4, 8, 12, 16)
 
@@ -51,7 +52,7 @@ class Subject:
             The family's folder.
         """
         out = work / "engines" / self.name
-        if (out / FILE_NAME).exists() and {entry.degree for entry in Family.read(out).engines} == set(DEGREES):
+        if (out / MANIFEST).exists() and {entry.degree for entry in Family.read(out).engines} == set(DEGREES):
             return out
         options = {"out": out, "degrees": DEGREES, "source_degree": 0, "backend": _BACKEND}
         if self.seed is None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
-from tocom.export.graph.insert_qdq import Form, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.images import default_images
+from tocom.runtime.backends import QdqForm
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
@@ -89,7 +90,7 @@ class Subject:
         graph = self.lowering.lower(planned, made_of, name)
         if form != "fp32":
             quantization = self.calibration.quantization(self.model)
-            unsigned = Form(unsigned=form.endswith("unsigned"))
+            unsigned = QdqForm(unsigned=form.endswith("unsigned"))
             graph = quantized_graph(graph, self.model, quantization, self.store, f"quantized-{name}", unsigned)
         gc.collect()
         return graph

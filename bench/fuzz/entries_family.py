@@ -17,8 +17,8 @@ from bench.fuzz.commands import judge, run_infer, run_tocom
 from bench.fuzz.given import DEGREE, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
-from tocom.runtime.degrees.cascade import FILE_NAME as CASCADE
-from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.degrees.cascade import Cascade, Stage
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
@@ -153,7 +153,7 @@ def _whole_cascade(given: Given, _: random.Random) -> bytes:
     family = Family.read(given.family(_BACKEND))
     stages = [Stage(degree, temperature, threshold, family.entry(degree).recipe)
               for degree, temperature, threshold in ((DEGREE, 1.5, 1.0), (0, 0.8, 0.0))]  # fmt: skip
-    return json.dumps(CascadePlan(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
+    return json.dumps(Cascade(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
 
 
 def _place_cascade(given: Given, folder: Path, content: bytes) -> None:
