@@ -20,11 +20,7 @@ def budgets(
     again: Annotated[
         bool, typer.Option("--again", help="Measure times anew: where the machine was busy the last time.")
     ] = False,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Measure frontiers and cascades of the example and of the experiment's checkpoints (`make experiment`).
 
@@ -32,16 +28,16 @@ def budgets(
     else. --quick --only example needs no experiment.
     """
     from bench.budgets.page import write_page
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
 
-    place = run.Places.of("budgets", out, work, quick=quick)
-    if not report_only:
+    place = common.places("budgets")
+    if not common.report_only:
         from bench.budgets.measure import FULL, QUICK
 
-        effort = QUICK if quick else FULL
+        effort = QUICK if common.quick else FULL
         subjects = subjects_of(effort)
         chosen = run.names("only", only, subjects)
-        state = State.load(place.state, vars(effort), fresh=fresh)
+        state = State.load(place.state, vars(effort), fresh=common.fresh)
         if again:
             state.forget([name for name in state.results if name.startswith("times")])
             for file in (place.work / "latency").glob("*.json"):
@@ -51,10 +47,8 @@ def budgets(
         for name, result in run.run_cases(state, cases).items():
             stage, _, subject = name.partition(" of ")
             found.setdefault(subject, {})[stage] = result
-        head = setup(run.command_line("bench.budgets"), _LIBRARIES, **vars(effort))
-        write_results(place.results, {"setup": head, "subjects": found})
-    write_page(read_results(place.results), place.page)
-    print(f"wrote {place.page}")
+        keep_results(place, _LIBRARIES, {"subjects": found}, **vars(effort))
+    report(place, write_page)
 
 
 def subjects_of(effort: Any) -> dict[str, Any]:

@@ -273,16 +273,11 @@ def _lost(cascade: Cascade, logits: Mapping[int, np.ndarray], labels: np.ndarray
 
 @dataclass(frozen=True)
 class Rival:
-    """The best that single degrees do at a mean cost.
-
-    Attributes:
-        right: Per image, how often it is right: 0 or 1, or between where chance decides the degree; float64
-            [n].
-    """
+    """The best that single degrees do at a mean cost."""
 
     name: str  # "degree 8", or the two degrees that images are sent to at random, and how many to the cheaper one
     cost: float  # its mean cost
-    right: np.ndarray
+    right: np.ndarray  # how often each image is right, 0 to 1: chance may decide the degree; float64 [n]
 
     @property
     def accuracy(self) -> float:

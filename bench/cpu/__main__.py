@@ -19,11 +19,7 @@ def cpu(
     degrees: Annotated[str, typer.Option(help="Degrees beside 0.")] = "4,8,12,16",
     seconds: Annotated[float, typer.Option(help="Seconds to measure each group for, at least 15 rounds.")] = 60.0,
     only: Annotated[str, typer.Option(help="Only contenders whose names match: fewer, so more rounds.")] = "",
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Time our engines beside what a user would pick instead; randomly initialized weights, real sizes.
 
@@ -32,16 +28,16 @@ def cpu(
     project's operator, and the untouched timm model where nothing is merged. The same command goes on where it stopped.
     """
     from bench.cpu.page import write_page
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
 
-    place = run.Places.of("cpu", out, work, quick=quick)
-    if quick:
+    place = common.places("cpu")
+    if common.quick:
         models, batches, degrees, seconds, only = "deit_tiny_patch16_224", "1", "16", 0.0, only or "fp32"
-    if not report_only:
+    if not common.report_only:
         from bench.cpu.groups import run_group
         from bench.cpu.subject import Subject
 
-        state = State.load(place.state, {"only": only, "seconds": seconds}, fresh=fresh)
+        state = State.load(place.state, {"only": only, "seconds": seconds}, fresh=common.fresh)
         subject = cache(lambda name: Subject(name, place.work))
         cases = {
             f"{name}, batch {batch}, r = {degree}": partial(
@@ -52,10 +48,8 @@ def cpu(
             for degree in run.numbers("degrees", degrees, 1)
         }
         rows = [row for group in run.run_cases(state, cases).values() for row in group]
-        head = setup(run.command_line("bench.cpu"), _LIBRARIES, only=only)
-        write_results(place.results, {"setup": head, "rows": rows})
-    write_page(read_results(place.results), place.page)
-    print(f"wrote {place.page}")
+        keep_results(place, _LIBRARIES, {"rows": rows}, only=only)
+    report(place, write_page)
 
 
 if __name__ == "__main__":

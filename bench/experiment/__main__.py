@@ -30,7 +30,7 @@ def experiment(
         Path | None, typer.Option(help="The page. Default: docs/experiment.md; of preset quick, docs in --work.")
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Finished stages. Default: build/experiment/PRESET.")] = None,
-    report_only: run.ReportOnly = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the page from the results file.")] = False,
 ) -> None:
     """Repeat the paper's central experiment; finished stages are kept, so the same command goes on after a kill."""
     if preset not in PRESETS or device not in ("auto", "cpu", "cuda"):
@@ -89,7 +89,7 @@ def _gather(bench: stages.Bench) -> dict[str, Any]:
 
     timed = [name for name in names if (bench.work / f"{name}.time.json").exists()]
     return {
-        "setup": setup("make experiment", _LIBRARIES, device=bench.device),
+        "setup": setup(_LIBRARIES, device=bench.device),
         "protocol": asdict(bench.protocol),
         "outcomes": {Path(job.name).stem: read(job.name) for job in jobs if job.run is stages.assess},
         "transfer": [read(job.name) for job in jobs if job.run is stages.transfer],

@@ -30,9 +30,6 @@ class Protocol:
 
     Attributes:
         model: Arguments of timm's `vit_tiny_patch16_224`.
-        methods: What is evaluated; the others than constant from source degree 0 only.
-        scales: That the compensator is tried at: the paper's, and a smaller one for tasks far from the pre-
-            training.
     """
 
     name: str = "small"  # of the preset
@@ -47,8 +44,8 @@ class Protocol:
     targets: tuple[int, ...] = tuple(range(0, 17, 2))  # degrees that they run at
     tasks: tuple[str, ...] = ("board", "letters", "missing")  # downstream tasks
     seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning: head, order of sheets
-    methods: tuple[str, ...] = ("constant", "strided", "pruned")
-    scales: tuple[float, ...] = (0.03, *PAPER_SCALES)
+    methods: tuple[str, ...] = ("constant", "strided", "pruned")  # the others than constant from source degree 0 only
+    scales: tuple[float, ...] = (0.03, *PAPER_SCALES)  # the paper's, and a smaller one for tasks far from pre-training
     val_sheets: int = 768  # on which a scale is chosen
     test_sheets: int = 1536  # on which everything reported is measured
 

@@ -22,12 +22,8 @@ def fuzz(
     seconds: Annotated[float, typer.Option(help="Stop after this long.")] = 720.0,
     only: Annotated[str, typer.Option(help="Entry points with this in their names, like 'image'.")] = "",
     seed: run.Seed = 0,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
     again: run.Again = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Damage real files and feed them to every entry point: each must refuse in one clear line, or answer rightly.
 
@@ -35,29 +31,26 @@ def fuzz(
     """
     from bench.fuzz.case import FAULTS, FINE
     from bench.fuzz.page import summary, write_page
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
 
-    place = run.Places.of("fuzz", out, work, quick=quick)
-    if not report_only:
+    place = common.places("fuzz")
+    if not common.report_only:
         from bench.fuzz.campaign import run as run_campaign
         from bench.fuzz.registry import ENTRIES
 
         run.matching("only", only, ENTRIES)
         code = fingerprint(Path(__file__).parent.glob("mutate_*.py"))
-        state = State.load(place.state, {"seed": seed, "code": code}, fresh=fresh)
+        state = State.load(place.state, {"seed": seed, "code": code}, fresh=common.fresh)
         if again:
             state.forget([key for key, each in state.results.items() if each["verdict"] not in FINE])
-        cases = min(cases, 50) if quick else cases
+        cases = min(cases, 50) if common.quick else cases
         with run.progress(cases, "making whole files") as tell:
             run_campaign(place.work, state, count=cases, seconds=seconds, seed=seed, only=only, tell=tell)
-        head = setup(run.command_line("bench.fuzz"), _LIBRARIES, seed=seed, limits=_LIMITS)
-        write_results(place.results, {"setup": head, **summary(state.results)})
-    results = read_results(place.results)
-    write_page(results, place.page)
+        keep_results(place, _LIBRARIES, {**summary(state.results)}, seed=seed, limits=_LIMITS)
+    results = report(place, write_page)
     faulty = [each for each in results["odd"] if each["verdict"] in FAULTS]
     for each in faulty:
         print(f"{each['entry point']}, {each['damage']} {each['number']}: {each['verdict']}: {each['message']}")
-    print(f"wrote {place.page}")
     if faulty:
         raise typer.Exit(1)
 

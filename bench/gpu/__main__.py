@@ -36,11 +36,7 @@ def gpu_check(
         typer.Option(help="Begin nothing new after this long, nor a group that might take longer than is left."),
     ] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Time engines although a comparison failed.")] = False,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Check this machine's GPU: is everything right there, and how fast is it?
 
@@ -55,19 +51,18 @@ def gpu_check(
     The page, bench/results/gpu-NAME.md by default, is written after every step; the same command goes on where it
     stopped, and with other options adds to it. --quick is one small group: DeiT-S, batch 64, r = 0 and 16.
     """
-    if quick:
+    if common.quick:
         models, batches, degrees, seconds = "deit_small_patch16_224", "64", "0,16", 5.0
     if precision not in _PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}.")
     chosen_batches, chosen_degrees = run.numbers("batches", batches, 1), run.numbers("degrees", degrees)
-    if report_only:
-        if out is None:
+    if common.report_only:
+        if common.out is None:
             raise InputError("--report-only needs --out: the page whose numbers lie beside it.")
         from bench.gpu.page import write_page
-        from bench.harness.page import read_results
+        from bench.harness.page import report
 
-        write_page(read_results(out.with_suffix(".json")), out)
-        print(f"wrote {out}")
+        report(common.places("gpu"), write_page)
         return
     _require_cuda()
     from bench.gpu.check import Options, check_gpu
@@ -76,8 +71,8 @@ def gpu_check(
         models=tuple(filter(None, models.split(","))), batches=chosen_batches,
         degrees=tuple(sorted({0, *chosen_degrees})), precision=precision, only=tuple(only or ()),
         without=tuple(without or ()), seconds=seconds, minutes=minutes, anyway=anyway,
-        command=run.command_line("bench.gpu"),
-    ), lambda name: run.Places.of(f"gpu-{name}", out, work, quick=quick), fresh=fresh)  # fmt: skip
+        command=run.command_line(),
+    ), lambda name: common.places(f"gpu-{name}"), fresh=common.fresh)  # fmt: skip
 
 
 def _require_cuda() -> None:

@@ -45,23 +45,16 @@ _SUM_ERROR = 2e-6  # of a weighted mean in float32, as a share of the largest nu
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison at one degree.
-
-    Attributes:
-        agreement: Share of the decisions about single tokens that is the other side's; None where nothing is
-            decided.
-        error: Largest difference of a logit; for a step, of a number in its tokens as a share of the largest
-            one.
-    """
+    """One comparison at one degree."""
 
     model: str  # timm's name
     degree: int  # tokens removed in every block
     what: str  # what was compared
     verdict: str  # `PASSED`, `FAILED` or `NOT_RUN`
-    agreement: float | None = None
+    agreement: float | None = None  # share of decisions about tokens that are the other side's, if any
     explained: int = 0  # images in whose blocks something else was decided that is as good to within rounding
     unexplained: int = 0  # images in whose blocks it is not
-    error: float | None = None
+    error: float | None = None  # largest difference of a logit; of a step as a share of its largest number
     allowed: float | None = None  # what it may be
     why: str = ""  # why it was not run, or what else failed; one line
 

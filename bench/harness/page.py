@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 
 from bench.harness.machine import machine, versions
+from bench.harness.run import Places, command_line
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.files import write_atomically
 
@@ -24,10 +25,23 @@ _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, 
 _NUMBER = r"-|\**[-+±<]?\d.*"
 
 
-def setup(command: str, libraries: Iterable[str], **more: Any) -> dict[str, Any]:
+def setup(libraries: Iterable[str], **more: Any) -> dict[str, Any]:
     """The head of a results file: how, when and where it was measured."""
     today = pd.Timestamp.now().date().isoformat()
-    return {"command": command, "date": today, "machine": machine(), "libraries": versions(libraries), **more}
+    return {"command": command_line(), "date": today, "machine": machine(), "libraries": versions(libraries), **more}
+
+
+def keep_results(place: Places, libraries: Iterable[str], results: Mapping[str, Any], **more: Any) -> None:
+    """Writes a campaign's results below such a head."""
+    write_results(place.results, {"setup": setup(libraries, **more), **results})
+
+
+def report(place: Places, write: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:
+    """Writes a campaign's page from its results, and returns them."""
+    results = read_results(place.results)
+    write(results, place.page)
+    print(f"wrote {place.page}")
+    return results
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:

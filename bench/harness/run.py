@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import shlex
 import signal
@@ -9,9 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the cores of whose turn it is
 
@@ -27,16 +29,6 @@ RESULTS = ROOT / "bench" / "results"
 _INTERRUPTED = 130
 _TELL_S = 10.0  # between two lines about how far it is, where there is no terminal
 
-Out = Annotated[
-    Path | None,
-    typer.Option(help="The page; numbers and pictures go beside it. Default: in bench/results; quick ones in --work."),
-]
-Work = Annotated[Path | None, typer.Option(help="What is finished, and files on the way. Default: below build/bench.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew instead of going on.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Little of everything: whether it runs, no result.")]
-ReportOnly = Annotated[
-    bool, typer.Option("--report-only", help="Measure nothing: write the page from the numbers beside it.")
-]
 Seed = Annotated[int, typer.Option(help="Decides everything random.")]
 Again = Annotated[bool, typer.Option("--again", help="Run once more what did not pass.")]
 Tell = Callable[..., None]
@@ -50,13 +42,6 @@ class Places:
     work: Path  # what is finished, and files on the way
     page: Path  # what is read
 
-    @classmethod
-    def of(cls, name: str, out: Path | None, work: Path | None, *, quick: bool = False) -> Places:
-        """From the options; what is quick is kept apart, so that no result is made of it."""
-        work = work or ROOT / "build" / "bench" / name
-        work = work / "quick" if quick else work
-        return cls(work, out or (work if quick else RESULTS) / f"{name}.md")
-
     @property
     def results(self) -> Path:
         """The numbers that the page is written from."""
@@ -68,9 +53,61 @@ class Places:
         return self.work / "state.jsonl"
 
 
-def command_line(module: str) -> str:
+@dataclass(frozen=True)
+class Common:
+    """Options that all campaigns share: a command that has a parameter `common` has them, see `main`."""
+
+    out: Annotated[
+        Path | None, typer.Option(help="The page; numbers and pictures go beside it. Default: in bench/results.")
+    ] = None
+    work: Annotated[
+        Path | None, typer.Option(help="What is finished, and files on the way. Default: below build/bench.")
+    ] = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew instead of going on.")] = False
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Little of everything: whether it runs. Its page lies in --work.")
+    ] = False
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Measure nothing: write the page from the numbers beside it.")
+    ] = False
+
+    def places(self, name: str) -> Places:
+        """Where a campaign of that name keeps what; what is quick is kept apart, so that no result is made of it."""
+        work = self.work or ROOT / "build" / "bench" / name
+        work = work / "quick" if self.quick else work
+        return Places(work, self.out or (work if self.quick else RESULTS) / f"{name}.md")
+
+
+COMMON = Common()
+
+
+def _spelled_out(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the shared options in place of its parameter `common`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    if "common" not in own:
+        return command
+    shared = {field.name: field.default for field in fields(Common)}
+    hints = {name: each.annotation for name, each in own.items() if name != "common"}
+    hints |= get_type_hints(Common, include_extras=True)
+    defaults = {name: own[name].default if name in own else shared[name] for name in hints}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**{name: given[name] for name in own if name != "common"},
+                common=Common(**{name: given[name] for name in shared}))  # fmt: skip
+
+    run.__annotations__ = hints
+    run.__signature__ = inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+        for name, hint in hints.items()
+    ])  # fmt: skip
+    return run
+
+
+def command_line() -> str:
     """The command as it was given."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    spec = sys.modules["__main__"].__spec__
+    return shlex.join(["python", "-m", spec.parent if spec else "bench", *sys.argv[1:]])
 
 
 def main(name: str, *commands: Callable[..., None], arguments: list[str] | None = None) -> NoReturn:
@@ -86,13 +123,12 @@ def main(name: str, *commands: Callable[..., None], arguments: list[str] | None 
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     for command in commands:
-        app.command()(command)
+        app.command()(_spelled_out(command))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing started is left behind
     try:
         status = app(arguments, standalone_mode=False)
-    except typer.Exit as leave:  # typer turns Ctrl-C into one
-        told = "interrupted; the same command goes on"
-        status = _complain(name, told, _INTERRUPTED) if leave.exit_code == _INTERRUPTED else leave.exit_code
+        if status == _INTERRUPTED:  # what typer makes of Ctrl-C
+            _complain(name, "interrupted; the same command goes on", status)
     except typer.TyperException as error:
         status = _complain(name, error.format_message(), 2)
     except InputError as error:

@@ -21,35 +21,28 @@ def proof(
     models: Annotated[int, typer.Option(min=1, help="How many random models.")] = 500,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that validate models.")] = 1,
     seed: run.Seed = 0,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Compile random healthy models and validate them: every gate that one of them does not hold is a false alarm.
 
     The same command goes on where it stopped. Exit status: 0 no alarm, 1 an alarm, 2 bad input.
     """
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
     from bench.proof.page import write_page
 
-    place = run.Places.of("proof", out, work, quick=quick)
-    if not report_only:
+    place = common.places("proof")
+    if not common.report_only:
         from bench.proof.campaign import run as validate_all
         from bench.proof.summary import summary
 
-        models = min(models, 6) if quick else models
-        state = State.load(place.state, {"seed": seed, "code": _code()}, fresh=fresh)
+        models = min(models, 6) if common.quick else models
+        state = State.load(place.state, {"seed": seed, "code": _code()}, fresh=common.fresh)
         with run.progress(models) as tell:
             records = validate_all(state, models=models, seed=seed, tell=tell, jobs=jobs)
-        head = setup(run.command_line("bench.proof"), _LIBRARIES, seed=seed)
-        write_results(place.results, {"setup": head, **summary(records)})
-    results = read_results(place.results)
-    write_page(results, place.page)
+        keep_results(place, _LIBRARIES, {**summary(records)}, seed=seed)
+    results = report(place, write_page)
     for each in results["alarms"]:
         print(f"model {each['model']}: {each['alarm']}")
-    print(f"wrote {place.page}")
     if results["alarms"]:
         raise typer.Exit(1)
 

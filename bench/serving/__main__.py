@@ -30,11 +30,7 @@ def load(
     seconds: Annotated[float, typer.Option(min=1, max=180, help="For each measurement.")] = 60.0,
     trial_s: Annotated[float, typer.Option(min=1, help="For each step of the search for what r=0 sustains.")] = 15.0,
     seed: run.Seed = 0,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Offer 0.5x to 4x of what r=0 sustains to fixed r=0, fixed most compressed, and adaptive; then a step of load.
 
@@ -42,24 +38,24 @@ def load(
     """
     from dataclasses import asdict
 
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
     from bench.serving.load import LoadOptions, LoadTest
     from bench.serving.load_page import summary, verdicts, write_load_page
 
-    place = run.Places.of("serving", out, work, quick=quick)
-    if not report_only:
+    place = common.places("serving")
+    if not common.report_only:
         from bench.serving.subject import Subject
 
-        options = LoadOptions(objective_ms, request, 4.0 if quick else seconds, 2.0 if quick else trial_s, seed=seed)
-        state = State.load(place.work / "load.jsonl", {**asdict(options), "family": _hash(engines)}, fresh=fresh)
+        options = LoadOptions(
+            objective_ms, request, 4.0 if common.quick else seconds, 2.0 if common.quick else trial_s, seed=seed
+        )
+        state = State.load(place.work / "load.jsonl", {**asdict(options), "family": _hash(engines)}, fresh=common.fresh)
         subject = Subject(engines, images)
         with run.progress(None) as tell:
             LoadTest(subject, options, state, place.work / "load", tell).run()
-        head = setup(run.command_line("bench.serving"), _LIBRARIES)
-        write_results(place.results, {"setup": head, **summary(state.results, options, max(subject.expected))})
-    results = read_results(place.results)
-    write_load_page(results, place.page)
-    _end(verdicts(results), place)
+        keep_results(place, _LIBRARIES, {**summary(state.results, options, max(subject.expected))})
+    results = report(place, write_load_page)
+    _end(verdicts(results))
 
 
 def faults(
@@ -70,29 +66,25 @@ def faults(
     seconds: Annotated[float, typer.Option(min=1, help="Of steady traffic around a fault.")] = 12.0,
     minutes: Annotated[float, typer.Option(min=0.1, help="Of the soak, the last case.")] = 10.0,
     seed: run.Seed = 0,
-    out: run.Out = None,
-    work: run.Work = None,
-    fresh: run.Fresh = False,
     again: run.Again = False,
-    quick: run.Quick = False,
-    report_only: run.ReportOnly = False,
+    common: run.Common = run.COMMON,
 ) -> None:
     """Break things under steady traffic: every valid request gets a right answer or a clear refusal, none is lost.
 
     The same command goes on where it stopped. Exit status: 0 every case passes, 1 one does not, 2 bad input.
     """
-    from bench.harness.page import read_results, setup, write_results
+    from bench.harness.page import keep_results, report
     from bench.serving.faults_page import fault_verdicts, write_faults_page
 
-    place = run.Places.of("serving-faults", out, work, quick=quick)
-    if not report_only:
+    place = common.places("serving-faults")
+    if not common.report_only:
         from bench.serving.case import FaultOptions, run_case
         from bench.serving.fault_cases import CASES
         from bench.serving.subject import Subject
         from bench.serving.traffic import mixed_bodies
 
-        options = FaultOptions(4.0, 200, 1.0, seed) if quick else FaultOptions(seconds, malformed, minutes, seed)
-        state = State.load(place.state, {**vars(options), "family": _hash(engines)}, fresh=fresh)
+        options = FaultOptions(4.0, 200, 1.0, seed) if common.quick else FaultOptions(seconds, malformed, minutes, seed)
+        state = State.load(place.state, {**vars(options), "family": _hash(engines)}, fresh=common.fresh)
         if again:
             state.forget([name for name, each in state.results.items() if not each["passed"] and not each["skipped"]])
         subject = Subject(engines, images)
@@ -101,11 +93,9 @@ def faults(
             name: partial(run_case, name, CASES[name], subject, bodies, options, place.work / "faults")
             for name in run.matching("only", only, CASES)
         })  # fmt: skip
-        head = setup(run.command_line("bench.serving"), _LIBRARIES)
-        write_results(place.results, {"setup": head, "cases": state.results})
-    results = read_results(place.results)
-    write_faults_page(results, place.page)
-    _end(fault_verdicts(results["cases"]), place)
+        keep_results(place, _LIBRARIES, {"cases": state.results})
+    results = report(place, write_faults_page)
+    _end(fault_verdicts(results["cases"]))
 
 
 def _hash(engines: Path) -> str:
@@ -118,8 +108,8 @@ def _hash(engines: Path) -> str:
     return sha256_file(file)
 
 
-def _end(lines: list[str], place: run.Places) -> None:
-    print("\n".join([*lines, f"wrote {place.page}"]))
+def _end(lines: list[str]) -> None:
+    print("\n".join(lines))
     if not all(line.startswith(("PASS", "SKIPPED")) for line in lines):
         raise typer.Exit(1)
 

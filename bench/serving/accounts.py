@@ -16,16 +16,11 @@ BUSY = (429, 503)
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back, whichever protocol brought it.
-
-    Attributes:
-        retry_after: Whether the refusal says when to come back. gRPC has no place for it that this server could
-            use.
-    """
+    """What came back, whichever protocol brought it."""
 
     status: int  # of HTTP; what a code of gRPC stands for there; 0 where nothing came
     text: str = ""  # what a refusal says, or how the connection failed
-    retry_after: bool = False
+    retry_after: bool = False  # whether the refusal says when to come back, for which gRPC has no place
     logits: np.ndarray | None = None  # float32 [n, classes], of an answer
     classes: tuple[int, ...] | None = None  # best class of each image, of an answer that tells no logits
     degree: int | None = None  # that answered

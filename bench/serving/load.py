@@ -34,17 +34,13 @@ _CORES = sorted(os.sched_getaffinity(0))
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the load test runs.
-
-    Attributes:
-        server_cores: It may use; the generator has the others, or shares them where there are none.
-    """
+    """How the load test runs."""
 
     objective_ms: float = 100.0  # of the 99th percentile
     images: int = 16  # in a request
     seconds: float = 60.0  # for each measurement
     trial_s: float = 15.0  # for each step of the search
-    server_cores: tuple[int, ...] = (_CORES[0],)
+    server_cores: tuple[int, ...] = (_CORES[0],)  # the generator has the others, or shares them where there are none
     seed: int = 0  # of arrivals
 
     @property

@@ -17,18 +17,14 @@ _GRPC_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Bad:
-    """A malformed request.
-
-    Attributes:
-        may_close: Whether ending the connection without a word is an answer: to what is no HTTP, or ends early.
-    """
+    """A malformed request."""
 
     kind: str  # what is wrong with it
     protocol: str  # "http" or "grpc"
     content: bytes  # bytes of a connection, or a message
     method: str = ""  # of gRPC
     ends: bool = False  # whether the sending side ends behind it, so that what it promised never comes
-    may_close: bool = False
+    may_close: bool = False  # whether ending the connection without a word is an answer
     harmless: bool = False  # whether it may be answered as well: what is wrong with it is bounded and touches nothing
 
 

@@ -97,7 +97,8 @@ def test_options_are_checked() -> None:
                  lambda: run.names("only", "c", ("a",)), lambda: run.matching("only", "c", ("a", "b"))):  # fmt: skip
         with pytest.raises(InputError, match="--(batches|only) must be"):
             wrong()
-    assert run.Places.of("cpu", None, None, quick=True).page == ROOT / "build/bench/cpu/quick/cpu.md"
+    assert run.Common(quick=True).places("cpu").page == ROOT / "build/bench/cpu/quick/cpu.md"
+    assert run.Common(work=Path("x")).places("cpu").state == Path("x/state.jsonl")
 
 
 def test_tables_and_texts() -> None:
