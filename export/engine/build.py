@@ -27,8 +27,8 @@ from tocom.export.engine.tensorrt.plan import (
     plan_name,
     plan_recipe,
 )
+from tocom.export.graph.inline import inline
 from tocom.export.graph.insert_qdq import forms
-from tocom.export.graph.lower import inline
 from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.engines.base import BACKENDS, available, native_operators, open_engine, precisions
 from tocom.runtime.errors import InputError

@@ -24,8 +24,9 @@ from torch import Tensor
 from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine, needs_inlining
 from tocom.export.graph.emulate_half import rounded
-from tocom.export.graph.lower import OUTPUT, inline
+from tocom.export.graph.inline import inline
 from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
+from tocom.export.graph.trace import OUTPUT
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
 from tocom.runtime.engines.base import EngineRunner, open_engine

@@ -314,7 +314,7 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     """The engine's graph in another library than its own; what is made for that goes with the stack."""
     from tocom.export.engine.build import as_engine, needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions
-    from tocom.export.graph.lower import inline
+    from tocom.export.graph.inline import inline
     from tocom.export.proof.observe import beside
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto

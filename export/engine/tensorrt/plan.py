@@ -26,7 +26,8 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from tocom.export.engine.tensorrt.four_bit import put_in_blocks
-from tocom.export.graph.lower import INPUT, inline
+from tocom.export.graph.inline import inline
+from tocom.export.graph.trace import INPUT
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
 from tocom.runtime.errors import InputError, one_line

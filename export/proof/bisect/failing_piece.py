@@ -140,7 +140,7 @@ def _forms(
     """
     from tocom.export.engine.build import PLANNED, needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions, folded, require_buildable
-    from tocom.export.graph.lower import inline
+    from tocom.export.graph.inline import inline
 
     if backend in PLANNED:
         plan = replace(plan or PlanOptions(), stripped=False)

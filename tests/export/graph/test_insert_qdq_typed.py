@@ -25,8 +25,9 @@ from tocom.calib.quantize.network import quantized_model
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan, folded
 from tocom.export.graph.emulate_half import rounded
 from tocom.export.graph.half_precision import precision_of, typed
+from tocom.export.graph.inline import inline
 from tocom.export.graph.insert_qdq import quantized, quantized_format_of
-from tocom.export.graph.lower import inline, lower
+from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
 from tocom.runtime.engines.tensorrt.runner import PRECISIONS
 from tocom.runtime.errors import InputError
