@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
+from tocom.export.graph.graph_pass import integers_of, reductions_of
 from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.naming import name_values
-from tocom.export.graph.operators import DOMAIN, operator_of
+from tocom.export.graph.operators import operator_of
 from tocom.export.graph.split_qkv import projections
 from tocom.export.graph.template import Template
 from tocom.export.graph.trace import INPUT, OUTPUT, trace
@@ -85,10 +86,10 @@ class Lowering:
             for name, value in step.named_buffers()
             if name.endswith("_gate")
         }
-        shared = bool(gates) or self._has_own_weights(fused)
+        shared = bool(gates) or self._has_plain_weights(fused)
         for blocks, (template, weight_files) in self._templates.items() if shared else ():
             fits = reference.deciding_blocks in ((), blocks) and (template.compensated or not gates)
-            if fits and (proto := template.retargeted(reference, gates)) is not None:
+            if fits and (proto := template.at(reference, gates)) is not None:
                 return proto, weight_files
         traced = trace(reference, steps)
         name_values(traced, reference)
@@ -98,10 +99,10 @@ class Lowering:
             self._templates[reference.deciding_blocks] = template, weight_files
         return proto, weight_files
 
-    def _has_own_weights(self, fused: FusedCheckpoint) -> bool:
+    def _has_plain_weights(self, fused: FusedCheckpoint) -> bool:
         """Whether the weights are the model's, with nothing folded in."""
-        own = self._model.state_dict()
-        return all(torch.equal(tensor, own[name]) for name, tensor in fused.weights.items())
+        plain = self._model.state_dict()
+        return all(torch.equal(tensor, plain[name]) for name, tensor in fused.weights.items())
 
 
 def lower(
@@ -120,9 +121,9 @@ def reference_model(
     model: nn.Module, schedule: MergeSchedule, fused: FusedCheckpoint, reduction: Reduction = MERGE
 ) -> ReducedViT:
     """The PyTorch reference of one degree: a copy of the model with the fused weights, reducing as scheduled."""
-    own = copy.deepcopy(model)
-    own.load_state_dict(dict(fused.weights))
-    return ReducedViT(own.eval().requires_grad_(False), schedule, reduction=reduction)
+    model = copy.deepcopy(model)
+    model.load_state_dict(dict(fused.weights))
+    return ReducedViT(model.eval().requires_grad_(False), schedule, reduction=reduction)
 
 
 def count_gmacs(reference: ReducedViT) -> float:
@@ -137,13 +138,9 @@ def _ensure_contract(file: Path, proto: onnx.ModelProto, reference: ReducedViT) 
     onnx.checker.check_model(file)  # by path, so that it also looks at the weight files
     operator = operator_of(reference.reduction).name
     expected = [(operator, reference.schedule.removed[block]) for block in reference.deciding_blocks]
-    found = [
-        (node.op_type, next(attr.i for attr in node.attribute if attr.name == "r"))
-        for node in proto.graph.node
-        if node.domain == DOMAIN
-    ]
-    if found != expected:
-        raise AssertionError(f"the graph must remove tokens as {expected}, does so as {found}")
+    reductions = [(node.op_type, integers_of(node)["r"]) for node in reductions_of(proto)]
+    if reductions != expected:
+        raise AssertionError(f"the graph must remove tokens as {expected}, does so as {reductions}")
     names = [value.name for value in (*proto.graph.input, *proto.graph.output)]
     if names != [INPUT, OUTPUT]:
         raise AssertionError(f"the graph must have exactly {INPUT} and {OUTPUT}, has {names}")

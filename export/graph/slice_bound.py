@@ -9,25 +9,56 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from tocom.export.graph.graph_pass import ProtoPass, apply, copy_of, integers_of, reductions_of
 from tocom.export.graph.operators import DOMAIN
 
 _ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
 
+class SliceBound(ProtoPass):
+    """Puts a slice of the tokens, and one of their sizes, in the place of every token reduction."""
+
+    def requires(self, model: onnx.ModelProto) -> None:
+        """Nothing reads what the reductions decide.
+
+        Raises:
+            PreconditionError: If it is not so.
+        """
+        decisions = {name for node in reductions_of(model) for name in node.output[2:]}
+        read = {name for node in model.graph.node for name in node.input}
+        read.update(value.name for value in model.graph.output)
+        if decisions & read:
+            raise PreconditionError(f"decisions must be read by nobody, {sorted(decisions & read)} are")
+
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        """See the class."""
+        copy = copy_of(model)
+        constants = {_ZERO: 0, _ONE: 1} | {_end_of(node): -integers_of(node)["r"] for node in reductions_of(model)}
+        nodes = [part for node in model.graph.node for part in (_slices(node) if node.domain == DOMAIN else [node])]
+        copy.graph.initializer.extend(
+            numpy_helper.from_array(np.array([value], np.int64), name) for name, value in constants.items()
+        )
+        del copy.graph.node[:]
+        copy.graph.node.extend(nodes)
+        del copy.functions[:]
+        return PassResult(copy, modified=True)
+
+    def ensures(self, model: onnx.ModelProto) -> None:
+        """Neither functions nor token reductions are left.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        if model.functions or reductions_of(model):
+            raise PostconditionError("a slice bound must hold neither functions nor token reductions")
+
+
 @contextmanager
 def slice_bound(graph: Path) -> Iterator[Path]:
-    """A copy of a graph that drops the last r tokens where the graph reduces them; removed afterwards."""
-    proto = onnx.load(graph, load_external_data=False)
-    reductions = [node for node in proto.graph.node if node.domain == DOMAIN]
-    constants = {_ZERO: 0, _ONE: 1} | {_end_of(node): -_removed(node) for node in reductions}
-    nodes = [part for node in proto.graph.node for part in (_slices(node) if node.domain == DOMAIN else [node])]
-    proto.graph.initializer.extend(
-        numpy_helper.from_array(np.array([value], np.int64), name) for name, value in constants.items()
-    )
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    del proto.functions[:]
+    """The slice bound of a graph file, beside it; removed afterwards."""
+    proto = apply(SliceBound(), onnx.load(graph, load_external_data=False))
     file = graph.with_name(f".{graph.stem}.slice.onnx")  # its weight files are found relative to it
     try:
         file.write_bytes(proto.SerializeToString())
@@ -36,12 +67,8 @@ def slice_bound(graph: Path) -> Iterator[Path]:
         file.unlink(missing_ok=True)
 
 
-def _removed(node: onnx.NodeProto) -> int:
-    return next(attribute.i for attribute in node.attribute if attribute.name == "r")
-
-
 def _end_of(node: onnx.NodeProto) -> str:
-    return f"slice_bound.end.{_removed(node)}"
+    return f"slice_bound.end.{integers_of(node)['r']}"
 
 
 def _slices(node: onnx.NodeProto) -> list[onnx.NodeProto]:

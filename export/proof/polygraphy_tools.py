@@ -303,10 +303,10 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
 def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> onnxruntime.InferenceSession:
     if precision == "fp32":
         return plain_session(graph)
-    from tocom.export.graph.emulate_half import rounded
+    from tocom.export.graph.emulate_half import emulate_half
     from tocom.export.proof.observe import beside
 
-    with beside(graph, rounded(proto)) as file:
+    with beside(graph, emulate_half(proto)) as file:
         return plain_session(file)
 
 

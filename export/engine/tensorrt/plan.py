@@ -25,7 +25,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from tocom.export.engine.tensorrt.four_bit import put_in_blocks
+from tocom.export.engine.tensorrt.four_bit import PutScalesInBlocks
 from tocom.export.graph.inline import inline
 from tocom.export.graph.trace import INPUT
 from tocom.runtime.engines.tensorrt import device
@@ -282,7 +282,7 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
             output_size_limit=_UNLIMITED,
             should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None,
         )
-        put_in_blocks(model)
+        PutScalesInBlocks()(model)
         ir.save(model, folder / "graph.onnx", external_data="weights.bin")
     finally:
         flat.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from tocom.export.graph.emulate_half import rounded
+from tocom.export.graph.emulate_half import emulate_half
 from tocom.export.graph.half_precision import HALF, precision_of, typed
 from tocom.export.graph.inline import inline
 from tocom.export.graph.lower import reference_model
@@ -133,7 +133,7 @@ def test_roundings_are_those_of_the_format(precision, torch_type, tmp_path):
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in
              (("x", ["batch", 5]), ("y", ["batch", 4]))]  # fmt: skip
     graph = helper.make_graph(nodes, "small", ports[:1], ports[1:], [numpy_helper.from_array(weight, "w")])
-    proto = rounded(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10))
+    proto = emulate_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10))
     x = np.random.default_rng(1).standard_normal((7, 5), dtype=np.float32)
     (y,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})
 
