@@ -87,11 +87,16 @@ class Source:
             compensation=compensation,
         )
 
-    def recipe(self, degree: int) -> str:
-        """Hash of everything that decides what the engine of a degree is; the backend must be chosen."""
-        backend = self.options.backend
+    def recipe(self, degree: int, backend: str | None = None) -> str:
+        """Hash of everything that decides what the engine of a degree is.
+
+        Args:
+            degree: Which.
+            backend: The engine's; None takes the options', which must name one then.
+        """
+        backend = backend or self.options.backend
         parts = {
-            "graph": self.graph_recipe(degree),
+            "graph": self.graph_recipe(degree, backend),
             "library": version(_DISTRIBUTIONS[backend]) if backend in _DISTRIBUTIONS else None,
             "plan": plan_recipe(backend, self.options.plan) if backend in PLANNED else None,
             "precision": self.options.precision,
