@@ -1,6 +1,6 @@
 """ONNX graph -> engine.
 
-ONNX Runtime and OpenVINO run an ONNX file, so building one means proving that it loads and answers. TensorRT's engines
+ONNX Runtime and OpenVINO run an ONNX file, so building one means checking that it loads and answers. TensorRT's engines
 are plans, built from the graph, here also where they cannot be run. OpenVINO does not expand model-local functions:
 unless its native operator takes the place of all of them, it gets a copy of the graph with the bodies inlined, which
 refers to the same weight files.
@@ -88,8 +88,8 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     file = graph.file.with_name(plan_name(graph.file, recipe))
     built = build_plan(graph.file, backend, options, graph.file.with_name(f"{backend}.timing"))
     write_atomically(file, built.content)
-    found = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
-    log = json.dumps({**found, "graph": graph.file.name, "log": built.log}, indent=2)
+    build_record = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
+    log = json.dumps({**build_record, "graph": graph.file.name, "log": built.log}, indent=2)
     write_atomically(file.with_name(f"{file.name}.log"), log.encode())
     engine = Engine(
         file=file,
@@ -97,7 +97,7 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
         precision=graph.precision,
         files={**graph.files, file.name: sha256_file(file)},
         source=graph,
-        build=found,
+        build=build_record,
         unrunnable=_why_unrunnable(file, backend, options),
     )
     if engine.unrunnable is None:
@@ -172,8 +172,8 @@ def backends_for(backend: str, precision: str) -> list[str]:
     asked = [status.name for status in available() if status.usable] if backend == AUTO else [backend]
     if backend != AUTO and backend not in BACKENDS:
         raise InputError(f"backend must be {AUTO} or one of {', '.join(BACKENDS)}, got {backend!r}.")
-    found = [name for name in asked if precision in precisions(name)]
-    if not found:
-        known = ", ".join(dict.fromkeys(each for name in asked for each in precisions(name)))
+    names = [name for name in asked if precision in precisions(name)]
+    if not names:
+        known = ", ".join(dict.fromkeys(known for name in asked for known in precisions(name)))
         raise InputError(f"precision must be one of {known} for {' or '.join(asked)}, got {precision!r}.")
-    return found
+    return names

@@ -41,7 +41,7 @@ def measured(
         rival_of: Degree -> the engine that a quantized one competes with, in the same precision as without it.
         batches: Images per call.
     """
-    found = {entry.degree: entry for entry in entries}
+    measured_entries = {entry.degree: entry for entry in entries}
     (base,) = [entry for entry in entries if entry.degree == 0]
     others = [entry for entry in entries if entry.degree]
     rivals = {entry.degree: rival for entry in entries if (rival := rival_of(entry.degree)) is not None}
@@ -52,13 +52,13 @@ def measured(
         for group, times in runs:
             scale = typical / times["0"].p50  # a slow minute slows degree 0 of its group as well
             for degree in [0, *(entry.degree for entry in group)]:
-                found[degree] = _with_times(found[degree], batch, times, scale)
-    return list(found.values())
+                measured_entries[degree] = _with_times(measured_entries[degree], batch, times, scale)
+    return list(measured_entries.values())
 
 
 def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], scale: float) -> EngineEntry:
-    own, bound = times[str(entry.degree)], times.get(_bound_of(entry.degree))
-    figures = {"p50": round(own.p50 * scale, 4), "p99": round(own.p99 * scale, 4)}
+    latency, bound = times[str(entry.degree)], times.get(_bound_of(entry.degree))
+    figures = {"p50": round(latency.p50 * scale, 4), "p99": round(latency.p99 * scale, 4)}
     if bound is not None:
         figures["slice_bound"] = round(bound.p50 * scale, 4)
     if (rival := times.get(_rival_of(entry.degree))) is not None:
@@ -66,7 +66,7 @@ def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], sc
     return replace(
         entry,
         latency_ms={**entry.latency_ms, str(batch): figures},
-        pays={**entry.pays, str(batch): entry.degree == 0 or own.p50 <= (1 - SAVES) * times["0"].p50},
+        pays={**entry.pays, str(batch): entry.degree == 0 or latency.p50 <= (1 - SAVES) * times["0"].p50},
         machine=this_machine(),
     )
 

@@ -252,12 +252,12 @@ def _require_float_ends(graph: ir.Graph, error: type[Exception]) -> None:
 
 def _made_of(graph: ir.Graph, values: Iterable[ir.Value], how_many: Callable[[Iterable[bool]], bool]) -> set[ir.Node]:
     """Nodes that read, of what no weight decides, any or all from these values or from what is made of them."""
-    moving, made, nodes = set(graph.inputs), set(values), set()
+    moving, derived, nodes = set(graph.inputs), set(values), set()
     for node in graph:
         read = moving.intersection(node.inputs)
         moving.update(node.outputs if read else ())
-        if read and how_many(value in made for value in read):
-            made.update(node.outputs)
+        if read and how_many(value in derived for value in read):
+            derived.update(node.outputs)
             nodes.add(node)
     return nodes
 

@@ -49,7 +49,7 @@ def _points(graph: ir.Graph, reference: ReducedViT) -> dict[str, ir.Value]:
     """
     entering: dict[str, ir.Value] = {}
     for node in graph:
-        scope = next((found[1] for each in _scopes(node) if (found := _NORM.fullmatch(each))), None)
+        scope = next((norm[1] for name in _scopes(node) if (norm := _NORM.fullmatch(name))), None)
         moving = [value for value in node.inputs if value is not None and value.const_value is None]
         if scope is not None and moving:
             entering.setdefault(scope, moving[0])
@@ -80,9 +80,9 @@ def _module_of(node: ir.Node) -> str | None:
     """The part of a block that a product, its bias or a norm is of, like blocks.0.mlp.fc1 or blocks.0.attn.q."""
     if node.op_type not in ("MatMul", "Add", "LayerNormalization"):
         return None
-    source, parameter, *_ = node.inputs
+    operand, parameter, *_ = node.inputs
     if node.op_type == "Add":
-        made_by = source.producer()
+        made_by = operand.producer()
         if made_by is None or made_by.op_type != "MatMul" or parameter.const_value is None:
             return None
         return _module_of(made_by)

@@ -139,9 +139,9 @@ def _leave_out(graph: onnx.GraphProto, replaced: Mapping[str, str]) -> None:
             readers.subtract(node.input)
             graph.node.remove(node)
     _join_transposes(graph, readers)
-    made = {name for node in graph.node for name in node.output}
+    computed = {name for node in graph.node for name in node.output}
     read = {name for node in graph.node for name in node.input}
-    for values, names in ((graph.initializer, read), (graph.value_info, made)):
+    for values, names in ((graph.initializer, read), (graph.value_info, computed)):
         kept = [value for value in values if value.name in names]
         del values[:]
         values.extend(kept)
