@@ -26,7 +26,7 @@ from tocom.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingOverview:
     """What will be trained.
 
     Attributes:
@@ -52,7 +52,7 @@ class Plan:
 class Listeners:
     """Who is told what, in process 0."""
 
-    on_start: Callable[[Plan], None] | None = None
+    on_start: Callable[[TrainingOverview], None] | None = None
     on_step: Callable[[int, float], None] | None = None
     on_unreadable: Callable[[tuple[str, ...]], None] | None = None
 
@@ -136,7 +136,7 @@ class Training:
             module, optimizer = cluster.fabric.setup(self._loss, self._adamw)
             self._take_up(folder, identity, restart)
             if listeners.on_start:
-                listeners.on_start(self._plan())
+                listeners.on_start(self._overview())
             if listeners.on_unreadable and self._unreadable:
                 listeners.on_unreadable(tuple(self._unreadable))
             if self._step < self._options.steps:
@@ -168,8 +168,8 @@ class Training:
             self._adamw.load_state_dict(state.optimizer)
             self._cluster.scaler.load_state_dict(state.scaler)
 
-    def _plan(self) -> Plan:
-        return Plan(
+    def _overview(self) -> TrainingOverview:
+        return TrainingOverview(
             options=self._options,
             info=self.compensator.info,
             parameters=sum(weight.numel() for weight in self.compensator.parameters()),
