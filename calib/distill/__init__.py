@@ -27,7 +27,7 @@ from tocom.calib.distill.augmentation import Augmentation
 from tocom.calib.distill.cluster import Cluster
 from tocom.calib.distill.options import DistillOptions
 from tocom.calib.distill.pairs import BatchSource, ImagePairs
-from tocom.calib.distill.training import Listeners, TrainingOverview, Training
+from tocom.calib.distill.training import Listeners, Training, TrainingOverview
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily
