@@ -26,6 +26,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from tocom.export.engine.tensorrt.four_bit import PutScalesInBlocks
+from tocom.export.graph.graph_pass import apply
 from tocom.export.graph.inline import inline
 from tocom.export.graph.trace import INPUT
 from tocom.runtime.engines.tensorrt import device
@@ -293,9 +294,9 @@ def _without_functions(graph: Path, *, own_kernels: bool) -> onnx.ModelProto:
     proto = onnx.load(graph, load_external_data=False)
     if not own_kernels:
         return inline(proto)
-    from tocom.export.engine.tensorrt.plugin import with_plugins, without_functions  # needs Triton
+    from tocom.export.engine.tensorrt.plugin import LeavePlugins, WithPlugins  # needs Triton
 
-    return without_functions(with_plugins(proto))
+    return apply(LeavePlugins(), apply(WithPlugins(), proto))
 
 
 def refitted(plan: bytes, graph: Path, backend: str) -> bytes:

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx.inliner
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from tocom import triton_merge
-from tocom.export.graph.graph_pass import integers_of
+from tocom.export.graph.graph_pass import ProtoPass, copy_of, integers_of, reductions_of
 from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.operators.merge import MergeOperator
 from tocom.merging import first_positions
@@ -49,43 +50,80 @@ _SIGNATURES = {
 }
 
 
-def with_plugins(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which merging is two nodes that name their plugins, each with a function for who has none.
+class WithPlugins(ProtoPass):
+    """Merging becomes two nodes that name their plugins, each with a function for who has none.
 
-    Args:
-        graph: As `tocom.export.graph.lower` writes it, in any number format; weights may lie outside.
-
-    Returns:
-        The copy. Nodes that the plugins do not serve stay as they are: those that merge nothing, and those of more
-        tokens than one program decides.
+    Nodes that the plugins do not serve stay as they are: those that merge nothing, and those of more tokens than one
+    program decides.
     """
-    graph = onnx.ModelProto.FromString(graph.SerializeToString())
-    nodes = [part for node in graph.graph.node for part in (_parts(node) if _is_served(node) else [node])]
-    if len(nodes) > len(graph.graph.node):
-        merge = next(item for item in graph.functions if (item.domain, item.name) == (DOMAIN, MergeOperator.name))
-        graph.functions.extend(_part_of(merge, name) for name in _SIGNATURES)
-        if not any((node.domain, node.op_type) == (DOMAIN, MergeOperator.name) for node in nodes):
-            graph.functions.remove(merge)
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.graph.node[:]
-        graph.graph.node.extend(nodes)
-    return graph
+
+    def requires(self, model: onnx.ModelProto) -> None:
+        """Merging has its function in the model, as in every graph of this project.
+
+        Raises:
+            PreconditionError: If it is not so.
+        """
+        if any(map(_is_merging, model.graph.node)) and _merge_function(model) is None:
+            raise PreconditionError(f"{MergeOperator.name} must have its function in the model")
+
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        """See the class."""
+        copy = copy_of(model)
+        nodes = [part for node in model.graph.node for part in (_parts(node) if _is_served(node) else [node])]
+        if len(nodes) == len(model.graph.node):
+            return PassResult(copy, modified=False)
+        merge = _merge_function(copy)
+        copy.functions.extend(_part_of(merge, name) for name in _SIGNATURES)
+        if not any(map(_is_merging, nodes)):
+            copy.functions.remove(merge)
+        del copy.graph.node[:]
+        copy.graph.node.extend(nodes)
+        return PassResult(copy, modified=True)
+
+    def ensures(self, model: onnx.ModelProto) -> None:
+        """What plugins serve is theirs, and their nodes have a function each.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        if left := [node.name for node in model.graph.node if _is_served(node)]:
+            raise PostconditionError(f"plugins must do what they serve, {left} is not theirs")
+        functions = {function.name for function in model.functions}
+        if missing := {node.op_type for node in reductions_of(model)} & _SIGNATURES.keys() - functions:
+            raise PostconditionError(f"plugins' nodes must have a function each, {sorted(missing)} have none")
 
 
-def without_functions(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for a parser that has the plugins: it must take them, as their functions are gone; others are inlined.
+class LeavePlugins(ProtoPass):
+    """For a parser that has the plugins: it must take them, as their functions go; others are inlined."""
 
-    Args:
-        graph: As `with_plugins` returns it.
-    """
-    kept = [(DOMAIN, name) for name in _SIGNATURES]
-    graph = onnx.inliner.inline_selected_functions(graph, kept, exclude=True)
-    del graph.functions[:]
-    return graph
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        """See the class."""
+        kept = [(DOMAIN, name) for name in _SIGNATURES]
+        flat = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
+        del flat.functions[:]
+        return PassResult(flat, modified=bool(model.functions))
+
+    def ensures(self, model: onnx.ModelProto) -> None:
+        """No functions are left, and no operators but the plugins'.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        if left := {node.op_type for node in reductions_of(model)} - _SIGNATURES.keys():
+            raise PostconditionError(f"operators without a plugin must be inlined, {sorted(left)} are not")
+
+
+def _is_merging(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, MergeOperator.name)
+
+
+def _merge_function(model: onnx.ModelProto) -> onnx.FunctionProto | None:
+    named = (DOMAIN, MergeOperator.name)
+    return next((function for function in model.functions if (function.domain, function.name) == named), None)
 
 
 def _is_served(node: onnx.NodeProto) -> bool:
-    if (node.domain, node.op_type) != (DOMAIN, MergeOperator.name):
+    if not _is_merging(node):
         return False
     numbers = integers_of(node)
     return numbers["r"] > 0 and max(counts_of(numbers["tokens"], numbers["protected"])) <= triton_merge._ONE_PROGRAM

@@ -161,3 +161,10 @@ def test_scales_in_blocks() -> None:
         spoilt.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.ones((), np.float32), "scale"))
 
     check(PutScalesInBlocks(), graph, one_scale, "constant scales, one per output")
+
+
+def test_plugins(graph) -> None:
+    plugin = pytest.importorskip("tocom.export.engine.tensorrt.plugin", reason="needs Triton", exc_type=ImportError)
+    check(plugin.WithPlugins(), graph, lambda spoilt: spoilt.ClearField("functions"), "must have its function")
+    with pytest.raises(PostconditionError, match="must be inlined.*TokenMerge"):
+        apply(idle(plugin.LeavePlugins()), graph)
