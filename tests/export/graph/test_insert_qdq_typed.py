@@ -1,6 +1,6 @@
 """Quantized graphs of which the rest is half: their types, what they compute, and the plans they become.
 
-What a product computes is proven against PyTorch at the precision of float16. What a whole network of 8-bit inputs
+What a product computes is validated against PyTorch at the precision of float16. What a whole network of 8-bit inputs
 computes cannot be: a difference of 1e-6 moves some inputs to the next code, and after a few blocks two ways of rounding
 are as far apart as a fraction of what quantization itself changes.
 """
