@@ -233,27 +233,27 @@ class _Reconstruction:
         self.token_size = self.x.new_ones(*self.x.shape[:2], 1)
         self.target = self.signal = self.float_x  # what the block that is learnt makes of them in float
 
-    def learn(self, block: int, quantization: Quantization, progress: Callable[[int], None]) -> Quantization:
+    def learn(self, block: int, start: Quantization, tell: Callable[[int], None]) -> Quantization:
         """Learns one block, and takes the images through it.
 
         Returns:
-            The quantization as it was where nothing was learnt that is better.
+            The quantization that it starts from where nothing was learnt that is better.
         """
         with torch.no_grad():
             self.target, _, self.signal = self._through(self.float, block, self.float_x)
-        names = [name for name in quantization.weights if name.startswith(f"blocks.{block}.")]
+        names = [name for name in start.weights if name.startswith(f"blocks.{block}.")]
         if names:
             before = self._errors(block)
-            learnt = self._descend(block, names, quantization, before, progress)
+            learnt = self._descend(block, names, start, before, tell)
             self._put(learnt, names)
             after = self._errors(block)
             if self._total(after, before) < self._total(before, before):
-                quantization = learnt
-            self._put(quantization, names)
+                start = learnt
+            self._put(start, names)
         with torch.no_grad():
             self.x, self.token_size, _ = self._through(self.narrow, block, self.x)
         self.float_x = self.target
-        return quantization
+        return start
 
     @torch.no_grad()
     def divergence(self, quantization: Quantization) -> float:
@@ -266,24 +266,19 @@ class _Reconstruction:
         return error if math.isfinite(error) else math.inf
 
     def _descend(
-        self,
-        block: int,
-        names: Sequence[str],
-        quantization: Quantization,
-        before: Tensor,
-        progress: Callable[[int], None],
+        self, block: int, names: Sequence[str], start: Quantization, before: Tensor, tell: Callable[[int], None]
     ) -> Quantization:
         course, model = self.course, self.narrow.model
         products = {}
         for name in names:
-            bias, scale = model.get_submodule(name).bias, quantization.activations.get(name, 1.0)
+            bias, scale = model.get_submodule(name).bias, start.activations.get(name, 1.0)
             weight = self.float.model.get_submodule(name).weight
-            products[name] = LearntLinear(weight, bias, quantization.weights[name], quantization.format, scale)
+            products[name] = LearntLinear(weight, bias, start.weights[name], start.format, scale)
             _replace(model, name, products[name])
         learnt = products.values()
         groups = [{"params": [product.rounding for product in learnt], "lr": course.learning_rate}]
         if course.learn_activations:
-            scales = [products[name].log_change for name in names if name in quantization.activations]
+            scales = [products[name].log_change for name in names if name in start.activations]
             groups.append({"params": scales, "lr": course.learning_rate * _SCALE_RATE})
         optimizer = torch.optim.Adam(groups)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, course.steps)
@@ -294,15 +289,11 @@ class _Reconstruction:
             loss.backward()
             optimizer.step()
             decay.step()
-            progress(step + 1)
+            tell(step + 1)
         decided = {name: product.decided() for name, product in products.items()}
         weights = {name: weight for name, (weight, _) in decided.items()}
-        scales = {name: scale for name, (_, scale) in decided.items() if name in quantization.activations}
-        return replace(
-            quantization,
-            weights={**quantization.weights, **weights},
-            activations={**quantization.activations, **scales},
-        )
+        scales = {name: scale for name, (_, scale) in decided.items() if name in start.activations}
+        return replace(start, weights={**start.weights, **weights}, activations={**start.activations, **scales})
 
     def _total(self, errors: Tensor, before: Tensor) -> Tensor:
         """The errors relative to those before, weighed."""
