@@ -170,7 +170,7 @@ def _entry(steps: Steps, degree: int, report: Report) -> EngineEntry:
         engine=engine.file.name,
         sha256=engine.files,
         recipe=steps.inputs.recipe(degree, steps.backend),
-        validation=report.findings,
+        validation=report.findings.to_json(),
         latency_ms={},
         accuracy={},
         native=engine.native,

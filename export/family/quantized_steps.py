@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
@@ -18,6 +17,7 @@ from tocom.export.family.quantizer import Drop, Quantizer
 from tocom.export.family.steps import Graphs, Steps, graph_name
 from tocom.export.graph.insert_qdq import forms, quantized_graph
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.findings import QuantizationFindings
 from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
@@ -112,9 +112,9 @@ class QuantizedSteps(Steps):
             drop = self._drop(degree, report.engine)
             passed = allowed is None or drop.points <= allowed
             if passed or not quantization.weights:
-                summary = self._summary(quantization, drop, sensitivity)
+                losses = self._losses(quantization, drop, sensitivity)
                 return replace(
-                    report, passed=passed, findings={**report.findings, "passed": passed, "quantization": summary}
+                    report, passed=passed, findings=replace(report.findings, passed=passed, quantization=losses)
                 )
             loses = f"loses {drop.points:.2f}, may lose {allowed:g}"
             if not sensitivity:
@@ -141,18 +141,16 @@ class QuantizedSteps(Steps):
         with proving_runner(engine) as runner:
             return self._quantizer.drop(degree, runner.infer)
 
-    def _summary(self, quantization: Quantization, drop: Drop, sensitivity: Mapping[str, float]) -> dict[str, Any]:
-        """For the manifest."""
-        products: Sequence[str] = self._quantizer.products
-        return {
-            "format": quantization.format.name,
-            "products": len(quantization.weights),
-            "float_products": [name for name in products if name not in quantization.weights],
-            "drop": round(drop.points, 4),
-            "drop_of": "top1" if drop.top1 is not None else "agreement",
-            "drop_images": drop.images,
-            "float_top1": drop.float_top1,
-            "top1": drop.top1,
-            "max_drop": self._quantizer.allowed_drop,
-            "sensitivity": {name: float(f"{value:.3g}") for name, value in sensitivity.items()},
-        }
+    def _losses(self, quantization: Quantization, drop: Drop, sensitivity: Mapping[str, float]) -> QuantizationFindings:
+        return QuantizationFindings(
+            format=quantization.format.name,
+            products=len(quantization.weights),
+            float_products=[name for name in self._quantizer.products if name not in quantization.weights],
+            drop=round(drop.points, 4),
+            drop_of="top1" if drop.top1 is not None else "agreement",
+            drop_images=drop.images,
+            float_top1=drop.float_top1,
+            top1=drop.top1,
+            max_drop=self._quantizer.allowed_drop,
+            sensitivity={name: float(f"{loss:.3g}") for name, loss in sensitivity.items()},
+        )

@@ -86,7 +86,7 @@ class Steps:
         graph = self._graphs.graph(degree, self.backend)
         engine = self._built(degree, graph)
         report = validate(engine, self._graphs.reference(graph), validation_batches(self.inputs))
-        return replace(report, findings={**report.findings, "float_blocks": list(self.inputs.options.float_blocks)})
+        return replace(report, findings=replace(report.findings, float_blocks=self.inputs.options.float_blocks))
 
     def rival(self, _degree: int) -> Engine | None:
         """The fastest engine of a degree on the same library that is not quantized, where the degree's is."""
