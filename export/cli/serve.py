@@ -17,7 +17,7 @@ from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tocom.serving.mlserver.app import ServerOptions
-    from tocom.serving.service.generation import ServeOptions
+    from tocom.serving.service.options import ServeOptions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -94,8 +94,7 @@ def serve_command(
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
     from tocom.serving.protocol.http_guard import HttpLimits
-    from tocom.serving.service.generation import ServeOptions
-    from tocom.serving.service.scheduler import Limits
+    from tocom.serving.service.options import Limits, ServeOptions
 
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):
         _require_free(host, option, number)

@@ -17,9 +17,9 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 from tocom.runtime.engines.base import OUTPUT_NAME
 from tocom.runtime.errors import InputError
 from tocom.serving.mlserver.metrics import ServiceMetrics
-from tocom.serving.protocol.open_inference import Tensor, metadata, read_input, read_want
+from tocom.serving.protocol.open_inference import Tensor, metadata, read_degree_request, read_input
 from tocom.serving.service.errors import ServingError
-from tocom.serving.service.scheduler import Answer
+from tocom.serving.service.request import Answer
 from tocom.serving.service.service import Service
 
 
@@ -89,9 +89,9 @@ class FamilyModel(MLModel):
 
     async def _answer(self, payload: InferenceRequest) -> Answer:
         parameters = None if payload.parameters is None else payload.parameters.model_dump()
-        want = read_want(parameters)
+        degree_request = read_degree_request(parameters)
         pixel_values = await asyncio.to_thread(self._prepared, payload)
-        return await asyncio.wrap_future(self.service.submit(pixel_values, want))
+        return await asyncio.wrap_future(self.service.submit(pixel_values, degree_request))
 
     def _prepared(self, payload: InferenceRequest) -> np.ndarray:
         inputs = [

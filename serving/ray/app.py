@@ -25,8 +25,7 @@ from tocom.runtime.manifest import Family
 from tocom.serving.protocol.http_guard import HttpLimits
 from tocom.serving.ray.ingress import FamilyIngress, IngressOptions, to_ingress
 from tocom.serving.ray.replica import FamilyReplica, Tuning
-from tocom.serving.service.generation import MAX_PIXELS, ServeOptions
-from tocom.serving.service.scheduler import Limits
+from tocom.serving.service.options import MAX_PIXELS, Limits, ServeOptions
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WAITING = 64  # requests that the ingress takes beyond its limit, to refuse them itself

@@ -11,6 +11,7 @@ from tocom.runtime.checked_json import Json
 from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import EngineEntry, Family
+from tocom.runtime.preprocess import MAX_PIXELS
 from tocom.serving.triton.prototext import Word, entries
 
 IMAGE_NAME = "image"
@@ -21,7 +22,6 @@ FILES = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "tensorrt": "mod
 
 _FP32, _BYTES = Word("TYPE_FP32"), Word("TYPE_STRING")
 _DEFAULT_MAX_BATCH = 32
-_MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def preprocess_config(name: str, family: Family, options: TritonOptions, most: i
     parameters = {
         "input": json.dumps(family.input.to_json(), sort_keys=True),
         "max_images": str(most),
-        "max_pixels": str(_MAX_PIXELS),
+        "max_pixels": str(MAX_PIXELS),
     }
     return {
         "name": name,

@@ -22,7 +22,8 @@ def lives(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_an_engine_process_ends_with_a_server_that_is_killed(tiny_family: Path, tmp_path: Path) -> None:
     server = tmp_path / "server.py"
-    server.write_text(textwrap.dedent(f"""
+    server.write_text(
+        textwrap.dedent(f"""
         import time
         from pathlib import Path
         from tocom.serving.service.engine_process import EngineProcess
@@ -30,7 +31,8 @@ def test_an_engine_process_ends_with_a_server_that_is_killed(tiny_family: Path, 
         if __name__ == "__main__":
             print(EngineProcess(Path({str(tiny_family)!r}), threads=1).pid, flush=True)
             time.sleep(600)
-    """))
+    """)
+    )
     with subprocess.Popen([sys.executable, str(server)], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
         assert lives(pid)
