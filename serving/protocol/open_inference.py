@@ -56,9 +56,9 @@ def read_degree_request(parameters: Mapping[str, Any] | None) -> DegreeRequest:
     Raises:
         InputError: A degree is not a whole number of 0 or more, or another not a number.
     """
-    given = parameters or {}
-    degrees = {name: _read_degree(name, given.get(name)) for name in _DEGREES}
-    return DegreeRequest(**degrees, **{name: _read_number(name, given.get(name)) for name in _SHARES})
+    parameters = parameters or {}
+    degrees = {name: _read_degree(name, parameters.get(name)) for name in _DEGREES}
+    return DegreeRequest(**degrees, **{name: _read_number(name, parameters.get(name)) for name in _SHARES})
 
 
 def _read_degree(name: str, value: object) -> int | None:

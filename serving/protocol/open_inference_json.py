@@ -66,7 +66,7 @@ def _tensor(node: Json) -> Tensor:
 
 
 def _parameters(node: Json) -> dict[str, Any]:
-    return node.key_or("parameters", {}).mapping(lambda each: each.value)
+    return node.key_or("parameters", {}).mapping(lambda item: item.value)
 
 
 def write_response(name: str, request_id: str | None, answer: Answer) -> bytes:

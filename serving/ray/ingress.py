@@ -92,7 +92,7 @@ class FamilyIngress:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes no more requests, or takes them again; returns once those that were accepted are answered.
 
-        Whoever removes the application does this first: Ray ends all deployments of an application at the same time,
+        To be called before the application is removed: Ray ends all deployments of an application at the same time,
         and what the ingress has not passed on by then would wait for replicas that are gone.
 
         Args:
@@ -128,13 +128,13 @@ class FamilyIngress:
         allowed = (handle for degree, handle in self._handles.items() if degree_request.allows(degree))
         return next(allowed, self._first)
 
-    async def ask(self, handle: DeploymentHandle, method: str, *given: object) -> Any:
+    async def ask(self, handle: DeploymentHandle, method: str, *arguments: object) -> Any:
         """What a replica answers.
 
         Args:
             handle: Of its deployment.
             method: Of `FamilyReplica`.
-            given: To the method.
+            arguments: To the method.
 
         Raises:
             InputError: What is asked for cannot be answered.
@@ -143,12 +143,12 @@ class FamilyIngress:
         """
         try:
             async with asyncio.timeout(self._options.answer_s):
-                found = await _ask(getattr(handle, method), *given)
+                answer = await _ask(getattr(handle, method), *arguments)
         except TimeoutError:
             raise BusyError(f"no replica answered within {self._options.answer_s:g} s", retry_after_s=5) from None
-        if isinstance(found, Refusal):
-            raise InputError(found.message) if found.status == 400 else _RefusedError(found)
-        return found
+        if isinstance(answer, Refusal):
+            raise InputError(answer.message) if answer.status == 400 else _RefusedError(answer)
+        return answer
 
     async def _infer(self, request: Request) -> Response:
         content = await request.body()
@@ -178,7 +178,7 @@ class FamilyIngress:
         return JSONResponse({"ready": True})
 
 
-async def _ask(method: Any, *given: object) -> Any:
+async def _ask(method: Any, *arguments: object) -> Any:
     """Asks replicas until one does not die.
 
     Raises:
@@ -188,7 +188,7 @@ async def _ask(method: Any, *given: object) -> Any:
     """
     for attempt in range(_TRIES):
         try:
-            return await method.remote(*given)
+            return await method.remote(*arguments)
         except BackPressureError:
             raise BusyError("as many requests wait for a replica as may", retry_after_s=1) from None
         except DeploymentUnavailableError:
@@ -217,8 +217,8 @@ class _Page:
     def describe(self) -> dict[str, Any]:
         return self._ask(DegreeRequest(), "describe")
 
-    def _ask(self, degree_request: DegreeRequest, method: str, *given: object) -> dict[str, Any]:
-        return anyio.from_thread.run(self._ingress.ask, self._ingress.handle(degree_request), method, *given)
+    def _ask(self, degree_request: DegreeRequest, method: str, *arguments: object) -> dict[str, Any]:
+        return anyio.from_thread.run(self._ingress.ask, self._ingress.handle(degree_request), method, *arguments)
 
 
 class _ToIngress:

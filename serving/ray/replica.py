@@ -155,8 +155,8 @@ class FamilyReplica:
         request = await asyncio.to_thread(read_request, content)
 
         def prepared() -> np.ndarray:
-            given = read_input(request.inputs, self._service.family)
-            return given if isinstance(given, np.ndarray) else self._service.prepare(given)
+            images = read_input(request.inputs, self._service.family)
+            return images if isinstance(images, np.ndarray) else self._service.prepare(images)
 
         answer = await self._answer(await asyncio.to_thread(prepared), request.degree_request)
         return Reply(await asyncio.to_thread(write_response, self._name, request.id, answer), answer.degree)
@@ -182,9 +182,9 @@ class FamilyReplica:
 
     async def describe(self) -> dict[str, Any]:
         """What `Service.describe` tells, and which replica it is; `stale` says why a reload was refused."""
-        told = await asyncio.to_thread(self._service.describe)
+        description = await asyncio.to_thread(self._service.describe)
         replica = serve.get_replica_context().replica_id.unique_id
-        return told | {"replica": {"id": replica, "pid": os.getpid(), "stale": self._stale}}
+        return description | {"replica": {"id": replica, "pid": os.getpid(), "stale": self._stale}}
 
     async def metadata(self) -> dict[str, Any]:
         """What the protocol tells of the model."""
@@ -211,23 +211,23 @@ class FamilyReplica:
     async def _told(self, answer: Callable[[], Any]) -> Any:
         """What is answered, or why it is not."""
         try:
-            found = await answer()
+            reply = await answer()
         except InputError as error:
             return self._refuse("bad input", Refusal(400, readable(error)))
         except ServingError as error:
             seconds = error.retry_after_s if isinstance(error, BusyError) else None
             return self._refuse(type(error).__name__, Refusal(error.status, readable(error), seconds))
-        degree = found.degree if isinstance(found, Reply) else found.get("degree")
+        degree = reply.degree if isinstance(reply, Reply) else reply.get("degree")
         self._requests.inc(tags={"degree": str(degree)})
-        return found
+        return reply
 
     def _refuse(self, reason: str, refusal: Refusal) -> Refusal:
         self._refused.inc(tags={"reason": reason})
         return refusal
 
-    async def _in_thread(self, call: Callable[..., Any], *given: object) -> Any:
+    async def _in_thread(self, call: Callable[..., Any], *arguments: object) -> Any:
         """In threads of their own: these calls wait for their answer, and reading requests must not wait for them."""
-        return await asyncio.get_running_loop().run_in_executor(self._page, call, *given)
+        return await asyncio.get_running_loop().run_in_executor(self._page, call, *arguments)
 
     def _on_batch(self, degree: int, _images: int, seconds: float) -> None:
         self._finished += 1

@@ -39,9 +39,9 @@ class Generation:
             InputError: The family cannot be opened, or has not what the options name.
             OSError: It cannot be copied.
         """
-        with contextlib.ExitStack() as made:
+        with contextlib.ExitStack() as resources:
             self.folder = Path(tempfile.mkdtemp(prefix="tocom-serving-"))
-            made.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            resources.callback(shutil.rmtree, self.folder, ignore_errors=True)
             _copy(folder, self.folder)
             self.family = Family.read(self.folder)
             degrees = [entry.degree for entry in self.family.engines]
@@ -49,16 +49,16 @@ class Generation:
             self.points: tuple[Point, ...] = points(self.family, times[1])
             asked = self.resolved(DegreeRequest(options.degree, None, None, options.budget_ms, options.min_accuracy))
             self.workers: list[EngineProcess] = []
-            made.callback(lambda: [worker.close() for worker in self.workers])
+            resources.callback(lambda: [worker.close() for worker in self.workers])
             self.scheduler = Scheduler(
-                self._infers(options, made),
+                self._infers(options, resources),
                 degrees,
                 self._policy(times, asked, options),
                 options.limits,
                 on_batch,
             )
-            self.tracer = made.enter_context(MergeTracer(self.folder, self.family, threads=options.threads))
-            self._made = made.pop_all()
+            self.tracer = resources.enter_context(MergeTracer(self.folder, self.family, threads=options.threads))
+            self._resources = resources.pop_all()
 
     def _times(self, batch: int) -> dict[int, Times]:
         return local_latencies(self.folder, self.family, batch)
@@ -91,9 +91,9 @@ class Generation:
             hold_s=options.hold_s,
         )  # fmt: skip
 
-    def _infers(self, options: ServeOptions, made: contextlib.ExitStack) -> Sequence[Infer]:
+    def _infers(self, options: ServeOptions, resources: contextlib.ExitStack) -> Sequence[Infer]:
         if options.workers == 0:
-            family = made.enter_context(load(self.folder, threads=options.threads))
+            family = resources.enter_context(load(self.folder, threads=options.threads))
             family.warm()
             return [_failing_as_engine(family.infer)]
         for _ in range(options.workers):
@@ -128,7 +128,7 @@ class Generation:
     def close(self, *, drain: bool = True) -> None:
         """Answers what was accepted, then frees everything."""
         self.scheduler.close(drain=drain)
-        self._made.close()
+        self._resources.close()
 
 
 def _failing_as_engine(infer: Infer) -> Infer:
@@ -149,7 +149,7 @@ def _copy(folder: Path, to: Path) -> None:
     """
     family = Family.read(folder)
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     for name in _files(family):
         target = to / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ _TICK_S = 0.25  # how often an idle worker asks whether the degree may fall back
 class _Request:
     pixel_values: np.ndarray
     degree_request: DegreeRequest
-    came: float
+    accepted_at: float
     future: Future[Answer] = field(default_factory=Future)
 
 
@@ -152,13 +152,13 @@ class Scheduler:
             if not self._waiting:
                 return [], 0
             first = self._waiting[0]
-            chosen = self._policy.choose(self._queued, now - first.came, now)
+            chosen = self._policy.choose(self._queued, now - first.accepted_at, now)
             degree = nearest(self.degrees, chosen, first.degree_request)
             batch = self._gather(degree, chosen, min(self.limits.max_batch, self._policy.batch_limit(degree)))
         return batch, degree
 
     def _drop_late(self, now: float) -> None:
-        while self._waiting and now - self._waiting[0].came > self.limits.max_wait_s:
+        while self._waiting and now - self._waiting[0].accepted_at > self.limits.max_wait_s:
             late = self._waiting.popleft()
             self._queued -= len(late.pixel_values)
             _refuse(late, BusyError(f"it waited more than {self.limits.max_wait_s:g} s",
@@ -198,14 +198,16 @@ class Scheduler:
             self._policy.finished(degree, images, seconds)
         at = 0
         for request in batch:
-            own = logits[at : at + len(request.pixel_values)]
+            rows = logits[at : at + len(request.pixel_values)]
             at += len(request.pixel_values)
-            _answer(request, Answer(own, degree, 1e3 * (began - request.came), 1e3 * seconds))
+            _answer(request, Answer(rows, degree, 1e3 * (began - request.accepted_at), 1e3 * seconds))
         self._on_batch(degree, images, seconds)  # last: whatever it does, the requests have their answers
 
     def _parts(self, batch: list[_Request]) -> Iterable[np.ndarray]:
         """The batch's images, as many at a time as a batch may have: only a single large request has more parts."""
-        whole = batch[0].pixel_values if len(batch) == 1 else np.concatenate([each.pixel_values for each in batch])
+        whole = (
+            batch[0].pixel_values if len(batch) == 1 else np.concatenate([request.pixel_values for request in batch])
+        )
         for start in range(0, len(whole), self.limits.max_batch):
             yield whole[start : start + self.limits.max_batch]
 
@@ -227,7 +229,7 @@ def nearest(degrees: Sequence[int], chosen: int, request: DegreeRequest) -> int:
 def _refuse(request: _Request, error: Exception) -> None:
     try:
         request.future.set_exception(error)
-    except InvalidStateError:  # whoever asked has cancelled it
+    except InvalidStateError:  # the client has cancelled it
         return
 
 

@@ -101,13 +101,13 @@ class Service:
         most = self.options.limits.max_queued
         if not 1 <= len(contents) <= most:
             raise InputError(f"a request must have 1 to {most} images, got {len(contents)}")
-        spec, each = self.family.input, self.options.max_pixels
-        prepared, left = [], _TOGETHER * each
+        spec, most_pixels = self.family.input, self.options.max_pixels
+        prepared, left = [], _TOGETHER * most_pixels
         for content in contents:
-            image = decode_image(content, each)
+            image = decode_image(content, most_pixels)
             left -= image.width * image.height
             if left < 0:
-                raise InputError(f"the images of a request must have {_TOGETHER * each} pixels at most together")
+                raise InputError(f"the images of a request must have {_TOGETHER * most_pixels} pixels at most together")
             prepared.append(preprocess(image, spec))
         return np.stack(prepared)
 
@@ -243,12 +243,12 @@ class Service:
             OSError: It cannot be copied; likewise.
         """
         with self._reloading:
-            old, found = self._generation, Family.read(self.folder)
-            if found == old.family:
+            old, family = self._generation, Family.read(self.folder)
+            if family == old.family:
                 return False
             for what, one, other in (
-                ("input", found.input, old.family.input),
-                ("classes", found.classes, old.family.classes),
+                ("input", family.input, old.family.input),
+                ("classes", family.classes, old.family.classes),
             ):
                 if one != other:
                     raise InputError(f"the {what} must stay as they are served, {other}, got {one}: start another "

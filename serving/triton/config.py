@@ -132,8 +132,8 @@ def ensemble_config(name: str, family: Family, preprocess: str, engine: str) -> 
         engine: Name of the model of the degree.
     """
 
-    def step(model: str, taken: str, given: str) -> dict[str, Any]:
-        maps = {"input_map": entries({taken: taken}), "output_map": entries({given: given})}
+    def step(model: str, input_name: str, output_name: str) -> dict[str, Any]:
+        maps = {"input_map": entries({input_name: input_name}), "output_map": entries({output_name: output_name})}
         return {"model_name": model, "model_version": -1, **maps}
 
     return {
