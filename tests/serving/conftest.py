@@ -6,7 +6,6 @@ import contextlib
 import io
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +23,7 @@ from runtime.manifest import EngineEntry, Family, InputSpec
 from serving.scheduler import Limits
 from serving.service import ServeOptions, Service
 from serving.web import page_routes
+from tests.waiting import SAFETY_S, eventually
 
 MAX_BATCH = 8
 DEGREES = {0: (4.0, 0.90), 8: (3.0, 0.89), 16: (2.0, 0.85)}  # degree -> ms and top-1 that its manifest claims
@@ -62,15 +62,13 @@ def served(service: object, **options: object) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 10
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.01)
-    assert server.started
+    eventually(lambda: server.started, "the server's start")
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(SAFETY_S)
+        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
