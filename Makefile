@@ -72,7 +72,7 @@ lint: .venv/ready-dev
 	$(BIN)/ruff format --check .
 
 native: .venv/ready
-	@$(BIN)/python -m runtime.native
+	@$(BIN)/python -m tocom.runtime.native
 
 setup: .venv/ready-dev native
 

@@ -22,7 +22,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from runtime.manifest import Family
+from tocom.runtime.manifest import Family
 from tocom.compensator import Compensator, CompensatorInfo
 
 
@@ -71,7 +71,7 @@ def timed_compile(model: str, degrees: str, folder: Path) -> Cost:
     """
     out = folder / f"out-{degrees}"
     command = [
-        *(sys.executable, "-m", "export.cli", "compile", "--model", model, "--degrees", degrees),
+        *(sys.executable, "-m", "tocom", "compile", "--model", model, "--degrees", degrees),
         *("--checkpoint", folder / "checkpoint.safetensors", "--compensator", folder / "compensator.safetensors"),
         *("--source-degree", "0", "--out", out),
     ]

@@ -40,16 +40,16 @@ from torch import Tensor, nn
 
 from bench.markdown import spread, table
 from bench.plain_tome import PlainToMe
-from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
-from export.build import build, graph_precision
-from export.latency import slice_bound
-from export.lower import INPUT, OUTPUT, Lowering, count_gmacs
-from export.proof.validate import default_images
-from export.quantized import Form, quantized_graph
-from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
-from runtime.engines import EngineRunner, open_engine
-from runtime.latency import Latency, measure
+from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
+from tocom.export.engine.build import build, graph_precision
+from tocom.export.engine.measure_latency import slice_bound
+from tocom.export.graph.lower import INPUT, OUTPUT, Lowering, count_gmacs
+from tocom.export.proof.validate import default_images
+from tocom.export.graph.insert_qdq import Form, quantized_graph
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
+from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.runtime.degrees.latency import Latency, measure
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -159,7 +159,7 @@ class Bench:
         return ReducedViT(self.model, schedule_for(self.model, degree, ScheduleFamily(schedule))).eval()
 
     def graph(self, degree: int, schedule: str, form: str = "fp32") -> OnnxGraph:
-        """Our graph of a degree, in a form of `export.build.graph_precision`."""
+        """Our graph of a degree, in a form of `tocom.export.engine.build.graph_precision`."""
         made_of = FusedCheckpoint(self.model.state_dict(), self.name, degree, 0, None, "random", None)
         planned = schedule_for(self.model, degree, ScheduleFamily(schedule))
         name = f"{degree}-{schedule.replace(':', '')}-{form}.onnx"

@@ -34,7 +34,7 @@ def measure(model: str, batch: int, precision: str, steps: int, device: str, mod
     import timm
     import torch
 
-    from calib.distill import DistillOptions, distill
+    from tocom.calib.distill import DistillOptions, distill
 
     class Noise:
         """Images made before the clock starts."""

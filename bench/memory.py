@@ -14,10 +14,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from runtime.artifacts import write_atomically
-from runtime.engines import open_engine
-from runtime.latency import measure
-from runtime.manifest import Family
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.degrees.latency import measure
+from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).parents[1]
 

@@ -35,15 +35,15 @@ from bench.experiment.protocol import PRESETS
 from bench.experiment.stages import Bench as Experiment
 from bench.experiment.tasks import TASKS
 from bench.markdown import table
-from calib.quantize.calibrate import OBSERVED, Method, calibrate
-from export.build import build
-from export.fuse import fuse
-from export.lower import INPUT, Lowering, inline
-from export.quantized import forms, quantized_graph
-from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint, write_atomically
-from runtime.engines import open_engine
-from runtime.engines.ov import precision_hint
+from tocom.calib.quantize.calibrate import OBSERVED, Method, calibrate
+from tocom.export.engine.build import build
+from tocom.export.graph.fuse import fuse
+from tocom.export.graph.lower import INPUT, Lowering, inline
+from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import FusedCheckpoint, write_atomically
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.engines.openvino_engine import precision_hint
 from tocom.checkpoint import load_model
 from tocom.compensator import Compensator
 from tocom.vit import ReducedViT, schedule_for

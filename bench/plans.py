@@ -19,11 +19,11 @@ from PIL import Image
 
 from bench.compile_cost import write_inputs
 from bench.markdown import table
-from export.compile import compile_family
-from export.plans.tensorrt import PlanOptions, build_plan
-from export.quantize import QUANTIZED, QuantizeOptions
-from export.source import CompileOptions
-from runtime.manifest import EngineEntry
+from tocom.export.family.compile import compile_family
+from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
+from tocom.export.family.quantizer import QUANTIZED, QuantizeOptions
+from tocom.export.source.load import CompileOptions
+from tocom.runtime.manifest import EngineEntry
 
 BACKEND = "tensorrt-rtx"
 _MIB = 1 << 20

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from calib.cascade import CAUTION, Calibration, Candidate, Costs, Goal, calibrate
-from calib.cascade_trial import Trial, compare, halves, in_batches, measure_times
-from calib.labelled import LabelledImages
-from runtime.cascade import CascadePlan, InferAt
-from runtime.choosing import SAVES, points
-from runtime.engines import open_engine
-from runtime.errors import GateError, InputError, one_line
-from runtime.local_latency import Times, local_latencies, this_machine
-from runtime.manifest import Family
+from tocom.calib.cascade import CAUTION, Calibration, Candidate, Costs, Goal, calibrate
+from tocom.calib.cascade_trial import Trial, compare, halves, in_batches, measure_times
+from tocom.calib.labelled import LabelledImages
+from tocom.runtime.degrees.cascade import CascadePlan, InferAt
+from tocom.runtime.degrees.choose import SAVES, points
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import GateError, InputError, one_line
+from tocom.runtime.degrees.local_latency import Times, local_latencies, this_machine
+from tocom.runtime.manifest import Family
 
 FEWEST = 50  # images of a half: fewer say nothing of either cost or accuracy
 _CHUNK_BYTES = 512 << 20  # of prepared images held at a time

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.cascade import CascadePlan, InferAt, run, shares
+from tocom.runtime.degrees.cascade import CascadePlan, InferAt, run, shares
 
 _TOGETHER = 4  # single degrees that are timed beside a cascade: all of a large family would fill the memory
 _SLOWEST_S = 60.0  # of one such group

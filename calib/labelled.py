@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.artifacts import sha256_file
-from runtime.manifest import InputSpec
-from runtime.preprocess import find_images, load_image, preprocess
+from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import find_images, load_image, preprocess
 
 _BATCH = 32
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calib.labelled import LabelledImages
-from calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
+from tocom.calib.labelled import LabelledImages
+from tocom.calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
 from tocom.errors import InputError
 
 PAPER_SCALES = (0.05, 0.08, 0.1, 0.12, 0.15)

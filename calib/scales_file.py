@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.artifacts import write_atomically
-from runtime.checked_json import Json, parse, read_text
-from runtime.errors import InputError, one_line
-from runtime.manifest import InputSpec
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.checked_json import Json, parse, read_text
+from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.manifest import InputSpec
 
 FORMAT = 1
 FILE_NAME = "scales.json"

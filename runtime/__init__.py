@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.predictor import LoadedFamily, Prediction, load
+    from .predictor import LoadedFamily, Prediction, load
 
 __all__ = ["LoadedFamily", "Prediction", "load"]
 
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> object:
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from runtime import predictor
+    from . import predictor
 
     return getattr(predictor, name)

@@ -61,8 +61,8 @@ class Engine:
     """A file that an engine library loads and runs.
 
     Attributes:
-        file: What `runtime.engines.open_engine` opens.
-        backend: One of `runtime.engines.BACKENDS`.
+        file: What `tocom.runtime.engines.base.open_engine` opens.
+        backend: One of `tocom.runtime.engines.base.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from runtime.errors import InputError, one_line
+from .errors import InputError, one_line
 
 T = TypeVar("T")
 

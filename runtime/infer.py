@@ -21,10 +21,10 @@ if not __package__:
 
 import numpy as np
 
-from runtime.errors import GateError, InputError, one_line, readable
-from runtime.manifest import EngineEntry, Family, InputSpec
-from runtime.picking import OpenEngines, Wish, pick
-from runtime.preprocess import find_images, load_image, preprocess
+from .errors import GateError, InputError, one_line, readable
+from .manifest import EngineEntry, Family, InputSpec
+from .picking import OpenEngines, Wish, pick
+from .preprocess import find_images, load_image, preprocess
 
 _Fail = Callable[[object], None]
 

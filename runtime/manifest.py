@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from runtime.artifacts import sha256_file, write_atomically
-from runtime.checked_json import Json, parse, read_text
-from runtime.errors import InputError, one_line
+from .artifacts import sha256_file, write_atomically
+from .checked_json import Json, parse, read_text
+from .errors import InputError, one_line
 
 FORMAT = 1
 FILE_NAME = "family.json"
@@ -36,7 +36,7 @@ class InputSpec:
         crop_mode: One of `CROP_MODES`.
 
     Raises:
-        InputError: A value is outside what `runtime.preprocess` models.
+        InputError: A value is outside what `tocom.runtime.preprocess` models.
     """
 
     size: tuple[int, int, int]
@@ -95,7 +95,7 @@ class EngineEntry:
         schedule: Tokens removed in each block; L numbers.
         tokens: Tokens entering each block, then tokens leaving the last; L + 1 numbers.
         gmacs: Multiply-accumulates of one image, in units of 1e9.
-        backend: Engine library, one of `runtime.engines.BACKENDS`.
+        backend: Engine library, one of `tocom.runtime.engines.base.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         onnx: The graph.
         engine: What the backend opens; may be the graph itself.
@@ -108,7 +108,7 @@ class EngineEntry:
         native: Whether the backend's own operator removes the tokens, instead of the function body.
         pays: Batch size -> whether the engine was faster than degree 0 in the same run.
         build: What is known of a plan that was built: library, options, seconds, bytes, layers; empty for a graph.
-        machine: What `runtime.local_latency.this_machine` called the machine of `latency_ms`; "" where that is unknown.
+        machine: What `tocom.runtime.degrees.local_latency.this_machine` called the machine of `latency_ms`; "" where that is unknown.
     """
 
     degree: int

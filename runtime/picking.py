@@ -10,12 +10,12 @@ from typing import Self
 
 import numpy as np
 
-from runtime.cascade import CascadePlan, run
-from runtime.choosing import choose, points
-from runtime.engines import EngineRunner, open_engine
-from runtime.errors import InputError
-from runtime.local_latency import Tell, local_latencies
-from runtime.manifest import EngineEntry, Family
+from .degrees.cascade import CascadePlan, run
+from .degrees.choose import choose, points
+from .engines.base import EngineRunner, open_engine
+from .errors import InputError
+from .degrees.local_latency import Tell, local_latencies
+from .manifest import EngineEntry, Family
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class OpenEngines:
             folder: Of the family.
             family: Its manifest.
             picked: Which engines.
-            threads: See `runtime.engines.EngineSettings`.
+            threads: See `tocom.runtime.engines.base.EngineSettings`.
             throughput: Likewise.
 
         Raises:

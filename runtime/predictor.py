@@ -12,13 +12,13 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from runtime.cascade import CascadePlan, run
-from runtime.choosing import Point, choose, points
-from runtime.engines import EngineRunner, open_engine
-from runtime.errors import InputError, one_line
-from runtime.local_latency import local_latencies
-from runtime.manifest import Family
-from runtime.preprocess import load_image, preprocess
+from .degrees.cascade import CascadePlan, run
+from .degrees.choose import Point, choose, points
+from .engines.base import EngineRunner, open_engine
+from .errors import InputError, one_line
+from .degrees.local_latency import local_latencies
+from .manifest import Family
+from .preprocess import load_image, preprocess
 
 Images = np.ndarray | Image.Image | str | Path | Sequence[np.ndarray | Image.Image | str | Path]
 
@@ -69,7 +69,7 @@ def load(
         folder: Of the family.
         threads: CPU threads for one call; the engine's choice by default.
         throughput: Whether many images a second matter more than the time of one call.
-        share_weights: Whether memory matters more than speed (see `runtime.engines.EngineSettings`).
+        share_weights: Whether memory matters more than speed (see `tocom.runtime.engines.base.EngineSettings`).
 
     Raises:
         InputError: There is no family, it has no engine, or a file has changed.

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.errors import InputError, one_line
-from runtime.manifest import InputSpec
+from .errors import InputError, one_line
+from .manifest import InputSpec
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # timm's default, so that folders hold the same images for both
 

@@ -55,7 +55,7 @@ def test_an_engine_library_is_imported_by_its_own_modules_only() -> None:
 def test_runtime_imports_without_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'onnx', 'rich', 'typer')))\n"
-        "import runtime.infer, runtime.latency, runtime.engines.ort"
+        "import tocom.runtime.infer, tocom.runtime.degrees.latency, tocom.runtime.engines.onnxruntime_engine"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -63,7 +63,7 @@ def test_runtime_imports_without_torch() -> None:
 def test_help_answers_without_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'onnx')))\n"
-        "sys.argv = ['tocom', 'compile', '--help']\nimport export.cli\nexport.cli.main()"
+        "sys.argv = ['tocom', 'compile', '--help']\nimport tocom.export.cli.__main__\nexport.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "--source-degree" in done.stdout

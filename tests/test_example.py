@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from export.compile import compile_family
-from export.source import CompileOptions
-from runtime.manifest import Family
+from tocom.export.family.compile import compile_family
+from tocom.export.source.load import CompileOptions
+from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "digits"

@@ -12,13 +12,13 @@ import numpy as np
 
 from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
-from calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, most_accurate
-from calib.cascade_family import frontier, opened
-from calib.cascade_trial import in_batches, measure_times
-from runtime.cascade import CascadePlan, confidence, run, shares
-from runtime.choosing import SAVES
-from runtime.local_latency import Times, local_latencies
-from runtime.manifest import Family
+from tocom.calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, most_accurate
+from tocom.calib.cascade_family import frontier, opened
+from tocom.calib.cascade_trial import in_batches, measure_times
+from tocom.runtime.degrees.cascade import CascadePlan, confidence, run, shares
+from tocom.runtime.degrees.choose import SAVES
+from tocom.runtime.degrees.local_latency import Times, local_latencies
+from tocom.runtime.manifest import Family
 
 _BATCH = 64  # of what is not timed
 _BINS = 15  # of the calibration error

@@ -11,9 +11,9 @@ import numpy as np
 from bench.budgets.tables import Cascades, Gain, by_task, cascades
 from bench.experiment.tasks import TASKS
 from bench.markdown import table
-from calib.cascade import CAUTION
-from export.frontier_picture import Mark, Panel, draw
-from runtime.artifacts import write_atomically
+from tocom.calib.cascade import CAUTION
+from tocom.export.cli.frontier_plot import Mark, Panel, draw
+from tocom.runtime.artifacts import write_atomically
 
 _ERRORS = 2  # standard errors that a difference must exceed to be one
 _KINDS = {"single": "the best single degree of equal or lower cost", "mixture": "lots drawn between two single degrees"}

@@ -15,11 +15,11 @@ from bench.experiment.protocol import PRESETS
 from bench.experiment.stages import ARCHITECTURE, checkpoint_name
 from bench.experiment.tasks import TASKS
 from examples.sheets import Split
-from export.compile import compile_family
-from export.scales import choose_family_scales
-from export.source import CompileOptions
-from runtime.errors import InputError
-from runtime.manifest import FILE_NAME, Family
+from tocom.export.family.compile import compile_family
+from tocom.export.family.scales import choose_family_scales
+from tocom.export.source.load import CompileOptions
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import FILE_NAME, Family
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE, EXPERIMENT = ROOT / "examples" / "digits", ROOT / "build" / "experiment" / "small"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bench.experiment.protocol import Method, Protocol
 from bench.experiment.tasks import Task
-from calib.scale_choice import best_scale
-from calib.scales_file import Trial
-from export.fuse import fuse
+from tocom.calib.scale_choice import best_scale
+from tocom.calib.scales_file import Trial
+from tocom.export.graph.fuse import fuse
 from tocom.compensator import Compensator
 from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily

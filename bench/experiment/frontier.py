@@ -13,10 +13,10 @@ from pathlib import Path
 
 from bench.experiment.protocol import METHODS
 from bench.experiment.stages import ARCHITECTURE, Bench, checkpoint_name
-from export.compile import compile_family
-from export.source import CompileOptions
-from runtime.engines import open_engine
-from runtime.latency import measure
+from tocom.export.family.compile import compile_family
+from tocom.export.source.load import CompileOptions
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.degrees.latency import measure
 
 BATCHES = (1, 8, 32)
 _ROUNDS, _SECONDS = 60, 20.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calib.scale_choice import PAPER_SCALES
+from tocom.calib.scale_choice import PAPER_SCALES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import runtime.errors
+import tocom.runtime.errors
 import tocom.errors
 from bench.fuzz.outcome import FAULTS, LIBRARY_CRASH, Outcome
 from bench.fuzz.tables import COLUMNS, by_entry, total
@@ -50,7 +50,7 @@ def fuzz(
     from bench.fuzz.state import State
 
     if not any(only.lower() in name.lower() for name in ENTRIES):
-        raise runtime.errors.InputError(f"--only must be part of one of {', '.join(ENTRIES)}, got {only!r}")
+        raise tocom.runtime.errors.InputError(f"--only must be part of one of {', '.join(ENTRIES)}, got {only!r}")
     kept = work / f"state-{seed}.jsonl"
     if fresh:
         kept.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def main() -> None:
         raise SystemExit(leave.exit_code) from None
     except typer.TyperException as error:
         status = _complain(error.format_message(), 2)
-    except (runtime.errors.InputError, tocom.errors.InputError) as error:
+    except (tocom.runtime.errors.InputError, tocom.errors.InputError) as error:
         status = _complain(error, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain("interrupted; the same command goes on", _INTERRUPTED)

@@ -36,7 +36,7 @@ class Answer:
 
 def tocom(*arguments: object) -> Answer:
     """Runs `tocom` as its own process would, refusing what is left of one that ran before."""
-    from export import cli
+    from tocom.export.cli import __main__ as cli
 
     def run() -> int:
         before, sys.argv = sys.argv, ["tocom", *map(str, arguments)]
@@ -53,7 +53,7 @@ def tocom(*arguments: object) -> Answer:
 
 def infer(*arguments: object) -> Answer:
     """Runs `runtime/infer.py`."""
-    from runtime.infer import main
+    from tocom.runtime.infer import main
 
     return _captured(lambda: main(list(map(str, arguments))))
 

@@ -15,8 +15,8 @@ from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.outcome import WRONG, FaultError
-from runtime.cascade import FILE_NAME, CascadePlan, Stage
-from runtime.manifest import Family
+from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan, Stage
+from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
 

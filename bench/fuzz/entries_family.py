@@ -100,9 +100,9 @@ def _compile_again(given: Given, folder: Path) -> bool:
     Raises:
         FaultError: It keeps what it must not.
     """
-    import export.latency
+    import tocom.export.engine.measure_latency
 
-    export.latency._SECONDS, export.latency._ROUNDS = 0.0, 3
+    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3
     options = given.options()
     arguments = [f"--model-arg={name}={value}" for name, value in options.model_args.items()]
     judge(tocom("compile", "--model", options.model, *arguments, "--checkpoint", options.checkpoint, "--compensator",

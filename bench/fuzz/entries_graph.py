@@ -19,8 +19,8 @@ from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_onnx import GRAPHS
 from bench.fuzz.outcome import RefusedError
-from runtime.engines import open_engine
-from runtime.errors import InputError
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import InputError
 
 _CLOSE = 1e-4
 

@@ -1,4 +1,4 @@
-"""Image files at `runtime.preprocess`, beside timm's own transform, and at `runtime/infer.py`."""
+"""Image files at `tocom.runtime.preprocess`, beside timm's own transform, and at `runtime/infer.py`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bench.fuzz.entries_weights import refusing
 from bench.fuzz.given import Given
 from bench.fuzz.mutate_images import IMAGES, largest
 from bench.fuzz.outcome import WRONG, FaultError
-from runtime.manifest import InputSpec
-from runtime.preprocess import find_images, load_image, preprocess
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import find_images, load_image, preprocess
 
 _SPEC = InputSpec((3, 32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.9, "center")
 _CLOSE = 1e-4

@@ -18,12 +18,12 @@ from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.mutate_tensors import SAFETENSORS
 from bench.fuzz.outcome import WRONG, FaultError
-from calib.quantize.calibrate import quantize
-from calib.quantize.calibration_file import read_calibration
-from calib.quantize.network import quantized_model
-from export.quantize import _made_for
-from export.scales import at_chosen_scales
-from export.source import input_spec
+from tocom.calib.quantize.calibrate import quantize
+from tocom.calib.quantize.calibration_file import read_calibration
+from tocom.calib.quantize.network import quantized_model
+from tocom.export.family.quantizer import _made_for
+from tocom.export.family.scales import at_chosen_scales
+from tocom.export.source.load import input_spec
 from tocom.checkpoint import load_model
 from tocom.vit import ReducedViT, schedule_for
 

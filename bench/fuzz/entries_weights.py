@@ -14,7 +14,7 @@ from bench.fuzz.commands import judge, require_clear, tocom
 from bench.fuzz.given import ARGS, NAME, Given
 from bench.fuzz.mutate_tensors import SAFETENSORS, TORCH
 from bench.fuzz.outcome import LEFTOVER, WRONG, FaultError, RefusedError
-from runtime.errors import readable
+from tocom.runtime.errors import readable
 from tocom.checkpoint import hash_tensors, load_model
 from tocom.compensator import Compensator
 from tocom.errors import InputError
@@ -26,11 +26,11 @@ def refusing(run: Callable[[], bool]) -> bool:
     Raises:
         RefusedError: It refused, clearly.
     """
-    import runtime.errors
+    import tocom.runtime.errors
 
     try:
         return run()
-    except (InputError, runtime.errors.InputError) as error:
+    except (InputError, tocom.runtime.errors.InputError) as error:
         raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
 
 
@@ -87,9 +87,9 @@ def _compile(given: Given, folder: Path) -> bool:
         FaultError: It is otherwise.
         RefusedError: It is refused.
     """
-    import export.latency
+    import tocom.export.engine.measure_latency
 
-    export.latency._SECONDS, export.latency._ROUNDS = 0.0, 3
+    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3
     out = folder / "out"
     arguments = [f"--model-arg={name}={value}" for name, value in ARGS.items()]
     try:

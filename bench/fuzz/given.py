@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from export.source import CompileOptions, Source
+    from tocom.export.source.load import CompileOptions, Source
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -38,7 +38,7 @@ class Given:
 
     def options(self, **changes: Any) -> CompileOptions:
         """What the families were compiled with."""
-        from export.source import CompileOptions
+        from tocom.export.source.load import CompileOptions
 
         options = CompileOptions(
             model=NAME, out=self.folder / "nowhere", degrees=(DEGREE,), checkpoint=self.folder / "model.safetensors",
@@ -49,7 +49,7 @@ class Given:
     @functools.cached_property
     def source(self) -> Source:
         """The loaded checkpoint and compensator."""
-        from export.source import load_source
+        from tocom.export.source.load import load_source
 
         return load_source(self.options())
 
@@ -61,8 +61,8 @@ class Given:
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """What the untouched engine makes of them."""
-        from runtime.engines import open_engine
-        from runtime.manifest import Family
+        from tocom.runtime.engines.base import open_engine
+        from tocom.runtime.manifest import Family
 
         folder = self.family("onnxruntime")
         with open_engine(folder / Family.read(folder).entry(DEGREE).engine, "onnxruntime") as runner:
@@ -126,16 +126,16 @@ def _weights(folder: Path) -> None:
 
 
 def _families(given: Given) -> None:
-    import export.latency
-    from export.compile import compile_family
+    import tocom.export.engine.measure_latency
+    from tocom.export.family.compile import compile_family
 
-    measuring = export.latency._SECONDS, export.latency._ROUNDS
-    export.latency._SECONDS, export.latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
+    measuring = tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS
+    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
     try:
         for backend in BACKENDS:
             compile_family(given.options(out=given.family(backend), backend=backend))
     finally:
-        export.latency._SECONDS, export.latency._ROUNDS = measuring
+        tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = measuring
 
 
 def _tables(given: Given) -> None:
@@ -144,11 +144,11 @@ def _tables(given: Given) -> None:
 
     import torch
 
-    from calib.quantize.calibrate import Method, calibrate
-    from calib.quantize.calibration_file import write_calibration
-    from calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
-    from export.quantize import _made_for as quantized_for
-    from export.scales import _made_for as chosen_for
+    from tocom.calib.quantize.calibrate import Method, calibrate
+    from tocom.calib.quantize.calibration_file import write_calibration
+    from tocom.calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
+    from tocom.export.family.quantizer import _made_for as quantized_for
+    from tocom.export.family.scales import _made_for as chosen_for
     from tocom.vit import ReducedViT
 
     config = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bench.fuzz.case import Case
 from bench.fuzz.outcome import FINE, Outcome
-from runtime.artifacts import write_atomically
-from runtime.errors import InputError, one_line
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.errors import InputError, one_line
 
 
 @dataclass

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
-from export.build import build
-from export.lower import OUTPUT
-from export.operators import operator_of, point_name
-from export.proof.findings import Findings
-from export.proof.observe import RunnerObserver, told_by
-from export.proof.validate import compare_decisions, default_images, prove, validate
-from runtime.engines import EngineRunner
-from runtime.engines.plan import TITLES
-from runtime.errors import InputError
+from tocom.export.engine.build import build
+from tocom.export.graph.lower import OUTPUT
+from tocom.export.graph.operators import operator_of, point_name
+from tocom.export.proof.findings import Findings
+from tocom.export.proof.observe import RunnerObserver, told_by
+from tocom.export.proof.validate import compare_decisions, default_images, prove, validate
+from tocom.runtime.engines.base import EngineRunner
+from tocom.runtime.engines.tensorrt.plan import TITLES
+from tocom.runtime.errors import InputError
 from tocom.merging import Matching, merge
 from tocom.reduction import MERGE
 from tocom.vit import ReducedViT, ReduceStep

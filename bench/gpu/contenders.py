@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bench.gpu.subject import DTYPES, Deployed, Subject, drop_last, ensure_runs, plan_options
 from bench.gpu.timing import Timed, by_events, by_wall
 from bench.plain_tome import PlainToMe
-from export.build import as_engine, build
-from runtime.engines import open_engine
-from runtime.engines.plan import TITLES
-from runtime.errors import InputError
+from tocom.export.engine.build import as_engine, build
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.engines.tensorrt.plan import TITLES
+from tocom.runtime.errors import InputError
 from tocom.vit import ReduceStep
 
 COMPILE = "torch.compile"

@@ -11,8 +11,8 @@ import numpy as np
 import onnxruntime
 import torch  # noqa: F401 - first: its CUDA libraries serve ONNX Runtime as well
 
-from runtime.engines import INPUT_NAME, OUTPUT_NAME
-from runtime.engines.ort import OrtRunner
+from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
+from tocom.runtime.engines.onnxruntime_engine import OrtRunner
 
 _PROVIDER = "CUDAExecutionProvider"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from runtime.errors import one_line
+from tocom.runtime.errors import one_line
 
 # what starts at a root or at home, or has two folders or more: one slash alone may stand between words
 _FOLDERS = re.compile(r"(?<![\w/.:])(?:~?/|(?:[\w.+@~-]+/){2})(?:[\w.+@~-]+/)*(?=[\w.+@~-])")

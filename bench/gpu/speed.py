@@ -14,7 +14,7 @@ from bench.gpu.contenders import COMPILE, Contender, Field
 from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, ensure_usable
 from bench.gpu.timing import interleaved, matmul_rate, warm_up
-from runtime.latency import Latency
+from tocom.runtime.degrees.latency import Latency
 
 Quartiles = tuple[float, float, float]
 

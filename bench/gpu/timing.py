@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from runtime.latency import Latency
+from tocom.runtime.degrees.latency import Latency
 
 Key = TypeVar("Key", bound=Hashable)
 Timed = Callable[[int], float]
@@ -66,7 +66,7 @@ def warm_up(timed: Timed) -> int:
 def interleaved(
     timed: Mapping[Key, Timed], calls: Mapping[Key, int], seconds: float, min_rounds: int = 15
 ) -> tuple[dict[Key, Latency], dict[Key, Exception]]:
-    """Times contenders in rounds: a turn of each, in an order that rotates, as `runtime.latency.measure` does.
+    """Times contenders in rounds: a turn of each, in an order that rotates, as `tocom.runtime.degrees.latency.measure` does.
 
     Args:
         timed: The contenders, warmed up.

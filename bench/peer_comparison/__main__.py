@@ -30,7 +30,7 @@ from bench.peer_comparison.faults import FAULTS
 from bench.peer_comparison.layers import differences, first_beyond, marked
 from bench.peer_comparison.page import draw, page
 from examples.sheets import Sheets, normalize
-from runtime.artifacts import write_atomically
+from tocom.runtime.artifacts import write_atomically
 from tocom.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

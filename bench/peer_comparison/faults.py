@@ -12,7 +12,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from bench.plain_tome import PlainToMe
-from export.operators import DOMAIN, point_name
+from tocom.export.graph.operators import DOMAIN, point_name
 from tocom.merging import Matching, cosine_scores, first_positions, merge
 from tocom.vit import ReducedViT
 
@@ -27,7 +27,7 @@ class Fault:
     Attributes:
         title: For people.
         block: Where.
-        part: Which part of the block, one of `export.proof.parts.PARTS`.
+        part: Which part of the block, one of `tocom.export.proof.parts.PARTS`.
         module: Alters the block of the model, which both sides are then exported from; None where code is wrong.
         network: The plain export's network, whose attention is at fault or not.
         plain: Its merging, likewise.

@@ -15,7 +15,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 
 from bench.peer_comparison.cases import OpenVinoRunner, run, session
-from export.proof.polygraphy_tools import quiet
+from tocom.export.proof.polygraphy_tools import quiet
 
 SLACK = 10.0  # a value may differ by so many times what it does where nothing is decided otherwise
 

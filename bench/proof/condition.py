@@ -12,11 +12,11 @@ from statistics import median
 import torch
 
 from bench.proof.models import Drawn, compensator_of, model_of
-from export.fuse import fuse
-from export.proof.gates import GATES
-from export.proof.observe import TorchObserver, in_format, replay
-from export.proof.parts import compare_parts, logit_distance
-from export.proof.validate import default_images
+from tocom.export.graph.fuse import fuse
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.observe import TorchObserver, in_format, replay
+from tocom.export.proof.parts import compare_parts, logit_distance
+from tocom.export.proof.validate import default_images
 from tocom.reduction import reduction_named
 from tocom.vit import ReducedViT
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bench.proof.state import Record
 from bench.proof.tables import MIDDLE_TOKEN
-from export.proof.gates import GATES
-from export.proof.parts import PARTS
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.parts import PARTS
 
 
 def judged(record: Record) -> Record:

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 
 from bench.proof.state import Record
 from bench.proof.tables import by_engine
-from export.proof.parts import PARTS
+from tocom.export.proof.parts import PARTS
 
 _STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 _LEAST = 0.05  # units; what is less is drawn here

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import InputError, one_line
+from tocom.runtime.errors import InputError, one_line
 
 Record = dict[str, Any]  # see `bench.proof.case.check`
 _MEASURING = ("decisions.py", "observe.py", "parts.py", "validate.py")

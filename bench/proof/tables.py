@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.proof.models import ENGINES
 from bench.proof.state import Record
-from export.proof.parts import PARTS
+from tocom.export.proof.parts import PARTS
 
 WORST, MIDDLE, COPY = "logits of the worst image", "logits of the image in the middle", "debug copy"
 MIDDLE_TOKEN = "token in the middle"  # of every part

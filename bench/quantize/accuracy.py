@@ -14,11 +14,11 @@ from torch import Tensor
 from bench.quantize.comparison import against, compared
 from bench.quantize.protocol import CALIBRATION_IMAGES, HARDEST, METHODS, RECONSTRUCTED, RULES, Effort
 from bench.quantize.subjects import Subject, logits_of
-from calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate, quantize
-from calib.quantize.choose_images import choose, features_of
-from calib.quantize.network import quantized_model
-from calib.quantize.synthesize import synthesize
-from export.quantize import SYNTHESIZED
+from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate, quantize
+from tocom.calib.quantize.choose_images import choose, features_of
+from tocom.calib.quantize.network import quantized_model
+from tocom.calib.quantize.synthesize import synthesize
+from tocom.export.family.quantizer import SYNTHESIZED
 from tocom.vit import ReducedViT
 
 Records = list[dict[str, Any]]

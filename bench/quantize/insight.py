@@ -13,12 +13,12 @@ from bench.quantize.accuracy import Records, calibrated, narrow
 from bench.quantize.comparison import compared
 from bench.quantize.protocol import CALIBRATION_IMAGES, HARDEST, Effort
 from bench.quantize.subjects import BATCH, Subject
-from calib.quantize.calibrate import Method
-from calib.quantize.network import observe, products_of
-from calib.quantize.ranges import PERCENTILE
-from calib.quantize.sensitivity import sensitivity
-from export.proof.decisions import judge_of
-from export.proof.observe import replay
+from tocom.calib.quantize.calibrate import Method
+from tocom.calib.quantize.network import observe, products_of
+from tocom.calib.quantize.ranges import PERCENTILE
+from tocom.calib.quantize.sensitivity import sensitivity
+from tocom.export.proof.decisions import judge_of
+from tocom.export.proof.observe import replay
 from tocom.vit import ReducedViT, schedule_for
 
 

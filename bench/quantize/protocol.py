@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from calib.quantize.calibrate import OBSERVED
-from calib.quantize.grids import FORMATS, INT4_WEIGHTS, INT8, Format, Grid
+from tocom.calib.quantize.calibrate import OBSERVED
+from tocom.calib.quantize.grids import FORMATS, INT4_WEIGHTS, INT8, Format, Grid
 
 CALIBRATION_IMAGES = 128
 POOL = 1024  # training sheets that calibration sheets are chosen from

@@ -19,11 +19,11 @@ from bench.experiment.protocol import PRESETS
 from bench.experiment.stages import ARCHITECTURE
 from bench.experiment.tasks import TASKS
 from bench.quantize.protocol import POOL
-from calib.labelled import LabelledImages
-from export.fuse import fuse
-from export.source import input_spec
-from runtime.artifacts import write_atomically
-from runtime.errors import InputError
+from tocom.calib.labelled import LabelledImages
+from tocom.export.graph.fuse import fuse
+from tocom.export.source.load import input_spec
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.errors import InputError
 from tocom.checkpoint import load_model
 from tocom.compensator import Compensator
 from tocom.vit import ReducedViT

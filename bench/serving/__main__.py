@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-import runtime.errors
+import tocom.runtime.errors
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _INTERRUPTED = 130
@@ -136,11 +136,11 @@ def _results(file: Path) -> dict:
 
 
 def _hash(engines: Path) -> str:
-    from runtime.artifacts import sha256_file
+    from tocom.runtime.artifacts import sha256_file
 
     file = engines / "family.json"
     if not file.is_file():
-        raise runtime.errors.InputError(f"there is no family in {runtime.errors.one_line(engines)}: give --engines")
+        raise tocom.runtime.errors.InputError(f"there is no family in {tocom.runtime.errors.one_line(engines)}: give --engines")
     return sha256_file(file)
 
 
@@ -185,7 +185,7 @@ def main() -> None:
         raise SystemExit(leave.exit_code) from None
     except typer.TyperException as error:
         status = _complain(error.format_message(), 2)
-    except runtime.errors.InputError as error:
+    except tocom.runtime.errors.InputError as error:
         status = _complain(error, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain("interrupted; the same command goes on", _INTERRUPTED)

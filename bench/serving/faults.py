@@ -16,7 +16,7 @@ from bench.serving.server import Server
 from bench.serving.state import State
 from bench.serving.subject import MODEL, Body, Subject, http_request
 from bench.serving.traffic import Traffic, account, mixed_bodies, sound
-from runtime.errors import InputError
+from tocom.runtime.errors import InputError
 
 RATE = 12.0  # requests a second of steady traffic: far below what a server takes, so that only the fault can hurt
 

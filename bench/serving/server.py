@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from bench.serving.subject import MODEL
-from runtime.errors import InputError, one_line
+from tocom.runtime.errors import InputError, one_line
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.serving.accounts import REFUSED, RIGHT, UNCLEAR, WRONG, Judged, Record, Reply, clear_refusal
-from runtime.errors import InputError, one_line
-from runtime.predictor import load
+from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.predictor import load
 
 MODEL = "digits"
 
@@ -64,7 +64,7 @@ class Subject:
     @cached_property
     def expected(self) -> dict[int, np.ndarray]:
         """Logits of the local engine, float32 [sheets, classes], by degree."""
-        from runtime.preprocess import decode_image, preprocess
+        from tocom.runtime.preprocess import decode_image, preprocess
 
         with load(self.folder, threads=1) as family:
             pixels = np.stack([preprocess(decode_image(sheet, 1 << 24), family.family.input) for sheet in self.sheets])

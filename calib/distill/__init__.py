@@ -8,7 +8,7 @@ network that comes out of it is the one that went in.
                           options=options, state_folder=Path("work/compensator.training"),
                           on_step=lambda step, loss: print(step, loss))
 
-`images` is a `calib.distill.pairs.BatchSource`, an object with `batch(first_pair, pairs) -> [2 * pairs, 3, H, W]`
+`images` is a `tocom.calib.distill.pairs.BatchSource`, an object with `batch(first_pair, pairs) -> [2 * pairs, 3, H, W]`
 that makes normalized images; or anything with `len()` and `[index]` that holds PIL images, which are augmented as the
 options say, or normalized tensors [3, H, W], which are taken as they are. Everything random follows from the seed, the
 step and the pair's number: with a state folder, the same call goes on where it was, and the result does not depend on
@@ -23,11 +23,11 @@ from pathlib import Path
 
 from torch import nn
 
-from calib.distill.augmentation import Augmentation
-from calib.distill.cluster import Cluster
-from calib.distill.options import DistillOptions
-from calib.distill.pairs import BatchSource, ImagePairs
-from calib.distill.training import Listeners, Plan, Training
+from tocom.calib.distill.augmentation import Augmentation
+from tocom.calib.distill.cluster import Cluster
+from tocom.calib.distill.options import DistillOptions
+from tocom.calib.distill.pairs import BatchSource, ImagePairs
+from tocom.calib.distill.training import Listeners, Plan, Training
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily

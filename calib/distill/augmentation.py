@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from runtime.manifest import InputSpec
-from runtime.preprocess import preprocess
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import preprocess
 
 PRESETS = ("none", "light", "timm")
 _RAND_AUGMENT = "rand-m9-mstd0.5-mmax9-inc1"  # timm's usual one, but at magnitude 10 posterize keeps 0 bits and raises

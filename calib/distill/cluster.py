@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import distributed
 
-from runtime.errors import GateError, InputError
+from tocom.runtime.errors import GateError, InputError
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DEVICES = ("auto", "cpu", "cuda")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from runtime.errors import InputError, one_line
-from runtime.preprocess import find_images, load_image
+from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.preprocess import find_images, load_image
 
 _SIZES_TAKEN = 1000  # files whose sizes tell a folder from another; a million would take minutes on a network disk
 _NAMED = re.compile(r"(?P<kind>torch|hfds|hfids|tfds|wds)/[^:]+(:.*)?", re.DOTALL)

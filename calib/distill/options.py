@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from calib.distill.augmentation import PRESETS
+from tocom.calib.distill.augmentation import PRESETS
 from tocom.errors import InputError
 
 LR_IMAGES = 512  # the total batch that a learning rate is given for
@@ -31,7 +31,7 @@ class DistillOptions:
         rank: Rank k of each of the 16 groups.
         schedule: Name of the schedule family: how a degree is spread over the blocks.
         reduction: Name of the token reduction.
-        augment: How PIL images are augmented, one of `calib.distill.augmentation.PRESETS`.
+        augment: How PIL images are augmented, one of `tocom.calib.distill.augmentation.PRESETS`.
         flip: Whether augmentation may mirror images.
         erasing: Probability of random erasing, with the timm preset.
         precision: "fp32", or "bf16" and "fp16" by autocast; the loss is float32 in any case.

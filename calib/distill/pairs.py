@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib.distill.draws import drawn_for_pair, image_at, replacement_for
-from runtime.errors import InputError, one_line
+from tocom.calib.distill.draws import drawn_for_pair, image_at, replacement_for
+from tocom.runtime.errors import InputError, one_line
 
 _ATTEMPTS = 100  # other images tried for one that cannot be read
 _PROBED = 100

@@ -14,14 +14,14 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from calib.distill.cluster import Cluster
-from calib.distill.draws import degrees_at, drawn_for_weights
-from calib.distill.options import DistillOptions
-from calib.distill.pairs import BatchSource, Division, ImagePairs, LoadedPairs, load
-from calib.distill.self_distillation import SelfDistillation
-from calib.distill.training_log import StepRecord, TrainingLog
-from calib.distill.training_state import TrainingFolder, TrainingState
-from runtime.errors import InputError
+from tocom.calib.distill.cluster import Cluster
+from tocom.calib.distill.draws import degrees_at, drawn_for_weights
+from tocom.calib.distill.options import DistillOptions
+from tocom.calib.distill.pairs import BatchSource, Division, ImagePairs, LoadedPairs, load
+from tocom.calib.distill.self_distillation import SelfDistillation
+from tocom.calib.distill.training_log import StepRecord, TrainingLog
+from tocom.calib.distill.training_state import TrainingFolder, TrainingState
+from tocom.runtime.errors import InputError
 from tocom.compensator import Compensator, CompensatorInfo
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from runtime.artifacts import write_atomically
-from runtime.errors import InputError, one_line
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.errors import InputError, one_line
 
 _FORMAT = 1
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from calib.quantize.grids import FORMATS, Format
-from calib.quantize.migrations import Migration, migrate
-from calib.quantize.network import (
+from tocom.calib.quantize.grids import FORMATS, Format
+from tocom.calib.quantize.migrations import Migration, migrate
+from tocom.calib.quantize.network import (
     Observation,
     Quantization,
     QuantizedWeight,
@@ -22,8 +22,8 @@ from calib.quantize.network import (
     products_of,
     round_to_nearest,
 )
-from calib.quantize.ranges import RANGES, scale_of
-from runtime.errors import InputError
+from tocom.calib.quantize.ranges import RANGES, scale_of
+from tocom.runtime.errors import InputError
 from tocom.reduction import MERGE, Reduction
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
@@ -38,10 +38,10 @@ class Method:
     """What calibration does; every part can be switched by itself.
 
     Attributes:
-        format: Name of the number format, one of `calib.quantize.grids.FORMATS`.
+        format: Name of the number format, one of `tocom.calib.quantize.grids.FORMATS`.
         images: How many images are looked at.
         choice: Which: "spread" evenly over the folder, or "diverse" by density and diversity (EDA-DM).
-        range: Which range of an input its grid covers, one of `calib.quantize.ranges.RANGES`.
+        range: Which range of an input its grid covers, one of `tocom.calib.quantize.ranges.RANGES`.
         smooth: Whether range moves from inputs into weights (SmoothQuant), alpha searched.
         widen: Whether weights' unsaturated channels are widened (DilateQuant).
         reparameterize: Whether norms are given one range for all channels (RepQuant).
@@ -109,7 +109,7 @@ class Calibration:
         grid = self.format.weight
         if self.method.rounding == "nearest":
             return round_to_nearest(weight, grid)
-        from calib.quantize.rounding import gptq, quantease
+        from tocom.calib.quantize.rounding import gptq, quantease
 
         rounded = gptq(weight, self.rows[name], grid)
         if self.method.rounding == "gptq":
@@ -175,7 +175,7 @@ def quantize(
     quantization = calibration.quantization(model)
     if not calibration.method.reconstruct:
         return quantization
-    from calib.quantize.reconstruct import reconstruct
+    from tocom.calib.quantize.reconstruct import reconstruct
 
     changed = copy.deepcopy(model)
     changed.load_state_dict(dict(quantization.state))
@@ -191,15 +191,15 @@ def _migrating(
     """
     steps = []
     if method.reparameterize:
-        from calib.quantize.reparameterize import reparameterize
+        from tocom.calib.quantize.reparameterize import reparameterize
 
         steps.append(reparameterize)
     if method.smooth:
-        from calib.quantize.smooth import smooth
+        from tocom.calib.quantize.smooth import smooth
 
         steps.append(lambda model, seen: smooth(model, seen, form))
     if method.widen:
-        from calib.quantize.smooth import widen
+        from tocom.calib.quantize.smooth import widen
 
         steps.append(lambda model, seen: widen(model, seen, form))
     return steps

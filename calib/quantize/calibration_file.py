@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from calib.quantize.calibrate import Calibration, Method
-from calib.quantize.grids import FORMATS
-from calib.quantize.migrations import Migration, require_possible
-from calib.quantize.network import products_of
-from runtime.artifacts import write_atomically
-from runtime.errors import InputError, one_line
+from tocom.calib.quantize.calibrate import Calibration, Method
+from tocom.calib.quantize.grids import FORMATS
+from tocom.calib.quantize.migrations import Migration, require_possible
+from tocom.calib.quantize.network import products_of
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.errors import InputError, one_line
 from tocom.tensorfile import read_tensors
 
 _KIND = "tocom calibration 1"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calib.quantize.network import looking
+from tocom.calib.quantize.network import looking
 from tocom.errors import InputError
 from tocom.vit import ReducedViT
 

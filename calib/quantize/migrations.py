@@ -14,7 +14,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from calib.quantize.network import products_of
+from tocom.calib.quantize.network import products_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calib.quantize.grids import Format, Grid, scale_for
+from tocom.calib.quantize.grids import Format, Grid, scale_for
 
 _KEPT = 1 << 22  # numbers that are kept of what goes into a product
 

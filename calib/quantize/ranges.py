@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.quantize.grids import Grid, scale_for
-from calib.quantize.network import Observation
+from tocom.calib.quantize.grids import Grid, scale_for
+from tocom.calib.quantize.network import Observation
 
 RANGES = ("minmax", "percentile", "mse", "entropy")
 PERCENTILE = 99.99

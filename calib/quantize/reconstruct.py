@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calib.quantize.grids import Format, Grid, scale_for
-from calib.quantize.network import Quantization, QuantizedLinear, QuantizedWeight, quantized_model
+from tocom.calib.quantize.grids import Format, Grid, scale_for
+from tocom.calib.quantize.network import Quantization, QuantizedLinear, QuantizedWeight, quantized_model
 from tocom.reduction import MERGE, Reduction
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT

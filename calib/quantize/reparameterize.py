@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from calib.quantize.migrations import Migration, readers_of, takes_shift
-from calib.quantize.network import Observation
+from tocom.calib.quantize.migrations import Migration, readers_of, takes_shift
+from tocom.calib.quantize.network import Observation
 
 CLIPPED = 0.001  # share of a channel's numbers that are left out at either end
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calib.quantize.grids import Grid, scale_for
-from calib.quantize.network import QuantizedWeight, round_to_nearest
+from tocom.calib.quantize.grids import Grid, scale_for
+from tocom.calib.quantize.network import QuantizedWeight, round_to_nearest
 
 _BLOCK = 128  # columns whose effect on later ones is applied at once
 _SHARES = [1 - 0.0125 * step for step in range(41)]  # ends of range that are tried, down to half

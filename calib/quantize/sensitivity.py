@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calib.quantize.network import Quantization, quantized_model
+from tocom.calib.quantize.network import Quantization, quantized_model
 from tocom.reduction import MERGE, Reduction
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from calib.quantize.grids import Format, scale_for
-from calib.quantize.migrations import Migration, readers_of
-from calib.quantize.network import Observation, round_to_nearest
-from calib.quantize.ranges import scale_of
+from tocom.calib.quantize.grids import Format, scale_for
+from tocom.calib.quantize.migrations import Migration, readers_of
+from tocom.calib.quantize.network import Observation, round_to_nearest
+from tocom.calib.quantize.ranges import scale_of
 
 Candidates = Callable[[Tensor, Observation], Iterator[Tensor]]
 """(weight [out, in], what was seen going into it) -> factors to try, [in] each."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.lower import OUTPUT
-from export.operators import operator_of
+from tocom.export.graph.lower import OUTPUT
+from tocom.export.graph.operators import operator_of
 from tocom.merging import Matching, cosine_scores, first_positions
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Decision, Reduction

@@ -1,4 +1,4 @@
-"""What comparing an engine with the reference found, and whether that is within the gates of `export.proof.gates`."""
+"""What comparing an engine with the reference found, and whether that is within the gates of `tocom.export.proof.gates`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean, median
 from typing import Any
 
-from export.proof.gates import GATES, margin_allowed
-from export.proof.parts import in_order
+from tocom.export.proof.gates import GATES, margin_allowed
+from tocom.export.proof.parts import in_order
 
 
 @dataclass
@@ -20,7 +20,7 @@ class BlockFindings:
         explained: Images that differ, where the choice is as good to within rounding.
         unexplained: Images that differ otherwise.
         margin: How much worse than the best its decisions are, at most.
-        output_error: Distance (`export.proof.parts.distance`) of the tokens that leave it, decisions replayed; None
+        output_error: Distance (`tocom.export.proof.parts.distance`) of the tokens that leave it, decisions replayed; None
             where the engine does not tell its tokens.
         parts: Part -> distance of what it puts out from what the reference makes of its input: of the worst token.
         middles: Likewise, of the token in the middle of the worst image.
@@ -42,7 +42,7 @@ class Fault:
 
     Attributes:
         block: Where; None where it is about the network as a whole.
-        part: One of `export.proof.parts.PARTS`, or what of the network.
+        part: One of `tocom.export.proof.parts.PARTS`, or what of the network.
         found: What was measured.
         allowed: The gate.
         of: What of the part; empty for its worst token.

@@ -21,14 +21,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.build import as_engine, needs_inlining
-from export.lower import OUTPUT, inline
-from export.operators import DOMAIN, POINTS, operator_of, point_name
-from export.proof.decisions import AnyDecision, decisions_of
-from export.proof.gates import judged_as
-from export.rounding import rounded
-from runtime.artifacts import Engine
-from runtime.engines import EngineRunner, open_engine
+from tocom.export.engine.build import as_engine, needs_inlining
+from tocom.export.graph.lower import OUTPUT, inline
+from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
+from tocom.export.proof.decisions import AnyDecision, decisions_of
+from tocom.export.proof.gates import judged_as
+from tocom.export.graph.emulate_half import rounded
+from tocom.runtime.artifacts import Engine
+from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +47,7 @@ class Observed:
         decisions: Block -> what was decided.
         told: The same of what also tells the tokens between, a debug copy. More outputs may make it round elsewhere,
             and decide otherwise at a tie; itself where the engine's decisions are known by the copy's alone.
-        values: Name in the graph (`export.operators.point_name`) -> tokens [B, N, C], sizes [B, N, 1] or a signal
+        values: Name in the graph (`tocom.export.graph.operators.point_name`) -> tokens [B, N, C], sizes [B, N, 1] or a signal
             there, of the copy; what it does not tell is missing.
     """
 
@@ -67,7 +67,7 @@ class Observer(ABC):
 
     Attributes:
         name: For people.
-        precision: Row of `export.proof.gates.GATES` that rounding is judged by.
+        precision: Row of `tocom.export.proof.gates.GATES` that rounding is judged by.
     """
 
     name: str

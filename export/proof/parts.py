@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from export.operators import point_name
-from export.proof.decisions import AnyDecision
-from export.proof.observe import Observed
+from tocom.export.graph.operators import point_name
+from tocom.export.proof.decisions import AnyDecision
+from tocom.export.proof.observe import Observed
 from tocom.vit import ReducedViT
 
 # of a block, in order; "decision" is judged by its margin, the ends belong to the first and last block

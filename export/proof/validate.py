@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from export.operators import point_name
-from export.proof.decisions import AnyDecision, judge_of
-from export.proof.findings import Findings
-from export.proof.gates import GATES, margin_allowed
-from export.proof.observe import Observed, Observer, Replay, in_format, observer_of, replay
-from export.proof.parts import compare_parts, distance, logit_distance
-from runtime.artifacts import Engine, Report
+from tocom.export.graph.operators import point_name
+from tocom.export.proof.decisions import AnyDecision, judge_of
+from tocom.export.proof.findings import Findings
+from tocom.export.proof.gates import GATES, margin_allowed
+from tocom.export.proof.observe import Observed, Observer, Replay, in_format, observer_of, replay
+from tocom.export.proof.parts import compare_parts, distance, logit_distance
+from tocom.runtime.artifacts import Engine, Report
 from tocom.vit import ReducedViT
 
 EXACT = "fp64"

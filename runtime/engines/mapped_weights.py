@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.engines.graph_file import read_graph
+from .graph_file import read_graph
 
 _DTYPES = {1: np.float32, 7: np.int64, 10: np.float16, 11: np.float64}  # of onnx.TensorProto.DataType
 _EXTERNAL = 1  # of onnx.TensorProto.DataLocation

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import InputError, one_line
+from ..errors import InputError, one_line
 
 SOURCE = Path(__file__).resolve().parent
 BUILT = SOURCE / "built"

@@ -1,6 +1,6 @@
 // Token merging of one image (ToMe, section 3): the algorithm alone, for the adapters of the engines.
 //
-// It computes what the function body of ai.tocom::TokenMerge computes (export/operators/merge.py is the specification):
+// It computes what the function body of ai.tocom::TokenMerge computes (export/graph/operators/merge.py is the specification):
 // a-tokens stand at even positions behind the prefix, b-tokens at odd ones; every a-token picks the b-token of the
 // highest cosine, the first of equals; the r a-tokens with the highest cosines (the first of equals) merge into their
 // pick as the size-weighted mean. A NaN ranks above every number and the first one wins, as in PyTorch.

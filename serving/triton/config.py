@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.checked_json import Json
-from runtime.engines import INPUT_NAME, OUTPUT_NAME
-from runtime.errors import InputError
-from runtime.manifest import EngineEntry, Family
-from serving.triton.prototext import Word, entries
+from tocom.runtime.checked_json import Json
+from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import EngineEntry, Family
+from tocom.serving.triton.prototext import Word, entries
 
 IMAGE_NAME = "image"
 LABELS = "labels.txt"

@@ -16,10 +16,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before any other package of that name
 
-from runtime.checked_json import parse
-from runtime.errors import InputError
-from runtime.manifest import InputSpec
-from runtime.preprocess import decode_image, preprocess
+from tocom.runtime.checked_json import parse
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import decode_image, preprocess
 
 
 class TritonPythonModel:

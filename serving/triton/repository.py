@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import runtime.preprocess
-from runtime.artifacts import write_atomically
-from runtime.checked_json import Json, parse, read_text
-from runtime.errors import InputError, one_line
-from runtime.manifest import EngineEntry, Family
-from serving.triton.config import (
+import tocom.runtime.preprocess
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.checked_json import Json, parse, read_text
+from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.manifest import EngineEntry, Family
+from tocom.serving.triton.config import (
     FILES,
     LABELS,
     TritonOptions,
@@ -29,7 +29,7 @@ from serving.triton.config import (
     largest_batch,
     preprocess_config,
 )
-from serving.triton.prototext import prototext
+from tocom.serving.triton.prototext import prototext
 
 MARKER = "tocom-triton.json"  # says that a folder was written here, and may be replaced
 CLIENT, ENSEMBLE = "client", "ensemble"
@@ -226,7 +226,7 @@ def _engine_files(
 
 def _preprocess_files() -> Iterator[tuple[str, bytes]]:
     yield f"{VERSION}/model.py", Path(__file__).with_name("preprocess_model.py").read_bytes()
-    source = Path(runtime.preprocess.__file__).parent
+    source = Path(tocom.runtime.preprocess.__file__).parent
     for name in _ENOUGH:
         yield f"{VERSION}/runtime/{name}", b"" if name == "__init__.py" else (source / name).read_bytes()
 

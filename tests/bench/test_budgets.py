@@ -16,8 +16,8 @@ from bench.budgets.page import write_page
 from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
 from bench.budgets.tables import Gain, cascades, task_of
-from runtime.cascade import CascadePlan, Stage
-from runtime.errors import InputError
+from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.errors import InputError
 
 
 def drawn(seed: int, images: int = 200) -> dict[int, np.ndarray]:

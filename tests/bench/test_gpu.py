@@ -28,7 +28,7 @@ from bench.gpu.speed import Group, Missing, Row, rows_of
 from bench.gpu.state import State
 from bench.gpu.subject import Deployed, Subject, drop_last
 from bench.gpu.timing import interleaved, latency
-from runtime.errors import GateError, InputError
+from tocom.runtime.errors import GateError, InputError
 
 HERE = {"GPU": "Made Up 1", "driver": "1.2", "torch": "0.0"}
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

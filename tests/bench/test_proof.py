@@ -13,8 +13,8 @@ from bench.proof import campaign
 from bench.proof.models import ENGINES, KINDS, draw, model_of
 from bench.proof.page import write_page
 from bench.proof.state import State
-from export.proof.gates import GATES
-from runtime.errors import InputError
+from tocom.export.proof.gates import GATES
+from tocom.runtime.errors import InputError
 
 
 def run(folder, models=2):

@@ -18,9 +18,9 @@ from bench.quantize.insight import replayed
 from bench.quantize.page import write_page
 from bench.quantize.protocol import FULL, METHODS, QUICK, RECONSTRUCTED, RULES, STRESS, stress_formats
 from bench.quantize.selection import divergence_ratio
-from calib.quantize.calibrate import Method
-from calib.quantize.grids import FORMATS
-from runtime.errors import InputError
+from tocom.calib.quantize.calibrate import Method
+from tocom.calib.quantize.grids import FORMATS
+from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
 
 

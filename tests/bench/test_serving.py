@@ -40,7 +40,7 @@ from bench.serving.schedule import order, poisson
 from bench.serving.state import State
 from bench.serving.subject import Body, Subject, allows
 from bench.serving.traffic import account, sound
-from runtime.errors import InputError
+from tocom.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-import calib.cascade
-from calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature, most_accurate
-from runtime.cascade import CascadePlan, Stage, confidence, run, shares
-from runtime.errors import InputError
-from runtime.local_latency import Times
+import tocom.calib.cascade
+from tocom.calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature, most_accurate
+from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence, run, shares
+from tocom.runtime.errors import InputError
+from tocom.runtime.degrees.local_latency import Times
 
 ALONE = {0: 1.1, 4: 0.8, 8: 0.6, 16: 0.35}
 
@@ -95,7 +95,7 @@ def brute_force(logits, labels, goal, costs):
     for length in (2, 3):
         for chain in itertools.combinations(sorted(logits, reverse=True), length):
             sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
-            for threshold in calib.cascade.thresholds(np.concatenate(sureness)):
+            for threshold in tocom.calib.cascade.thresholds(np.concatenate(sureness)):
                 plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
                                     for degree in chain])  # fmt: skip
                 right, reached = one_by_one(logits, labels, plan)
@@ -117,7 +117,7 @@ def brute_force(logits, labels, goal, costs):
 @pytest.mark.parametrize("goal", [Goal(max_drop=8.0), Goal(accuracy=0.4), Goal(max_drop=0.0)])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_cheapest_of_all_cascades_is_found(monkeypatch, goal, seed):
-    monkeypatch.setattr(calib.cascade, "_GRID", 12)
+    monkeypatch.setattr(tocom.calib.cascade, "_GRID", 12)
     logits, labels = drawn(60, seed, {0: 1.6, 4: 1.4, 8: 1.0, 16: 0.8})
     costs = Costs(ALONE, {0: 1.0, 4: 0.9, 8: 0.5, 16: 0.4}, {0: 1.0, 4: 0.7, 8: 0.5, 16: 0.3}, 4)
     expected = brute_force(logits, labels, goal, costs)
@@ -135,7 +135,7 @@ def test_the_cheapest_of_all_cascades_is_found(monkeypatch, goal, seed):
 @given(values=st.lists(st.sampled_from([0.2, 0.5, 0.500001, 0.9, 1.0]) | st.floats(0.1, 1), min_size=1, max_size=200))
 def test_thresholds_lie_between_confidences_and_fall(values):
     sureness = np.array(values)
-    placed = calib.cascade.thresholds(sureness)
+    placed = tocom.calib.cascade.thresholds(sureness)
     assert 1 <= len(placed) <= 64 and (np.diff(placed) < 0).all()
     if len(np.unique(np.round(sureness, 6))) > 1:
         assert ((sureness.min() <= placed) & (placed <= sureness.max())).all()
@@ -211,7 +211,7 @@ def test_the_most_accurate_at_a_cost(at):
         for chain in itertools.combinations((16, 8, 4, 0), length):
             temperatures = {degree: round(fit_temperature(logits[degree], labels), 6) for degree in chain}
             sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
-            for threshold in calib.cascade.thresholds(np.concatenate(sureness)) if sureness else [0.0]:
+            for threshold in tocom.calib.cascade.thresholds(np.concatenate(sureness)) if sureness else [0.0]:
                 plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
                                     for degree in chain])  # fmt: skip
                 right, reached = one_by_one(logits, labels, plan)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.cascade_trial import compare, halves, in_batches, measure_times
-from runtime.cascade import CascadePlan, Stage
+from tocom.calib.cascade_trial import compare, halves, in_batches, measure_times
+from tocom.runtime.degrees.cascade import CascadePlan, Stage
 
 PLAN = CascadePlan((Stage(8, 1.0, 0.8), Stage(0, 1.0, 0.0)))
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib.labelled import LabelledImages
-from runtime.errors import InputError
-from runtime.manifest import InputSpec
+from tocom.calib.labelled import LabelledImages
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import InputSpec
 
 SPEC = InputSpec((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")
 NAMES = ("cat", "dog", "eel")

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import calib.scale_choice
-from calib.labelled import LabelledImages
-from calib.scale_choice import Search, best_scale, choose_scales
-from calib.scales_file import ChosenFor, ScaleChoices, Trial
-from runtime.manifest import InputSpec
+import tocom.calib.scale_choice
+from tocom.calib.labelled import LabelledImages
+from tocom.calib.scale_choice import Search, best_scale, choose_scales
+from tocom.calib.scales_file import ChosenFor, ScaleChoices, Trial
+from tocom.runtime.manifest import InputSpec
 from tocom.errors import InputError
 
 SPEC = InputSpec((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")
@@ -81,7 +81,7 @@ def test_shares_and_losses(
     images: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int
 ) -> None:
     """Whatever the batch, and whether the images fit into memory at once or not."""
-    monkeypatch.setattr(calib.scale_choice, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(tocom.calib.scale_choice, "_CHUNK_BYTES", chunk)
     counts = {0.0: 4, 0.05: 9, 0.2: 7}
     told: list[int] = []
     search = Search(images, (0.2, 0.05, 0.0, 0.05), batch=batch)
@@ -99,8 +99,8 @@ def test_shares_and_losses(
 
 def test_images_are_decoded_once(images: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Path] = []
-    load = calib.labelled.load_image
-    monkeypatch.setattr("calib.labelled.load_image", lambda path: (decoded.append(path), load(path))[1])
+    load = tocom.calib.labelled.load_image
+    monkeypatch.setattr("tocom.calib.labelled.load_image", lambda path: (decoded.append(path), load(path))[1])
     counts = dict.fromkeys((0.0, 0.05, 0.1), 5)
     choose_scales(Search(images, (0.05, 0.1)), [2, 4], right_on(counts), NOTHING, tmp_path, no_progress)
     assert sorted(decoded) == sorted(images.paths)

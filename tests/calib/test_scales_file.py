@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from calib.scales_file import ChosenFor, ScaleChoice, ScaleChoices, Trial, name_of_set
-from runtime.errors import InputError
-from runtime.manifest import InputSpec
+from tocom.calib.scales_file import ChosenFor, ScaleChoice, ScaleChoices, Trial, name_of_set
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import InputSpec
 
 SPEC = InputSpec((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
 MADE_FOR = ChosenFor("a" * 64, "b" * 64, 0, "constant", "merge", SPEC)
@@ -111,7 +111,7 @@ def test_a_folder_of_that_name_is_refused(tmp_path: Path) -> None:
         ScaleChoices.read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["calib.scales_file", "calib.scale_choice"])
+@pytest.mark.parametrize("name", ["tocom.calib.scales_file", "tocom.calib.scale_choice"])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted and not results.failed

@@ -34,8 +34,8 @@ from bench.fuzz.registry import ENTRIES, cases
 from bench.fuzz.state import State
 from bench.fuzz.supervisor import Supervisor
 from bench.fuzz.tables import plain, total
-from runtime.errors import InputError
-from runtime.manifest import Family
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import Family
 
 SEED = 20261122
 SLOW = ("family.json -> tocom compile", "checkpoint .safetensors -> tocom compile", "largest image -> infer")

@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import runtime.errors
+import tocom.runtime.errors
 import tocom.errors
-from calib.quantize.calibrate import Calibration, Method
-from calib.quantize.calibration_file import read_calibration, write_calibration
-from calib.quantize.migrations import Migration
-from calib.quantize.network import products_of
-from calib.scales_file import ScaleChoices
-from export.console import complain, open_console
-from export.table import family_table
-from runtime.checked_json import LARGEST_FILE
-from runtime.engines import open_engine
-from runtime.infer import main as infer
-from runtime.manifest import EngineEntry, Family, InputSpec
-from runtime.preprocess import load_image, preprocess
+from tocom.calib.quantize.calibrate import Calibration, Method
+from tocom.calib.quantize.calibration_file import read_calibration, write_calibration
+from tocom.calib.quantize.migrations import Migration
+from tocom.calib.quantize.network import products_of
+from tocom.calib.scales_file import ScaleChoices
+from tocom.export.cli.console import complain, open_console
+from tocom.export.cli.family_table import family_table
+from tocom.runtime.checked_json import LARGEST_FILE
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.infer import main as infer
+from tocom.runtime.manifest import EngineEntry, Family, InputSpec
+from tocom.runtime.preprocess import load_image, preprocess
 from tocom.tensorfile import read_tensors
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -101,7 +101,7 @@ def test_a_calibration_that_cannot_be_used(
     tensors = load_file(calibration)
     change(tensors)
     save_file(tensors, calibration, metadata)
-    with pytest.raises(runtime.errors.InputError, match=words) as refused:
+    with pytest.raises(tocom.runtime.errors.InputError, match=words) as refused:
         read_calibration(calibration, MADE_FOR, network)
     assert "\n" not in str(refused.value)
 
@@ -122,7 +122,7 @@ def test_a_calibration_with_other_metadata(calibration: Path, network: nn.Module
     with safe_open(calibration, "pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(calibration), calibration, metadata | changes)
-    with pytest.raises(runtime.errors.InputError, match="not a calibration"):
+    with pytest.raises(tocom.runtime.errors.InputError, match="not a calibration"):
         read_calibration(calibration, MADE_FOR, network)
 
 
@@ -168,7 +168,7 @@ def test_notes_that_no_compile_makes(tmp_path: Path, change: dict[str, object]) 
     odd = replace(family, engines=(replace(family.engines[0], **change),))
     try:
         table = family_table(odd, tmp_path)
-    except runtime.errors.InputError as refusal:
+    except tocom.runtime.errors.InputError as refusal:
         assert "compile the family again" in str(refusal) and "\n" not in str(refusal)
     else:
         open_console().print(table)
@@ -185,7 +185,7 @@ def test_a_table_that_is_far_too_large(tmp_path: Path, read: Callable[[Path], ob
     """It was read and checked for minutes."""
     name = "family.json" if read == Family.read else "scales.json"
     (tmp_path / name).write_text("[" + "0," * (LARGEST_FILE // 2) + "0]")
-    with pytest.raises(runtime.errors.InputError, match="MiB"):
+    with pytest.raises(tocom.runtime.errors.InputError, match="MiB"):
         read(tmp_path)
 
 
@@ -207,14 +207,14 @@ def test_a_graph_that_openvino_cannot_be_prepared_for(tmp_path: Path, monkeypatc
     file.write_bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
     with open_engine(file, "openvino", batch=2) as runner:
         assert runner.classes == 3
-    monkeypatch.setattr("runtime.engines.ov.fuse", fails)
-    with pytest.raises(runtime.errors.InputError, match="cannot be compiled by OpenVINO"):
+    monkeypatch.setattr("tocom.runtime.engines.openvino_engine.fuse", fails)
+    with pytest.raises(tocom.runtime.errors.InputError, match="cannot be compiled by OpenVINO"):
         open_engine(file, "openvino")
 
 
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n%%EOF\n")
-    with pytest.raises(runtime.errors.InputError, match="PostScript"):
+    with pytest.raises(tocom.runtime.errors.InputError, match="PostScript"):
         load_image(tmp_path / "a.png")
 
 

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from export.lower import lower
-from export.proof.observe import in_format, replay
-from export.weights import WeightStore
-from runtime.artifacts import FusedCheckpoint
-from runtime.manifest import InputSpec
-from runtime.preprocess import load_image, preprocess
+from tocom.export.graph.lower import lower
+from tocom.export.proof.observe import in_format, replay
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import FusedCheckpoint
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import load_image, preprocess
 from tests.conftest import FAMILIES
 from tocom.checkpoint import load_model
 from tocom.pruning import Pruning

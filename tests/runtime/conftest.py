@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from runtime.artifacts import sha256_file
-from runtime.manifest import EngineEntry, Family, InputSpec
+from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 
 COLOURS = ("red", "green", "blue")
 

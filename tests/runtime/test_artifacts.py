@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph, Report, sha256_file, write_atomically
+from tocom.runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph, Report, sha256_file, write_atomically
 
 
 def test_sha256_file_equals_hashlib(tmp_path):

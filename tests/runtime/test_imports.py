@@ -16,12 +16,12 @@ MODULES = sorted((ROOT / "runtime").rglob("*.py"))
 
 # Library -> the only modules that may import it.
 ENGINE_LIBRARIES = {
-    "onnxruntime": ("runtime/engines/ort.py",),
-    "openvino": ("runtime/engines/ov.py", "runtime/engines/ov_fusion.py"),
-    "tensorrt": ("runtime/engines/tensorrt_nvidia.py",),
+    "onnxruntime": ("runtime/engines/onnxruntime_engine.py",),
+    "openvino": ("runtime/engines/openvino_engine.py", "runtime/engines/openvino_fusion.py"),
+    "tensorrt": ("runtime/engines/tensorrt/nvidia.py",),
     # the last two for its types, which are TensorRT's as well
-    "tensorrt_rtx": ("runtime/engines/tensorrt_rtx.py", "runtime/engines/trt.py", "runtime/engines/lane.py"),
-    "cuda": ("runtime/engines/device.py",),  # where it is first needed: a box without it can say so
+    "tensorrt_rtx": ("runtime/engines/tensorrt/rtx.py", "runtime/engines/tensorrt/runner.py", "runtime/engines/tensorrt/lane.py"),
+    "cuda": ("runtime/engines/tensorrt/device.py",),  # where it is first needed: a box without it can say so
     "google": ("runtime/engines/graph_file.py",),  # protobuf, which ONNX Runtime needs itself
 }
 ALLOWED = {"numpy", "PIL", "runtime", *sys.stdlib_module_names}
@@ -43,7 +43,7 @@ for missing in {missing!r}:
         assert error.name.startswith("tensorrt"), error
     else:
         raise AssertionError(missing)
-from runtime.infer import main
+from tocom.runtime.infer import main
 status = main({arguments!r})
 for banned in ("torch", "timm", "onnx", "rich", "typer"):
     assert banned not in sys.modules, banned
@@ -79,7 +79,7 @@ def test_runs_in_a_bare_environment(tmp_path, family_folder, photos):
             if (packages / name).exists() and not (site / name).exists():
                 (site / name).symlink_to(packages / name)
     modules = [".".join(m.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for m in MODULES]
-    missing = [name for name in modules if name.startswith("runtime.engines.tensorrt_")]
+    missing = [name for name in modules if name.startswith("tocom.runtime.engines.base.tensorrt_")]
     modules = [name for name in modules if name not in missing]
     arguments = ["--engines", str(family_folder), str(photos)]
     script = SCRIPT.format(paths=[str(site), str(ROOT)], modules=modules, missing=missing, arguments=arguments)

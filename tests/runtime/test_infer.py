@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import infer
-from runtime.artifacts import write_atomically
-from runtime.manifest import Family
+from tocom.runtime import infer
+from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 

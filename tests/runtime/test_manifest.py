@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import InputError
-from runtime.manifest import FORMAT, Family, InputSpec
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import FORMAT, Family, InputSpec
 
 
 def refusal(call, *args) -> str:

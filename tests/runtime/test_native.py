@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
-import runtime.native
-from runtime.errors import InputError
-from runtime.native import SOURCE, build, library
+import tocom.runtime.native
+from tocom.runtime.errors import InputError
+from tocom.runtime.native import SOURCE, build, library
 from tocom.merging import match
 
 DRIVER = Path(__file__).with_name("merge_driver.cpp")
@@ -181,7 +181,7 @@ def test_what_is_not_a_number_ranks_first_as_in_pytorch_and_never_crashes(run_dr
 
 @pytest.mark.full
 def test_the_library_is_built_once_and_again_when_forced(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.native, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "built")
     assert library() is None
     file = build()
     assert library() == file and file.parent == tmp_path / "built"
@@ -193,18 +193,18 @@ def test_the_library_is_built_once_and_again_when_forced(tmp_path, monkeypatch):
 
 
 def test_without_a_compiler_it_says_what_is_used_instead(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime.native, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "built")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="no C\\+\\+ compiler .*no-such-compiler"):
         build()
-    assert runtime.native.main() == 0
+    assert tocom.runtime.native.main() == 0
     told = capsys.readouterr()
     assert len(told.err.splitlines()) == 1 and "function body" in told.err and not told.out
 
 
 def test_a_failing_compiler_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.native, "BUILT", tmp_path / "built")
-    monkeypatch.setattr(runtime.native, "_FLAGS", ("-include/no/such.h",))
+    monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(tocom.runtime.native, "_FLAGS", ("-include/no/such.h",))
     with pytest.raises(InputError, match="does not compile here"):
         build()
     assert library() is None and not list((tmp_path / "built").iterdir())

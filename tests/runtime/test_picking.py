@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from runtime import infer
-from runtime.cascade import CascadePlan, Stage
-from runtime.local_latency import this_machine
-from runtime.manifest import Family
+from tocom.runtime import infer
+from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.manifest import Family
 
 
 @pytest.fixture

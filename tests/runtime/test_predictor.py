@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime.artifacts import sha256_file
-from runtime.engines import open_engine
-from runtime.errors import GateError, InputError
-from runtime.local_latency import this_machine
-from runtime.manifest import Family
-from runtime.predictor import LoadedFamily
+from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import GateError, InputError
+from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.manifest import Family
+from tocom.runtime.predictor import LoadedFamily
 
 
 @pytest.fixture

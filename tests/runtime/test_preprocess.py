@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from runtime.errors import InputError
-from runtime.manifest import CROP_MODES, INTERPOLATIONS, InputSpec
-from runtime.preprocess import find_images, load_image, preprocess
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import CROP_MODES, INTERPOLATIONS, InputSpec
+from tocom.runtime.preprocess import find_images, load_image, preprocess
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ATOL = 1e-6

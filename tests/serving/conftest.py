@@ -17,12 +17,12 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 
-from runtime.artifacts import Engine, sha256_file
-from runtime.local_latency import this_machine
-from runtime.manifest import EngineEntry, Family, InputSpec
-from serving.scheduler import Limits
-from serving.service import ServeOptions, Service
-from serving.web import page_routes
+from tocom.runtime.artifacts import Engine, sha256_file
+from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.manifest import EngineEntry, Family, InputSpec
+from tocom.serving.service.scheduler import Limits
+from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.protocol.page_routes import page_routes
 from tests.waiting import SAFETY_S, eventually
 
 MAX_BATCH = 8

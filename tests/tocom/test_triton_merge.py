@@ -143,8 +143,8 @@ def check_equal(found: Matching, expected: Matching) -> None:
 
 def check_margins(found: Matching, metric: torch.Tensor, keep_order: bool) -> None:
     """Every decision is valid, and the best one to within float32's rounding."""
-    from export.proof.decisions import MergeJudge, merge_margin
-    from export.proof.gates import margin_allowed
+    from tocom.export.proof.decisions import MergeJudge, merge_margin
+    from tocom.export.proof.gates import margin_allowed
 
     scores = cosine_scores(metric.double(), found.protected)
     for image in range(len(metric)):

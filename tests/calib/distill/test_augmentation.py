@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.distill.augmentation import Augmentation, input_spec_of, mixed
-from calib.distill.draws import drawn_for_pair
-from runtime.preprocess import preprocess
+from tocom.calib.distill.augmentation import Augmentation, input_spec_of, mixed
+from tocom.calib.distill.draws import drawn_for_pair
+from tocom.runtime.preprocess import preprocess
 
 
 @pytest.fixture

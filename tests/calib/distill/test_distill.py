@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.distill import DistillOptions, distill
-from calib.distill.draws import degrees_at
-from calib.distill.self_distillation import divergence
-from runtime.errors import GateError
-from runtime.errors import InputError as RuntimeInputError
+from tocom.calib.distill import DistillOptions, distill
+from tocom.calib.distill.draws import degrees_at
+from tocom.calib.distill.self_distillation import divergence
+from tocom.runtime.errors import GateError
+from tocom.runtime.errors import InputError as RuntimeInputError
 from tocom.errors import InputError
 from tocom.vit import ReducedViT
 

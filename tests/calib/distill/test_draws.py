@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from calib.distill.draws import degrees_at, drawn_for_pair, drawn_for_weights, image_at, replacement_for
+from tocom.calib.distill.draws import degrees_at, drawn_for_pair, drawn_for_weights, image_at, replacement_for
 
 
 def test_degrees_are_different_and_uniform():

@@ -9,8 +9,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from calib.distill.image_source import FolderImages, open_images
-from runtime.errors import InputError
+from tocom.calib.distill.image_source import FolderImages, open_images
+from tocom.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.distill.augmentation import Augmentation
-from calib.distill.draws import image_at
-from calib.distill.pairs import Division, ImagePairs, LoadedPairs, load
-from runtime.errors import InputError
+from tocom.calib.distill.augmentation import Augmentation
+from tocom.calib.distill.draws import image_at
+from tocom.calib.distill.pairs import Division, ImagePairs, LoadedPairs, load
+from tocom.runtime.errors import InputError
 
 
 class Photos:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calib.distill.self_distillation import SelfDistillation, divergence
+from tocom.calib.distill.self_distillation import SelfDistillation, divergence
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.reduction import PRUNE
 from tocom.schedule import ScheduleFamily

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from calib.distill.training_log import COLUMNS, StepRecord, TrainingLog
-from calib.distill.training_state import TrainingFolder, TrainingState
-from runtime.errors import InputError
+from tocom.calib.distill.training_log import COLUMNS, StepRecord, TrainingLog
+from tocom.calib.distill.training_state import TrainingFolder, TrainingState
+from tocom.runtime.errors import InputError
 
 IDENTITY = {"lr": 0.001, "schedule": "constant", "clip_grad": None}
 

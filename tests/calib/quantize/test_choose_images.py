@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.quantize import choose_images
-from calib.quantize.choose_images import choose, features_of, typicality
+from tocom.calib.quantize import choose_images
+from tocom.calib.quantize.choose_images import choose, features_of, typicality
 from tocom.errors import InputError
 from tocom.vit import ReducedViT
 

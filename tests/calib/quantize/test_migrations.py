@@ -11,8 +11,8 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from calib.quantize.migrations import Migration, migrate, readers_of, source_of, takes_shift
-from calib.quantize.network import observe, products_of
+from tocom.calib.quantize.migrations import Migration, migrate, readers_of, source_of, takes_shift
+from tocom.calib.quantize.network import observe, products_of
 from tocom.vit import ReducedViT
 
 PLAIN = ["norm1", "attn.qkv", "norm2"]

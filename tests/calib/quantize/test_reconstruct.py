@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib.quantize.grids import FORMATS, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, Format, Grid
-from calib.quantize.network import (
+from tocom.calib.quantize.grids import FORMATS, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, Format, Grid
+from tocom.calib.quantize.network import (
     Quantization,
     QuantizedLinear,
     QuantizedWeight,
@@ -19,8 +19,8 @@ from calib.quantize.network import (
     quantized_model,
     round_to_nearest,
 )
-from calib.quantize.ranges import scale_of
-from calib.quantize.reconstruct import (
+from tocom.calib.quantize.ranges import scale_of
+from tocom.calib.quantize.reconstruct import (
     LearntLinear,
     _BlockByBlock,
     _Course,
@@ -29,7 +29,7 @@ from calib.quantize.reconstruct import (
     reconstruct,
     recorded,
 )
-from export.proof.observe import replay
+from tocom.export.proof.observe import replay
 from tocom.merging import Matching
 from tocom.reduction import MERGE, PRUNE, Merge, Reduction
 from tocom.vit import ReducedViT, schedule_for

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from calib.quantize.grids import INT8
-from calib.quantize.migrations import migrate
-from calib.quantize.network import Observation, observe, products_of
-from calib.quantize.ranges import scale_of
-from calib.quantize.reparameterize import CLIPPED, reparameterize
+from tocom.calib.quantize.grids import INT8
+from tocom.calib.quantize.migrations import migrate
+from tocom.calib.quantize.network import Observation, observe, products_of
+from tocom.calib.quantize.ranges import scale_of
+from tocom.calib.quantize.reparameterize import CLIPPED, reparameterize
 from tocom.vit import ReducedViT
 
 

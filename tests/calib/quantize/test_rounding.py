@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import calib.quantize.rounding
-from calib.quantize.grids import FP8, INT4_WEIGHTS, INT8_WEIGHTS, Grid, scale_for
-from calib.quantize.network import QuantizedWeight, round_to_nearest
-from calib.quantize.rounding import channel_errors, gptq, quantease
+import tocom.calib.quantize.rounding
+from tocom.calib.quantize.grids import FP8, INT4_WEIGHTS, INT8_WEIGHTS, Grid, scale_for
+from tocom.calib.quantize.network import QuantizedWeight, round_to_nearest
+from tocom.calib.quantize.rounding import channel_errors, gptq, quantease
 
 GRIDS = pytest.mark.parametrize("grid", [INT8_WEIGHTS, INT4_WEIGHTS, FP8], ids=["int8", "int4", "fp8"])
 
@@ -53,7 +53,7 @@ def test_channel_errors() -> None:
 @pytest.fixture(params=[128, 7], ids=["one_block", "five_blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Columns that are worked on at once, of 32."""
-    monkeypatch.setattr(calib.quantize.rounding, "_BLOCK", request.param)
+    monkeypatch.setattr(tocom.calib.quantize.rounding, "_BLOCK", request.param)
     return request.param
 
 

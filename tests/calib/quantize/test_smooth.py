@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
-from calib.quantize.grids import FORMATS, INT8, Format, Grid
-from calib.quantize.migrations import Migration, migrate, readers_of
-from calib.quantize.network import (
+from tocom.calib.quantize.grids import FORMATS, INT8, Format, Grid
+from tocom.calib.quantize.migrations import Migration, migrate, readers_of
+from tocom.calib.quantize.network import (
     Observation,
     Quantization,
     observe,
@@ -22,8 +22,8 @@ from calib.quantize.network import (
     quantized_model,
     round_to_nearest,
 )
-from calib.quantize.ranges import scale_of
-from calib.quantize.smooth import ALPHAS, product_error, smooth, widen, widening_limit
+from tocom.calib.quantize.ranges import scale_of
+from tocom.calib.quantize.smooth import ALPHAS, product_error, smooth, widen, widening_limit
 from tocom.vit import ReducedViT
 
 W8A8, W4 = FORMATS["int8"], FORMATS["int4-weights"]

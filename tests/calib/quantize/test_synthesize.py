@@ -11,8 +11,8 @@ from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 from torch import nn
 
-from calib.quantize import synthesize as module
-from calib.quantize.synthesize import entropy, objective, roughness, similarities, synthesize
+from tocom.calib.quantize import synthesize as module
+from tocom.calib.quantize.synthesize import entropy, objective, roughness, similarities, synthesize
 from tocom.errors import InputError
 
 SIZE = (3, 32, 32)

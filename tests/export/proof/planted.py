@@ -142,7 +142,7 @@ BUGS = (
 
 
 # Name -> how far off the bug makes its part (a decision: its margin), measured in float32, and the formats whose gates
-# are further (`export.proof.gates`): no gate tells it there from a healthy engine.
+# are further (`tocom.export.proof.gates`): no gate tells it there from a healthy engine.
 HIDDEN: Mapping[str, tuple[float, tuple[str, ...]]] = {
     "delta's scale 10% off": (4.4e-3, ("bf16",)),
     "logarithm of sizes in half": (2.2e-5, NARROW),

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from export.proof.decisions import judge_of, merge_margin, prune_margin
-from export.proof.gates import margin_allowed
+from tocom.export.proof.decisions import judge_of, merge_margin, prune_margin
+from tocom.export.proof.gates import margin_allowed
 from tocom.merging import Matching
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE

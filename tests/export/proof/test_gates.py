@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.proof.gates import GATES
-from export.proof.observe import in_format, replay
-from export.proof.parts import logit_distance
-from export.proof.validate import default_images
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.observe import in_format, replay
+from tocom.export.proof.parts import logit_distance
+from tocom.export.proof.validate import default_images
 from tocom.vit import ReducedViT
 
 DOCUMENTED = {

@@ -1,4 +1,4 @@
-"""The gates of export.proof.validate: the right passes, the wrong fails, a matter of rounding is explained."""
+"""The gates of tocom.export.proof.validate: the right passes, the wrong fails, a matter of rounding is explained."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-import export.proof.observe
-from export.build import build
-from export.lower import reference_model
-from export.operators import POINTS
-from export.proof.decisions import decisions_of
-from export.proof.findings import BlockFindings, Findings
-from export.proof.gates import margin_allowed
-from export.proof.observe import debug_copy, replay
-from export.proof.validate import default_images, validate
-from runtime.engines import open_engine
-from runtime.errors import InputError
+import tocom.export.proof.observe
+from tocom.export.engine.build import build
+from tocom.export.graph.lower import reference_model
+from tocom.export.graph.operators import POINTS
+from tocom.export.proof.decisions import decisions_of
+from tocom.export.proof.findings import BlockFindings, Findings
+from tocom.export.proof.gates import margin_allowed
+from tocom.export.proof.observe import debug_copy, replay
+from tocom.export.proof.validate import default_images, validate
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import InputError
 from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 
@@ -351,14 +351,14 @@ class Altered:
     "alter", [lambda x: x * np.float32(1.01), lambda x: x * np.float32(np.nan)], ids=["scaled", "NaN"]
 )
 def test_a_debug_copy_that_computes_something_else_fails(engine, reference, monkeypatch, alter):
-    true_copy = export.proof.observe.debug_copy
+    true_copy = tocom.export.proof.observe.debug_copy
 
     @contextmanager
     def altered_copy(engine):
         with true_copy(engine) as runner:
             yield Altered(runner, alter)
 
-    monkeypatch.setattr(export.proof.observe, "debug_copy", altered_copy)
+    monkeypatch.setattr(tocom.export.proof.observe, "debug_copy", altered_copy)
     report = validate(engine, reference, images())
     assert not report
     assert report.findings["max_logit_error"] <= 1e-4

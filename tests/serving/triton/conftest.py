@@ -23,12 +23,12 @@ from pathlib import Path
 
 import pytest
 
-from export.build import build
-from export.source import CompileOptions, load_source
-from export.steps import steps_of
-from export.weights import WeightStore
-from runtime.artifacts import OnnxGraph
-from runtime.manifest import EngineEntry, Family
+from tocom.export.engine.build import build
+from tocom.export.source.load import CompileOptions, load_source
+from tocom.export.family.steps import steps_of
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import OnnxGraph
+from tocom.runtime.manifest import EngineEntry, Family
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "examples" / "digits"

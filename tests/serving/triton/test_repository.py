@@ -18,16 +18,16 @@ from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-import serving.triton.prototext
-from export import cli
-from export.cli_triton import _inlined
-from runtime.artifacts import sha256_file
-from runtime.errors import InputError
-from runtime.manifest import EngineEntry, Family
-from runtime.preprocess import preprocess
-from serving.triton.config import TritonOptions, engine_config
-from serving.triton.prototext import prototext
-from serving.triton.repository import MARKER, RepositoryOptions, write_repository
+import tocom.serving.triton.prototext
+from tocom.export.cli import __main__ as cli
+from tocom.export.cli.export_triton import _inlined
+from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import EngineEntry, Family
+from tocom.runtime.preprocess import preprocess
+from tocom.serving.triton.config import TritonOptions, engine_config
+from tocom.serving.triton.prototext import prototext
+from tocom.serving.triton.repository import MARKER, RepositoryOptions, write_repository
 
 
 def read(folder: Path) -> model_config_pb2.ModelConfig:
@@ -58,7 +58,7 @@ def planned(family: Family, **build: object) -> EngineEntry:
 
 
 def test_prototext_says_what_it_does() -> None:
-    assert doctest.testmod(serving.triton.prototext).failed == 0
+    assert doctest.testmod(tocom.serving.triton.prototext).failed == 0
 
 
 @pytest.mark.parametrize("text", ['a"b\\c', "line\nbreak", "Größe \U0001f600", "\x00\x7f", "", "'{}'"])

@@ -16,12 +16,12 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from export.cli_triton import _inlined
-from runtime.engines import open_engine
-from runtime.manifest import Family
-from runtime.preprocess import preprocess
-from serving.triton.config import TritonOptions
-from serving.triton.repository import RepositoryOptions, write_repository
+from tocom.export.cli.export_triton import _inlined
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.manifest import Family
+from tocom.runtime.preprocess import preprocess
+from tocom.serving.triton.config import TritonOptions
+from tocom.serving.triton.repository import RepositoryOptions, write_repository
 
 DEGREES = (0, 8, 16)
 PROTOCOLS = (tritonclient.http, tritonclient.grpc)

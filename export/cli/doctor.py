@@ -1,0 +1,44 @@
+"""Which engines can run on this machine, which can be built for others, and why not."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from tocom.runtime.engines.base import available
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis."""
+
+    name: str
+    usable: bool
+    detail: str
+
+
+def diagnose() -> list[Finding]:
+    """Looks at every engine library, without loading an engine."""
+    findings = [Finding(f"engine {status.name}", status.usable, status.detail) for status in available()]
+    findings.append(_plans())
+    findings.append(_cuda())
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "onnx", "onnxscript"))
+    findings.append(Finding("compiler", True, f"{libraries}, Python {platform.python_version()}"))
+    return findings
+
+
+def _plans() -> Finding:
+    name = "plans for NVIDIA GPUs"
+    try:
+        return Finding(name, True, f"tensorrt-rtx {version('tensorrt-rtx-cu13')} builds them here; running needs a GPU")
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed: pip install 'tocom[tensorrt-rtx]'")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("CUDA", True, torch.cuda.get_device_name())
+    return Finding("CUDA", False, "no usable NVIDIA GPU: engines run on the CPU")

@@ -1,0 +1,231 @@
+"""`tocom validate`: proves a family, says where one goes wrong, and writes the report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from tocom.export.cli.options import (
+    BisectFolder,
+    Checkpoint,
+    Compare,
+    CompensatorFile,
+    Images,
+    Limit,
+    Model,
+    ModelArgs,
+    NumClasses,
+    read_degrees,
+    read_model_args,
+)
+from tocom.export.cli.console import complain, open_console, stages
+from tocom.runtime.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tocom.export.proof.validate_family import FamilyProof, ProofOptions, Proven
+    from tocom.runtime.artifacts import Engine, Report
+
+_SIDE = (
+    "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
+    "another family of the checkpoint"
+)
+
+
+_VERSIONS = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino")  # of the report
+
+
+def validate_command(
+    engines: Annotated[Path, typer.Option(help="Folder of the family.")],
+    model: Model,
+    checkpoint: Checkpoint = None,
+    compensator: CompensatorFile = None,
+    degrees: Annotated[str | None, typer.Option(help="Degrees to validate. Default: all.")] = None,
+    images: Images = None,
+    limit: Limit = 500,
+    num_classes: NumClasses = None,
+    model_arg: ModelArgs = None,
+    candidate: Annotated[str, typer.Option(metavar="WHO", help=f"What is proven: {_SIDE}.")] = "engines",
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="WHO",
+            help="What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are proven against "
+            "float64, then compared with each other.",
+        ),
+    ] = "torch:fp64",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Prove engines as prepared for so many images. Default: for any number.")
+    ] = None,
+    per_block: Annotated[
+        bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.json, report.md and report.html there.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="An image whose merged patches the report shows, reference beside candidate."
+        ),
+    ] = None,
+    compare: Compare = False,
+    bisect: BisectFolder = None,
+) -> None:
+    """Prove the engines of a family once more, against the reference made from the original files.
+
+    Decisions and values are judged apart: an engine that decides otherwise at a tie passes, one that computes otherwise
+    does not, however small the difference in its logits.
+
+    Exit status: 0 all pass, 1 an engine fails, 2 bad input.
+    """
+    wanted = read_degrees(degrees) if degrees else ()
+    if compare:
+        import tocom.export.cli.inspect_graph  # noqa: F401  # says at once if Polygraphy is missing
+    _require_folder("--bisect", bisect)
+    _require_report(report, image)
+    from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
+    from tocom.export.proof.validate_family import ProofOptions, prove_family
+    from tocom.export.source.load import CompileOptions
+
+    files = CompileOptions(
+        model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
+        limit=limit, num_classes=num_classes, model_args=read_model_args(model_arg),
+    )  # fmt: skip
+    options = ProofOptions(files, candidate, against, batch)
+    with stages(len(wanted) or None) as notify:
+        proof = prove_family(options, notify)
+    console = open_console()
+    console.print(verdict_table(proof.reports, escape(f"validation of {engines}")))
+    for line in fault_lines(proof.reports):
+        console.print(f"[red]{escape(one_line(line))}[/]")
+    if any("pair" in each.findings for each in proof.reports.values()):
+        console.print(pair_table(proof.reports))
+    if per_block:
+        console.print(block_table(proof.reports))
+    if report is not None:
+        _write_report(report, image, proof, options)
+    if bisect is not None:
+        for degree, proven in proof.degrees.items():
+            if proof.reports[degree].findings["faults"]:
+                _locate(degree, proven, proof.reports[degree], candidate)
+    _examine(proof.reports, comparing=compare, folder=bisect)
+    if not all(proof.reports.values()):
+        raise typer.Exit(1)
+
+
+def _require_folder(option: str, folder: Path | None) -> None:
+    """Refuses, before work begins, what can be no folder."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"{option} must be a folder, got the file {one_line(folder)}")
+
+
+def _examine(reports: Mapping[int, Report], *, comparing: bool, folder: Path | None) -> None:
+    """What Polygraphy does; where it is not installed, --bisect has said all but the smallest piece of the graph."""
+    if not comparing and (folder is None or all(reports.values())):
+        return
+    try:
+        from tocom.export.cli.inspect_graph import examine
+    except InputError as missing:
+        complain(f"no smallest failing piece: {missing}")
+        return
+    examine(reports, comparing=comparing, folder=folder)
+
+
+def _require_report(report: Path | None, image: Path | None) -> None:
+    """Refuses, before work begins, what can be no report."""
+    _require_folder("--report", report)
+    if image is not None and report is None:
+        raise InputError("--image is for the report: name its folder with --report.")
+    if image is not None and not image.is_file():
+        raise InputError(f"--image must be an image file, got {one_line(image)}")
+    if report is not None:
+        from tocom.export.proof.report.plots import require_matplotlib
+
+        require_matplotlib()
+
+
+def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
+    """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
+    from tocom.export.proof.observe import in_format
+    from tocom.export.proof.bisect.operators import operators_of_block
+    from tocom.export.proof.validate import EXACT
+    from tocom.export.proof.sides import Who, engine_of
+    from tocom.export.source.load import validation_batches
+
+    console, who = open_console(), Who.read(candidate)
+    if who.kind == "torch":
+        return
+    block = report.findings["first_fault"]["block"]
+    with engine_of(who, proven.engine) as engine:
+        if block is not None:
+            exact = in_format(proven.reference, EXACT)
+            operators = operators_of_block(engine, exact, validation_batches(proven.source), block)
+            wrong = [each for each in operators if each.is_wrong]
+            for each in wrong[:3]:
+                console.print(f"r={degree}: {each}")
+            if not wrong:
+                console.print(f"r={degree}: every operator of block {block} is right where its value is put out: what "
+                              "goes wrong is what the library makes of several of them at once")  # fmt: skip
+        console.print(f"r={degree}: {_recovery(degree, proven, engine)}")
+
+
+def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
+    from tocom.export.proof.bisect.recovery import can_keep_blocks, recover, remaker
+    from tocom.export.source.load import validation_batches
+
+    plain, can_keep = proven.plain or proven.reference, can_keep_blocks(engine)
+    with tempfile.TemporaryDirectory(prefix="tocom-") as folder, stages(None) as notify:
+        remake = remaker(proven.source, engine, plain, lambda: validation_batches(proven.source), Path(folder))
+        most = len(plain.model.blocks) if can_keep else 0
+        recovery = recover(remake, most, lambda text: notify(degree, text))
+    blocks = ",".join(map(str, recovery.blocks))
+    if recovery.report and not recovery.blocks:
+        return "made anew from the same files it passes, so the listed file is what is wrong: compile it again"
+    if recovery.report and proven.plain is not None:
+        return f"it passes with the products of blocks {blocks} in float: tocom quantize --keep-float"
+    if recovery.report:
+        return f"it passes with blocks {blocks} in float32: tocom compile --float-blocks {blocks}"
+    if can_keep:
+        return "no blocks in float32 bring it back"
+    return f"made anew it fails too: {one_line(recovery.report.findings['faults'][0])}"
+
+
+def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
+    """Writes the report, and says where."""
+    from tocom.export.proof.report.pictures import merge_pictures
+    from tocom.export.proof.report.write import About, write_report
+    from tocom.export.proof.sides import Who, opened
+    from tocom.runtime.preprocess import load_image, preprocess
+
+    pictures = {}
+    for degree, proven in proof.degrees.items() if image is not None else ():
+        spec = proven.source.family.input
+        pixels = preprocess(load_image(image), spec)[None]
+        with opened(Who.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
+            pictures[degree] = merge_pictures(observer, proven.reference, pixels, spec)
+    first, found = next(iter(proof.degrees.values())), next(iter(proof.reports.values())).findings
+    family = first.source.family
+    about = About(
+        title=f"{family.model}: {options.files.out}",
+        model=family.model,
+        candidate=found["candidate"],
+        against=found["against"]["candidate"] if "against" in found else found["reference"],
+        date=datetime.now(UTC).date().isoformat(),
+        versions={name: version(name) for name in _VERSIONS if find_spec(name.partition("-")[0]) is not None},
+        checkpoint_sha256=family.checkpoint_sha256,
+        compensator_sha256=family.compensator_sha256,
+        command=shlex.join(["tocom", *sys.argv[1:]]),
+    )
+    for file in write_report(folder, proof.reports, about, pictures):
+        open_console().print("[green]wrote[/]", str(file), markup=True)

@@ -1,0 +1,178 @@
+"""ONNX graph -> engine.
+
+ONNX Runtime and OpenVINO run an ONNX file, so building one means proving that it loads and answers. TensorRT's engines
+are plans, built from the graph, here also where they cannot be run. OpenVINO does not expand model-local functions:
+unless its native operator takes the place of all of them, it gets a copy of the graph with the bodies inlined, which
+refers to the same weight files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from tocom.calib.quantize.grids import FORMATS
+from tocom.export.graph.lower import inline
+from tocom.export.graph.operators import DOMAIN
+from tocom.export.engine.tensorrt.plan import (
+    LIBRARIES,
+    PlanOptions,
+    build_plan,
+    layer_information,
+    plan_name,
+    plan_recipe,
+)
+from tocom.export.graph.insert_qdq import forms
+from tocom.runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
+from tocom.runtime.engines.base import BACKENDS, available, native_operators, open_engine, precisions
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import EngineEntry
+
+AUTO = "auto"
+PLANNED = tuple(LIBRARIES)  # backends whose engines are plans
+
+_EXPANDS_FUNCTIONS = ("onnxruntime", *PLANNED)
+TYPED = ("onnxruntime", *PLANNED)  # compute in the formats that stand in the graph; OpenVINO chooses by a hint
+
+
+def graph_precision(backend: str, precision: str) -> str:
+    """The number format that has to stand in the graph for a backend to compute in a precision."""
+    if precision in FORMATS:
+        form = forms(backend)
+        return "+".join([precision, form.rest, *(["unsigned"] if form.unsigned else [])])
+    return precision if backend in TYPED else "fp32"
+
+
+def build(
+    graph: OnnxGraph, *, backend: str = "onnxruntime", precision: str = "fp32", plan: PlanOptions | None = None
+) -> Engine:
+    """Builds the engine of a graph.
+
+    Args:
+        graph: One degree, lowered in the backend's `graph_precision`.
+        backend: One of `tocom.runtime.engines.base.BACKENDS`.
+        precision: Number format that the engine computes in.
+        plan: How plans are built, for backends that have them.
+
+    Raises:
+        InputError: If the backend or precision is not one there is, the backend does not run here, or a plan cannot be
+            built.
+        AssertionError: If the engine answers with NaN.
+    """
+    backends_for(backend, precision)
+    if backend in PLANNED:
+        return _planned(graph, backend, plan or PlanOptions())
+    proto = onnx.load(graph.file, load_external_data=False)
+    file, files = graph.file, dict(graph.files)
+    native = runs_natively(proto, backend)
+    if needs_inlining(proto, backend):
+        file = graph.file.with_suffix(".inlined.onnx")
+        write_atomically(file, inline(proto).SerializeToString())
+        files[file.name] = sha256_file(file)
+    if graph_precision(backend, precision) != "fp32":
+        precision = graph.precision
+    engine = Engine(file=file, backend=backend, precision=precision, files=files, source=graph, native=native)
+    _ensure_answers(engine)
+    return engine
+
+
+def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
+    recipe = plan_recipe(backend, options)
+    file = graph.file.with_name(plan_name(graph.file, recipe))
+    built = build_plan(graph.file, backend, options, graph.file.with_name(f"{backend}.timing"))
+    write_atomically(file, built.content)
+    found = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
+    log = json.dumps({**found, "graph": graph.file.name, "log": built.log}, indent=2)
+    write_atomically(file.with_name(f"{file.name}.log"), log.encode())
+    engine = Engine(
+        file=file,
+        backend=backend,
+        precision=graph.precision,
+        files={**graph.files, file.name: sha256_file(file)},
+        source=graph,
+        build=found,
+        unrunnable=_why_unrunnable(file, backend, options),
+    )
+    if engine.unrunnable is None:
+        _ensure_answers(engine)
+        layers = layer_information(built.content, backend)
+        write_atomically(file.with_name(f"{file.name}.layers.json"), layers.encode())
+    return engine
+
+
+def why_unrunnable(entry: EngineEntry, folder: Path) -> str | None:
+    """Why a plan of a family cannot be run here, which may be for another GPU; None where it can, or is no plan."""
+    if entry.backend not in PLANNED:
+        return None
+    return _why_unrunnable(folder / entry.engine, entry.backend, PlanOptions.from_json(entry.build["options"]))
+
+
+def _why_unrunnable(file: Path, backend: str, options: PlanOptions) -> str | None:
+    if options.stripped:
+        return "its weights are left out: tocom refit puts them in"
+    try:
+        open_engine(file, backend).close()
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _ensure_answers(engine: Engine) -> None:
+    with open_engine(engine.file, engine.backend, precision=engine.precision) as runner:
+        logits = runner.infer(np.zeros((1, *runner.input_size), dtype=np.float32))
+    if not np.isfinite(logits).all():
+        raise AssertionError(f"{engine.file.name} answers a black image with NaN or infinity")
+
+
+@contextmanager
+def as_engine(graph: Path, backend: str, build: Mapping[str, Any]) -> Iterator[Path]:
+    """What a backend opens of a graph for the moment: the graph itself, or a plan that is removed afterwards.
+
+    Args:
+        graph: A variant of an engine's graph, in the form that the backend runs.
+        backend: The engine's.
+        build: The engine's, which says how its plan was built.
+    """
+    if backend not in PLANNED:
+        yield graph
+        return
+    plan = graph.with_suffix(".plan")
+    try:
+        plan.write_bytes(build_plan(graph, backend, PlanOptions.from_json(build["options"])).content)
+        yield plan
+    finally:
+        plan.unlink(missing_ok=True)
+
+
+def runs_natively(proto: onnx.ModelProto, backend: str) -> bool:
+    """Whether a backend has a native operator for every reduction of a graph, of which there is at least one."""
+    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    return bool(used) and used <= native_operators(backend)
+
+
+def needs_inlining(proto: onnx.ModelProto, backend: str) -> bool:
+    """Whether a backend can only run a copy of the graph without model-local functions."""
+    return bool(proto.functions) and backend not in _EXPANDS_FUNCTIONS and not runs_natively(proto, backend)
+
+
+def backends_for(backend: str, precision: str) -> list[str]:
+    """The backend that was asked for; of "auto" all that run here and compute in a precision.
+
+    Raises:
+        InputError: If there is no such backend, it does not run here and does not build plans for elsewhere, or it does
+            not compute in the precision.
+    """
+    asked = [status.name for status in available() if status.usable] if backend == AUTO else [backend]
+    if backend != AUTO and backend not in BACKENDS:
+        raise InputError(f"backend must be {AUTO} or one of {', '.join(BACKENDS)}, got {backend!r}.")
+    found = [name for name in asked if precision in precisions(name)]
+    if not found:
+        known = ", ".join(dict.fromkeys(each for name in asked for each in precisions(name)))
+        raise InputError(f"precision must be one of {known} for {' or '.join(asked)}, got {precision!r}.")
+    return found

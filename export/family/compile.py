@@ -1,0 +1,223 @@
+"""The pipeline: a checkpoint and a compensator -> a family of proven engines, one per degree, in one folder.
+
+A degree is listed in family.json only once its engine has passed validation, and every file it needs is complete before
+that; files are named after what they were made from and never rewritten. So whatever interrupts a compile, the listed
+degrees run, and the same command finishes the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tocom.calib.labelled import LabelledImages
+from tocom.export.family.choose_backend import fastest, listed_backend
+from tocom.export.engine.build import AUTO, backends_for, graph_precision
+from tocom.export.engine.measure_latency import BATCHES, measured
+from tocom.export.family.lock import locked
+from tocom.export.family.quantizer import QUANTIZED
+from tocom.export.family.scales import at_chosen_scales
+from tocom.export.source.load import CompileOptions, Source, load_source
+from tocom.export.family.steps import Notify, Steps, steps_of
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.artifacts import Report
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.vit import ReducedViT
+
+_DEGREE = r"r\d+-[0-9a-f]{12}"
+_PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
+_BESIDE_PLAN = (
+    r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
+)
+_FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
+_VARIANT = rf"\.{_DEGREE}(\.inlined)?\.([a-z0-9_]{{8}}\.)?(debug|slice|plan)\.(onnx|plan)"
+_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|{_VARIANT}"
+_OURS = re.compile(rf"{_FILES}|{_PASSING}")
+
+
+def _silent(_degree: int | None, _stage: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile left behind.
+
+    Attributes:
+        family: As listed in family.json now.
+        reused: Degrees that were there already, unchanged.
+        failed: Reports of the degrees that did not pass; an engine listed for one of them is an earlier one.
+    """
+
+    family: Family
+    reused: tuple[int, ...]
+    failed: Mapping[int, Report]
+
+
+def compile_family(options: CompileOptions, notify: Notify = _silent) -> CompileResult:
+    """Compiles every degree that is not there yet, measures the family, and lists it in family.json.
+
+    Raises:
+        InputError: If something given cannot be used; nothing is written then.
+        tocom.errors.InputError: Likewise.
+        OSError: If the folder cannot be written or is full; what is listed stays usable.
+    """
+    notify(None, "loading")
+    source = at_chosen_scales(load_source(options))
+    with locked(options.out):
+        family = _listed(source)
+        store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
+        with steps_of(source, store, notify) as steps:
+            steps, proven = _with_backend(steps, family, notify)
+            source = steps.source
+            reused = _finished(source, family)
+            failed: dict[int, Report] = {}
+            for degree in source.schedules:
+                if degree in reused:
+                    notify(degree, "reused")
+                    continue
+                report = proven.pop(degree) if degree in proven else steps.proven(degree)
+                if not report:
+                    failed[degree] = report
+                    notify(degree, "FAILED")
+                    continue
+                family = family.with_entry(_entry(source, degree, report))
+                family.write(options.out)
+                notify(degree, "done")
+            family = _measure(steps, family, notify)
+        family.write(options.out)
+        _sweep(options.out)
+    return CompileResult(family=family, reused=tuple(reused), failed=failed)
+
+
+def _listed(source: Source) -> Family:
+    """The family in the folder to go on with: its engines whose files are whole.
+
+    Raises:
+        InputError: If the folder holds another family, or a broken one, that is not to be replaced.
+    """
+    out = source.options.out
+    if not (out / FILE_NAME).exists():
+        return source.family
+    try:
+        listed = Family.read(out)
+    except InputError:
+        if not source.options.replace:
+            raise
+        return source.family
+    if replace(listed, engines=()) != source.family:
+        if not source.options.replace:
+            raise InputError(f"{out} holds the family of another checkpoint, compensator, source degree, "
+                             "schedule or reduction "
+                             f"({listed.model}). Choose another --out, or --replace it.")  # fmt: skip
+        return source.family
+    kept = []
+    for entry in listed.engines:
+        try:
+            listed.check_files(out, entry)
+        except InputError:
+            continue  # altered or lost: made again
+        kept.append(entry)  # also one of another recipe: it stays listed until the new engine has passed
+    return replace(listed, engines=tuple(kept))
+
+
+def _finished(source: Source, family: Family) -> list[int]:
+    """The wanted degrees that a family has, made from the same things."""
+    return [
+        entry.degree
+        for entry in family.engines
+        if entry.degree in source.schedules and entry.recipe == source.recipe(entry.degree)
+    ]
+
+
+def _with_backend(steps: Steps, family: Family, notify: Notify) -> tuple[Steps, dict[int, Report]]:
+    """The steps with a backend chosen, and what was proven for that."""
+    source = steps.source
+    precision = source.options.precision
+    if source.options.backend != AUTO:
+        return steps, {}
+    names = backends_for(AUTO, precision)
+    backend = names[0] if len(names) == 1 else listed_backend(source, family)
+    if backend is not None:
+        return steps.with_backend(backend), {}
+    degree = max(source.schedules)
+    formats = {graph_precision(name, precision): name for name in names}
+    lowered = {each: steps.graph(degree, name) for each, name in formats.items()}
+    graphs = {name: lowered[graph_precision(name, precision)] for name in names}
+    notify(degree, f"choosing a backend: {' or '.join(names)}")
+    graph = next(iter(graphs.values()))
+    report = fastest(source, graphs, steps.reference(graph), steps.plain_reference(graph))
+    # of a quantized engine, what it loses is still to be seen
+    return steps.with_backend(report.engine.backend), {} if precision in QUANTIZED else {degree: report}
+
+
+def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
+    engine, graph = report.engine, report.engine.source
+    return EngineEntry(
+        degree=degree,
+        scale=graph.source.delta_scale,
+        schedule=source.schedules[degree].removed,
+        tokens=graph.tokens,
+        gmacs=round(graph.gmacs, 6),
+        backend=engine.backend,
+        precision=engine.precision,
+        onnx=graph.file.name,
+        engine=engine.file.name,
+        sha256=engine.files,
+        recipe=source.recipe(degree),
+        validation=report.findings,
+        latency_ms={},
+        accuracy={},
+        native=engine.native,
+        build=engine.build,
+    )
+
+
+def _measure(steps: Steps, family: Family, notify: Notify) -> Family:
+    """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
+    source = steps.source
+    wanted = [entry for entry in family.engines if entry.degree in source.schedules]
+    if any(entry.validation.get("run", entry.backend) is None for entry in wanted):
+        return family  # plans for other machines
+    if any(str(batch) not in entry.pays for entry in wanted for batch in BATCHES):
+        notify(None, "measuring latency")
+        for entry in measured(wanted, source.options.out, steps.rival):
+            family = family.with_entry(entry)
+    images = source.images
+    if images is not None and images.labels is not None:
+        for entry in [entry for entry in family.engines if entry.degree in source.schedules]:
+            if entry.validation.get("labelled_images") != images.fingerprint:
+                notify(entry.degree, f"top-1 on {len(images)} images")
+                validation = {**entry.validation, "labelled_images": images.fingerprint}
+                accuracy = _accuracy(source, entry, images)
+                family = family.with_entry(replace(entry, accuracy=accuracy, validation=validation))
+    return family
+
+
+def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
+    top1 = entry.validation.get("quantization", {}).get("top1")  # measured already, for what it may lose
+    if top1 is None:
+        with open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
+            top1 = images.top1(runner.infer)
+    plain = None
+    if source.compensator is not None:
+        reference = ReducedViT(source.loaded.model, source.schedules[entry.degree], reduction=source.reduction)
+        with torch.inference_mode():
+            plain = images.top1(lambda pixels: reference(torch.from_numpy(pixels)).numpy())
+    return {"top1": top1, "top1_without_compensator": plain, "images": len(images)}
+
+
+def _sweep(out: Path) -> None:
+    """Removes what earlier compiles left and no engine listed on disk needs; nobody else's files."""
+    listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
+    needed = {name for entry in listed for name in entry.sha256}
+    for file in out.iterdir():
+        of_plan = re.fullmatch(rf"({_PLAN}){_BESIDE_PLAN}", file.name)
+        if (of_plan[1] if of_plan else file.name) not in needed and _OURS.fullmatch(file.name):
+            file.unlink()

@@ -1,0 +1,221 @@
+"""What validation found, in words and tables, for report.md and report.html alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.parts import PARTS
+from tocom.runtime.artifacts import Report
+
+MEASURED = tuple(part for part in PARTS if part != "decision")
+
+
+class Cell(NamedTuple):
+    """A cell of a table, and whether it breaks a gate."""
+
+    text: str
+    failing: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people.
+
+    Attributes:
+        header: Names of the columns.
+        rows: Cells.
+        gate: What each column may be at most, in the same units; None where nothing is judged.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    gate: tuple[str, ...] | None = None
+
+
+WORDS = {
+    "degree r": "tokens that every block removes; 0 removes none.",
+    "u": "unit roundoff, the largest relative error of rounding one number to the candidate's format. Errors, margins "
+    "and gates are multiples of it.",
+    "part": "a piece of a block. The reference gets what the candidate itself put into the part, so that errors do not "
+    "add up and the part at fault is named. Where the candidate does not tell the tokens between two parts, both are "
+    "under the later one's name.",
+    "agreement": "share of decisions (which token merges into which, which is dropped) equal to the reference's, with "
+    "the candidate's decisions forced on all blocks before.",
+    "explained": "images of which a block decides otherwise, and as well as the best to within rounding.",
+    "unexplained": "images of which it decides worse than rounding explains; none may be.",
+    "margin": "how much worse than the best decision the candidate's is, in float64: a cosine for merging, a share of "
+    "the range of the logarithms of attention for pruning.",
+    "output": "error of the tokens that leave a block with all decisions replayed; it adds up from block to block and "
+    "has no gate.",
+    "logit error": "of the image in the middle, with the candidate's decisions replayed in the reference.",
+    "top-1, cosine, KL": "the candidate's logits beside those of the reference that decides by itself: what a user "
+    "sees. They have no gate.",
+}
+
+_MEANINGS = {
+    "embedding": "the tokens that enter block 0 are not what the reference makes of the image (patches, positions or "
+    "prefix tokens)",
+    "attention": "the tokens behind attention are not what the reference makes of the block's input (query, key and "
+    "value weights, the compensator's change, softmax or the sizes of tokens)",
+    "signal": "what decisions are made on (the mean of the keys, or the class token's attention) is not as the"
+    " reference has it",
+    "decision": "images are decided otherwise, and worse than rounding explains",
+    "reduction": "the tokens or sizes that remain are not what the block's input and its decisions make them (with the "
+    "attention before it, where the candidate does not tell the tokens between)",
+    "mlp": "the tokens behind the MLP are not what the reference makes of its input",
+    "head": "the logits are not what the reference makes of the last block's tokens (norm, pooling or classifier)",
+    "debug copy": "the copy that tells what goes on inside answers otherwise than the shipped engine, so that what it "
+    "tells cannot be relied on",
+    "logits": "logits are further from the reference's than rounding explains, although its decisions were replayed",
+}
+
+
+def faults_of(report: Report) -> list[str]:
+    """Every gate that does not hold, in words; of what it was compared with too, where that is an engine."""
+    found = report.findings
+    beside = found.get("against") or {}
+    other = beside.get("candidate", "what it is compared with")
+    faults = [*found["faults"], *(f"{other}, {fault}" for fault in beside.get("faults", ()))]
+    return faults if faults or report else ["a gate that is not among these findings"]
+
+
+def meaning_of(fault: str) -> str:
+    """What a fault says about the candidate; empty for an unknown one."""
+    place = fault.partition(":")[0].replace(",", " ").split()
+    named = [part for part in _MEANINGS if part in place or (" " in part and part in fault)]
+    return _MEANINGS[named[-1]] if named else ""
+
+
+def verdict(reports: Mapping[int, Report]) -> tuple[bool, str]:
+    """Whether everything holds, and that in a sentence."""
+    names = ", ".join(f"r={degree}" for degree in reports)
+    failing = [f"r={degree}" for degree, report in reports.items() if not report]
+    if not reports:
+        return False, "Nothing was validated."
+    if failing:
+        fail = "fails" if len(failing) == 1 else "fail"
+        return False, f"{len(failing)} of {len(reports)} degrees {fail}: {', '.join(failing)}."
+    whole = f"All {len(reports)} degrees hold every gate ({names})."
+    return True, whole if len(reports) > 1 else f"{names} holds every gate."
+
+
+_FREE = {"top1_agreement": "{:.1%}", "cosine": "{:.6f}", "kl": "{:.1e}"}
+
+
+def degree_table(reports: Mapping[int, Report]) -> Table:
+    """One row per degree; with top-1 on labelled images, where that was measured."""
+    labelled = any(report.findings.get("accuracy") for report in reports.values())
+    rows = []
+    for degree, report in reports.items():
+        found, free, unit = report.findings, report.findings["free"], unit_of(report.findings)
+        parts = [error for block in found["blocks"].values() for error in block["parts"].values()]
+        worst = max(parts, key=lambda error: math.inf if math.isnan(error) else error, default=None)
+        typical = found["gates"].get("logits of the image in the middle", {}).get("allowed", math.inf)
+        rows.append((
+            Cell(str(degree)), Cell("pass" if report else "FAIL", not report), Cell(str(found["images"])),
+            Cell(percent(found["agreement"], found["decisions"])), Cell(str(found["explained"])),
+            Cell(str(found["unexplained"]), found["unexplained"] > 0),
+            Cell(in_units(worst, unit), worst is not None and not worst <= found["part_allowed"]),
+            Cell(in_units(found["typical_logit_error"], unit), not found["typical_logit_error"] <= typical),
+            *(Cell("-" if free[name] is None else form.format(free[name])) for name, form in _FREE.items()),
+            *([_top1(found, "top1"), _top1(found, "reference_top1")] if labelled else []),
+        ))  # fmt: skip
+    header = ("degree r", "verdict", "images", "agreement", "explained", "unexplained", "worst part, u",
+              "logit error, u", "top-1 equal", "lowest cosine", "KL, nats")  # fmt: skip
+    return Table((*header, *(("top-1", "reference's top-1") if labelled else ())), tuple(rows))
+
+
+def _top1(found: Mapping[str, Any], name: str) -> Cell:
+    measured = found.get("accuracy")
+    return Cell(f"{measured[name]:.1%}" if measured else "-")
+
+
+def block_table(found: Mapping[str, Any]) -> Table:
+    """One row per block of one degree: errors in unit roundoffs, and the gates below."""
+    unit, part, margin = unit_of(found), found["part_allowed"], found["margin_allowed"]
+    rows = []
+    for block, each in found["blocks"].items():
+        deciding = each["decisions"] or each["unexplained"]
+        rows.append((
+            Cell(block), Cell(percent(each["equal"] / max(1, each["decisions"]), deciding)),
+            Cell(str(each["explained"]) if deciding else "-"),
+            Cell(str(each["unexplained"]) if deciding else "-", each["unexplained"] > 0),
+            Cell(in_units(each["margin"], unit) if deciding else "-", bool(each["unexplained"])),
+            *(Cell(in_units(error, unit), error is not None and not error <= part)
+              for error in map(each["parts"].get, MEASURED)),
+            Cell(in_units(each["output_error"], unit)),
+        ))  # fmt: skip
+    gate = ("gate", "-", "-", "0", in_units(margin, unit), *[in_units(part, unit)] * len(MEASURED), "-")
+    return Table(
+        ("block", "agreement", "explained", "unexplained", "margin, u", *MEASURED, "output"), tuple(rows), gate
+    )
+
+
+def gate_table(found: Mapping[str, Any]) -> Table:
+    """What is judged of the network as a whole."""
+    unit = unit_of(found)
+    rows = tuple(
+        (
+            Cell(name),
+            Cell(in_units(each["found"], unit), not each["found"] <= each["allowed"]),
+            Cell(in_units(each["allowed"], unit)),
+        )
+        for name, each in found["gates"].items()
+    )
+    return Table(("of the network", "found, u", "gate, u"), rows)
+
+
+def beside_table(found: Mapping[str, Any]) -> Table | None:
+    """The candidate beside another engine, each deciding by itself; None where the reference is all there is."""
+    if not (pair := found.get("pair")):
+        return None
+    rows = [
+        ("images", str(pair["images"])),
+        ("of which all is decided alike", str(pair["images_alike"])),
+        ("decisions equal", f"{pair['agreement']:.2%}"),
+        ("logit error where alike", _share(pair["logit_error_alike"])),
+        ("logit error elsewhere", _share(pair["logit_error_otherwise"])),
+        ("top-1 equal", f"{pair['top1_agreement']:.1%}"),
+        ("lowest cosine", f"{pair['cosine']:.6f}"),
+        ("KL, nats", f"{pair['kl']:.1e}"),
+    ]
+    return Table(
+        (f"{pair['one']} beside", str(pair["other"])), tuple((Cell(name), Cell(value)) for name, value in rows)
+    )
+
+
+def unit_of(found: Mapping[str, Any]) -> float:
+    """The unit roundoff that findings are judged by."""
+    return GATES[found["precision"]].unit_roundoff
+
+
+def in_units(value: float | None, unit: float) -> str:
+    """A number as a multiple of u, for people.
+
+    >>> in_units(0.25, 2**-8), in_units(None, 1), in_units(float("inf"), 1), in_units(1e6, 1)
+    ('64.0', '-', 'inf', '1.0e+06')
+    """
+    if value is None:
+        return "-"
+    shown = value / unit
+    return f"{shown:.1f}" if not math.isfinite(shown) or shown < 1e5 else f"{shown:.1e}"
+
+
+def percent(share: float, decisions: int) -> str:
+    """A share of decisions; one short of all never reads as all.
+
+    >>> percent(0.99999, 100000), percent(1.0, 3), percent(1.0, 0)
+    ('99.99%', '100.00%', '-')
+    """
+    if not decisions:
+        return "-"
+    shown = f"{share:.2%}"
+    return "99.99%" if share < 1 and shown == "100.00%" else shown
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

@@ -1,0 +1,142 @@
+"""Who is compared with whom: the words of `tocom validate --candidate` and `--against`, and what they open.
+
+engines                 the family's engines, as listed
+torch:fp64|fp32|bf16|fp16   the PyTorch reference in that number format
+BACKEND:PRECISION       the family's graph in another engine library, as far as the graph allows it
+DIR                     the engines of another family of the same checkpoint: with or without the compensator, quantized
+or not, of any library
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from tocom.export.engine.build import PLANNED, graph_precision, needs_inlining, runs_natively
+from tocom.export.graph.lower import inline
+from tocom.export.graph.half_precision import HALF, typed
+from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
+from tocom.runtime.artifacts import Engine
+from tocom.runtime.engines.base import BACKENDS, precisions
+from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.manifest import FILE_NAME
+from tocom.vit import ReducedViT
+
+ENGINES, EXACT = "engines", "torch:fp64"
+
+
+@dataclass(frozen=True)
+class Who:
+    """One side of a comparison.
+
+    Attributes:
+        kind: See above.
+        backend: Of kind "graph".
+        precision: Of kinds "torch" and "graph".
+        folder: Of kind "family".
+    """
+
+    kind: Literal["engines", "torch", "graph", "family"]
+    backend: str = ""
+    precision: str = ""
+    folder: Path = Path()
+
+    @classmethod
+    def read(cls, text: str) -> Who:
+        """Reads the words of the command.
+
+        Raises:
+            InputError: If they name nobody.
+
+        >>> Who.read("torch:bf16").precision
+        'bf16'
+        """
+        if text == ENGINES:
+            return cls("engines")
+        name, colon, precision = text.partition(":")
+        if name == "torch" and colon:
+            if precision not in DTYPES:
+                raise InputError(f"torch computes in {', '.join(DTYPES)}, got {one_line(precision)}.")
+            return cls("torch", precision=precision)
+        if name in BACKENDS:
+            precision = precision or "fp32"
+            if precision not in precisions(name):
+                raise InputError(f"{name} computes in {', '.join(precisions(name))}, got {one_line(precision)}.")
+            return cls("graph", backend=name, precision=precision)
+        if (Path(text) / FILE_NAME).is_file():
+            return cls("family", folder=Path(text))
+        libraries = ", ".join(BACKENDS)
+        raise InputError(f"what is compared must be {ENGINES}, torch:FORMAT, BACKEND:PRECISION ({libraries}) or the "
+                         f"folder of a family, got {one_line(text)}.")  # fmt: skip
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the reference itself, in a format that the others are judged in."""
+        return self.kind == "torch" and self.precision in ("fp64", "fp32")
+
+
+@contextmanager
+def opened(who: Who, engine: Engine, reference: ReducedViT, batch: int | None) -> Iterator[Observer]:
+    """Opens one side.
+
+    Args:
+        who: Which.
+        engine: The listed engine of the degree; of the other family where the side is one.
+        reference: Of the degree, and of that family.
+        batch: See `observer_of`.
+
+    Raises:
+        InputError: If a library does not run the graph.
+    """
+    if who.kind == "torch":
+        yield TorchObserver(reference, who.precision)
+    else:
+        with engine_of(who, engine) as found, observer_of(found, reference, batch=batch) as observer:
+            yield observer
+
+
+@contextmanager
+def engine_of(who: Who, engine: Engine) -> Iterator[Engine]:
+    """The engine of a side: the listed one, or its graph in another library or number format.
+
+    A float32 graph is typed anew where the library takes half precision from the graph. What a plan would be built of
+    is carried out with every rounding in it.
+
+    Args:
+        who: A side that is not torch.
+        engine: The listed one.
+
+    Raises:
+        InputError: If the library would need another graph.
+    """
+    if who.kind != "graph":
+        yield engine
+        return
+    graph = engine.source
+    needed = graph_precision(who.backend, who.precision)
+    proto = onnx.load(graph.file, load_external_data=False)
+    if needed in HALF and graph.precision == "fp32":
+        proto = typed(proto, needed)
+    elif needed != graph.precision:
+        raise InputError(
+            f"{who.backend} takes {who.precision} from a graph in {needed}, and this family's is in {graph.precision}: "
+            f"compile one for {who.backend} {who.precision} and name its folder."
+        )
+    with beside(graph.file, proto) as source:
+        own = replace(graph, file=source, precision=needed)
+        variant = inline(proto) if needs_inlining(proto, who.backend) else proto
+        with beside(graph.file, variant) as file:
+            yield Engine(
+                file=file,
+                backend=who.backend,
+                precision=who.precision,
+                files=graph.files,
+                source=own,
+                native=runs_natively(proto, who.backend),
+                unrunnable="proven by its graph" if who.backend in PLANNED else None,
+            )

@@ -1,0 +1,275 @@
+"""What a compile is given: the options, and everything they name, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tocom.calib.labelled import LabelledImages
+from tocom.export.engine.build import PLANNED, TYPED, backends_for, graph_precision
+from tocom.export.graph.fuse import fuse
+from tocom.export.engine.tensorrt.plan import PlanOptions, plan_recipe, require_buildable
+from tocom.export.graph.half_precision import HALF
+from tocom.export.proof.validate import default_images
+from tocom.export.family.quantizer import QUANTIZED, QuantizeOptions, require_usable
+from tocom.runtime.artifacts import FusedCheckpoint
+from tocom.runtime.engines.base import native_operators
+from tocom.runtime.errors import InputError
+from tocom.runtime.manifest import Family, InputSpec
+from tocom.checkpoint import LoadedModel, hash_tensors, load_model
+from tocom.compensator import Compensator
+from tocom.reduction import Reduction, reduction_named
+from tocom.schedule import MergeSchedule, ScheduleFamily
+from tocom.vit import schedule_for
+
+PIPELINE = 7  # part of every recipe; raised when the same inputs begin to make other engines
+BASELINE = 0  # always compiled: what every other degree is compared with
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
+_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # of the engine libraries
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What to compile.
+
+    Attributes:
+        model: timm model name, or a folder in timm's hub layout.
+        out: The family's folder.
+        degrees: Target degrees; 0 is added as the baseline.
+        checkpoint: Weights; None takes the model folder's or timm's pretrained ones.
+        compensator: Compensator file; None exports plain token merging.
+        source_degree: Degree the checkpoint was fine-tuned at; must be given with a compensator.
+        delta_scale: Weight of the compensator's change at every degree; None takes the choices in the folder's
+            scales.json, and the compensator's training scale where there is none.
+        precision: Number format of the engines.
+        float_blocks: Blocks that stay float32 where the format of a graph is half precision.
+        backend: Engine library; "auto" takes the fastest one that runs here.
+        images: Folder of images to validate on; with one folder per class, top-1 is measured too.
+        limit: At most this many labelled images, evenly spread.
+        num_classes: Classes; None takes the checkpoint's.
+        model_args: Further timm model arguments.
+        schedule: Name of the schedule family: how a degree is spread over the blocks.
+        reduction: Name of the token reduction.
+        replace: Whether a family of another checkpoint in the folder may be overwritten.
+        plan: How plans are built, for backends that have them.
+        quantize: How quantized engines are made, for precisions that are such.
+    """
+
+    model: str
+    out: Path
+    degrees: tuple[int, ...]
+    checkpoint: Path | None = None
+    compensator: Path | None = None
+    source_degree: int | None = None
+    delta_scale: float | None = None
+    precision: str = "fp32"
+    float_blocks: tuple[int, ...] = ()
+    backend: str = "onnxruntime"
+    images: Path | None = None
+    limit: int = 5000
+    num_classes: int | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str = "constant"
+    reduction: str = "merge"
+    replace: bool = False
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that was given, loaded and checked.
+
+    Attributes:
+        options: As given.
+        loaded: The checkpoint in its model.
+        compensator: None for plain token reduction.
+        compensator_sha256: Hash of its tensors.
+        schedules: Target degree -> tokens to remove.
+        scales: Target degree -> delta scale; empty without a compensator.
+        images: What was given to validate on.
+        family: The manifest, before any engine is listed.
+    """
+
+    options: CompileOptions
+    loaded: LoadedModel
+    compensator: Compensator | None
+    compensator_sha256: str | None
+    schedules: Mapping[int, MergeSchedule]
+    scales: Mapping[int, float]
+    images: LabelledImages | None
+    family: Family
+
+    @property
+    def reduction(self) -> Reduction:
+        """How tokens are removed."""
+        return reduction_named(self.options.reduction)
+
+    def fused(self, degree: int, delta_scale: float | None = None) -> FusedCheckpoint:
+        """The weights of one degree, at its own scale or another: the plain ones at 0 or without a compensator."""
+        weights = self.loaded.model.state_dict()
+        scale = compensation = None
+        if self.compensator is not None:
+            scale = self.scales[degree] if delta_scale is None else delta_scale
+            if scale:
+                compensation = self.compensator.between(self.options.source_degree, degree, scale)
+                weights = fuse(weights, compensation)
+        return FusedCheckpoint(
+            weights=weights,
+            model=self.loaded.architecture,
+            degree=degree,
+            source_degree=self.options.source_degree or 0,
+            delta_scale=scale,
+            checkpoint_sha256=self.loaded.checkpoint_sha256,
+            compensator_sha256=self.compensator_sha256,
+            compensation=compensation,
+        )
+
+    def recipe(self, degree: int) -> str:
+        """Hash of everything that decides what the engine of a degree is; the backend must be chosen."""
+        backend = self.options.backend
+        parts = {
+            "graph": self.graph_recipe(degree),
+            "library": version(_DISTRIBUTIONS[backend]) if backend in _DISTRIBUTIONS else None,
+            "plan": plan_recipe(backend, self.options.plan) if backend in PLANNED else None,
+            "precision": self.options.precision,
+            "backend": backend,
+            "native": sorted(native_operators(backend)),
+            **self._quantization(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def graph_recipe(self, degree: int, backend: str | None = None) -> str:
+        """Hash of everything that decides what the graph of a degree is, which backends share if they can.
+
+        Args:
+            degree: Which.
+            backend: The one that it is for; None takes the options'.
+        """
+        parts = {
+            "pipeline": PIPELINE,
+            "precision": graph_precision(backend or self.options.backend, self.options.precision),
+            "libraries": {name: version(name) for name in _LIBRARIES},
+            "model": self.loaded.architecture,
+            "model_args": {name: repr(value) for name, value in self.options.model_args.items()},
+            "image": self.family.input.size,
+            "checkpoint": self.loaded.checkpoint_sha256,
+            "compensator": self.compensator_sha256,
+            "source_degree": self.options.source_degree if self.compensator else None,
+            "scale": self.scales.get(degree),
+            "removed": self.schedules[degree].removed,
+            "reduction": self.options.reduction,
+            "degree": degree,
+            **({"float_blocks": sorted(self.options.float_blocks)} if self.options.float_blocks else {}),
+            **self._quantization(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _quantization(self) -> dict[str, Any]:
+        if self.options.precision not in QUANTIZED:
+            return {}
+        images = None if self.images is None else self.images.fingerprint  # they decide what returns to float
+        return {"quantization": self._fingerprinted, "images": images}
+
+    @functools.cached_property
+    def _fingerprinted(self) -> dict[str, Any]:
+        return self.options.quantize.recipe()
+
+
+def load_source(options: CompileOptions) -> Source:
+    """Loads and checks everything that was given, before anything is written.
+
+    Raises:
+        InputError: If something given cannot be used.
+        tocom.errors.InputError: Likewise.
+    """
+    backends_for(options.backend, options.precision)
+    if options.backend in PLANNED:
+        require_buildable(options.backend, options.plan)
+    if options.delta_scale is not None and not np.isfinite(options.delta_scale):
+        raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
+    if options.compensator is not None and options.source_degree is None:
+        raise InputError("a compensator needs the degree that the checkpoint was fine-tuned at: give --source-degree "
+                         "(0 if it was fine-tuned without merging).")  # fmt: skip
+    compensator = None if options.compensator is None else Compensator.load(options.compensator)
+    loaded = load_model(
+        options.model, checkpoint=options.checkpoint, num_classes=options.num_classes, **options.model_args
+    )
+    _require_blocks(options, len(loaded.model.blocks))
+    degrees = tuple(sorted({BASELINE, *options.degrees}))
+    schedule_family, reduction = ScheduleFamily(options.schedule), reduction_named(options.reduction)
+    reduction.require_supported(loaded.model)
+    schedules = {degree: schedule_for(loaded.model, degree, schedule_family) for degree in degrees}
+    for schedule in schedules.values():
+        schedule.require_room()
+    scales: dict[int, float] = {}
+    if compensator is not None:
+        model = loaded.model
+        compensator.require_fits(
+            backbone=loaded.architecture,
+            width=model.embed_dim,
+            depth=len(model.blocks),
+            schedule=schedule_family.name,
+            reduction=reduction.name,
+        )
+        for degree in degrees:
+            scales[degree] = compensator.between(options.source_degree, degree, options.delta_scale).delta_scale
+    sha256 = None if compensator is None else hash_tensors(compensator.state_dict())
+    spec = input_spec(loaded)
+    family = Family(
+        model=loaded.architecture,
+        classes=loaded.model.num_classes,
+        input=spec,
+        source_degree=options.source_degree,
+        checkpoint_sha256=loaded.checkpoint_sha256,
+        compensator_sha256=sha256,
+        class_names=loaded.label_names,
+        engines=(),
+        schedule=schedule_family.name,
+        reduction=reduction.name,
+    )
+    images = None
+    if options.images is not None:
+        images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
+    source = Source(options, loaded, compensator, sha256, schedules, scales, images, family)
+    require_usable(source)
+    return source
+
+
+def _require_blocks(options: CompileOptions, depth: int) -> None:
+    """Checks that the blocks to be left in float32 are there, and that the format stands in the graph.
+
+    Raises:
+        InputError: If not.
+    """
+    if not options.float_blocks:
+        return
+    if not all(0 <= block < depth for block in options.float_blocks):
+        raise InputError(f"float blocks must be among 0 to {depth - 1}, got {list(options.float_blocks)}.")
+    if options.precision not in HALF or options.backend not in TYPED:
+        raise InputError(f"float blocks are for {' and '.join(HALF)} graphs of {', '.join(TYPED)}, got "
+                         f"{options.precision} on {options.backend}; name one of these with --backend. Quantized "
+                         "products are left in float by tocom quantize --keep-float.")  # fmt: skip
+
+
+def validation_batches(source: Source) -> Iterator[np.ndarray]:
+    """What engines are validated on: noise and patterns, and the first of the images where some were given."""
+    yield from default_images(source.family.input.size)
+    if source.images is not None:
+        for count in (1, 5):
+            yield source.images.pixels(range(min(count, len(source.images))))
+
+
+def input_spec(loaded: LoadedModel) -> InputSpec:
+    """How images are prepared for a model: timm's evaluation settings."""
+    config = {**loaded.data_config, "size": loaded.data_config["input_size"]}
+    # through JSON, because a model folder's config may hold anything, and the manifest's reader checks it
+    return InputSpec.from_json(json.loads(json.dumps(config)))
