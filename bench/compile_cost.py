@@ -22,8 +22,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from tocom.runtime.manifest import Family
 from tocom.compensator import Compensator, CompensatorInfo
+from tocom.runtime.manifest import Family
 
 
 def write_inputs(model: str, folder: Path) -> None:

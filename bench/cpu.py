@@ -41,15 +41,16 @@ from torch import Tensor, nn
 from bench.markdown import spread, table
 from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
+from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.engine.measure_latency import slice_bound
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering, count_gmacs
-from tocom.export.proof.validate import default_images
 from tocom.export.graph.insert_qdq import Form, quantized_graph
+from tocom.export.graph.lower import INPUT, OUTPUT, Lowering, count_gmacs
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph, write_atomically
-from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.export.source.images import default_images
 from tocom.runtime.degrees.latency import Latency, measure
+from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.runtime.files import write_atomically
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 

@@ -14,9 +14,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from tocom.runtime.artifacts import write_atomically
-from tocom.runtime.engines.base import open_engine
 from tocom.runtime.degrees.latency import measure
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).parents[1]

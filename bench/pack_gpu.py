@@ -24,8 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tocom.runtime.artifacts import sha256_file, write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import sha256_file, write_atomically
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = "manifest.json"

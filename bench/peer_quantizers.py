@@ -36,16 +36,17 @@ from bench.experiment.stages import Bench as Experiment
 from bench.experiment.tasks import TASKS
 from bench.markdown import table
 from tocom.calib.quantize.calibrate import OBSERVED, Method, calibrate
-from tocom.export.engine.build import build
-from tocom.export.graph.fuse import fuse
-from tocom.export.graph.lower import INPUT, Lowering, inline
-from tocom.export.graph.insert_qdq import forms, quantized_graph
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, write_atomically
-from tocom.runtime.engines.base import open_engine
-from tocom.runtime.engines.openvino_engine import precision_hint
 from tocom.checkpoint import load_model
 from tocom.compensator import Compensator
+from tocom.export.artifacts import FusedCheckpoint
+from tocom.export.engine.build import build
+from tocom.export.graph.fuse import fuse
+from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.lower import INPUT, Lowering, inline
+from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.engines.openvino_engine import precision_hint
+from tocom.runtime.files import write_atomically
 from tocom.vit import ReducedViT, schedule_for
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,9 @@ from PIL import Image
 
 from bench.compile_cost import write_inputs
 from bench.markdown import table
-from tocom.export.family.compile import compile_family
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
-from tocom.export.family.quantizer import QUANTIZED, QuantizeOptions
-from tocom.export.source.load import CompileOptions
+from tocom.export.family.compile import compile_family
+from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
 from tocom.runtime.manifest import EngineEntry
 
 BACKEND = "tensorrt-rtx"

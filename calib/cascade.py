@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence
-from tocom.runtime.errors import InputError
 from tocom.runtime.degrees.local_latency import Times
+from tocom.runtime.errors import InputError
 
 CAUTION = 2.0  # standard errors that an accuracy must lie above what is asked for
 TEMPERATURES = (0.01, 100.0)  # what is beyond says only that all images are right, or that there is nothing to know

@@ -17,9 +17,9 @@ from tocom.calib.cascade_trial import Trial, compare, halves, in_batches, measur
 from tocom.calib.labelled import LabelledImages
 from tocom.runtime.degrees.cascade import CascadePlan, InferAt
 from tocom.runtime.degrees.choose import SAVES, points
+from tocom.runtime.degrees.local_latency import Times, local_latencies, this_machine
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import GateError, InputError, one_line
-from tocom.runtime.degrees.local_latency import Times, local_latencies, this_machine
 from tocom.runtime.manifest import Family
 
 FEWEST = 50  # images of a half: fewer say nothing of either cost or accuracy

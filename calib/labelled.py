@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import InputSpec
 from tocom.runtime.preprocess import find_images, load_image, preprocess
 

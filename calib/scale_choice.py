@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from tocom.calib.labelled import LabelledImages
 from tocom.calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 PAPER_SCALES = (0.05, 0.08, 0.1, 0.12, 0.15)
 MERGING_ONLY = 0.0

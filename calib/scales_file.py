@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.checked_json import Json, parse, read_text
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import InputSpec
 
 FORMAT = 1

@@ -26,9 +26,9 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, Time
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tocom.calib.distill import DistillOptions, distill
 from examples.sheets import MEAN, STD, Handwriting, Rendering, Sheets, Split, normalize
 from examples.supervised import fit
+from tocom.calib.distill import DistillOptions, distill
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
 from tocom.vit import ReducedViT

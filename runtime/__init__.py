@@ -1,7 +1,7 @@
 """The torch-free room: what a deployed family needs; numpy, Pillow and one engine library suffice.
 
 ```
-family = runtime.load("engines/digits")
+family = tocom.load("engines/digits")
 family.predict("photo.png", budget_ms=5)
 ```
 """

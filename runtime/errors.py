@@ -39,3 +39,9 @@ def readable(message: object) -> str:
     """
     line = one_line(message)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-295:]}"
+
+
+def brief(error: Exception) -> str:
+    """A library's message in one line: its first line, without the advice and the full stop behind it."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:200]

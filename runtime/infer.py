@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import NoReturn
 
 if not __package__:
-    # Run as a script: Python put this folder on the path, where our modules could shadow a library's.
+    # Run as a file, perhaps from a copied folder: this folder is then a package of its own, under whatever name.
+    # Python put it on the path, where our modules could shadow a library's.
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry).resolve() != _here)]
+    __package__ = _here.name
+    importlib.import_module(__package__)
 
 import numpy as np
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .artifacts import sha256_file, write_atomically
 from .checked_json import Json, parse, read_text
 from .errors import InputError, one_line
+from .files import sha256_file, write_atomically
 
 FORMAT = 1
 FILE_NAME = "family.json"
@@ -108,7 +108,7 @@ class EngineEntry:
         native: Whether the backend's own operator removes the tokens, instead of the function body.
         pays: Batch size -> whether the engine was faster than degree 0 in the same run.
         build: What is known of a plan that was built: library, options, seconds, bytes, layers; empty for a graph.
-        machine: What `tocom.runtime.degrees.local_latency.this_machine` called the machine of `latency_ms`; "" where that is unknown.
+        machine: What `local_latency.this_machine` called the machine of `latency_ms`; "" where that is unknown.
     """
 
     degree: int

@@ -12,9 +12,9 @@ import numpy as np
 
 from .degrees.cascade import CascadePlan, run
 from .degrees.choose import choose, points
+from .degrees.local_latency import Tell, local_latencies
 from .engines.base import EngineRunner, open_engine
 from .errors import InputError
-from .degrees.local_latency import Tell, local_latencies
 from .manifest import EngineEntry, Family
 
 

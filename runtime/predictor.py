@@ -14,9 +14,9 @@ from PIL import Image
 
 from .degrees.cascade import CascadePlan, run
 from .degrees.choose import Point, choose, points
+from .degrees.local_latency import local_latencies
 from .engines.base import EngineRunner, open_engine
 from .errors import InputError, one_line
-from .degrees.local_latency import local_latencies
 from .manifest import Family
 from .preprocess import load_image, preprocess
 

@@ -22,16 +22,19 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 import tocom.export.engine.measure_latency
+from tocom.compensator import Compensator, CompensatorInfo
+from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph
 from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph
-from tocom.compensator import Compensator, CompensatorInfo
 from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
 os.environ["TOCOM_BACKEND"] = "onnxruntime"  # trying every engine library is tested once
-tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3  # no test looks at how fast anything is
+tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
+    0.0,
+    3,
+)  # no test looks at how fast anything is
 
 CLASSES = 10
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tocom.export.family.compile import compile_family
-from tocom.export.source.load import CompileOptions
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).resolve().parent.parent

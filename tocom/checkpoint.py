@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_session
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tocom.errors import InputError, brief
+from tocom.runtime.errors import InputError, brief
 from tocom.tensorfile import read_tensors
 from tocom.vit import require_supported
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tocom.dropout import DropoutKey
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 from tocom.tensorfile import read_tensors
 
 GROUPS = 16  # one group of ranks per degree step, so the largest degree a compensator knows (ToCom, section 3.3)

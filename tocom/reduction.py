@@ -7,9 +7,9 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from tocom.errors import InputError
 from tocom.merging import Matching, match, merge
 from tocom.pruning import Pruning, prune, select
+from tocom.runtime.errors import InputError
 
 Decision = TypeVar("Decision", Matching, Pruning)
 Signal = Literal["metric", "attention"]

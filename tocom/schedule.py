@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 _LARGEST = 1000  # tokens per unit of degree in one block; more is a slip
 

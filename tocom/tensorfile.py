@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tocom.errors import InputError, brief
+from tocom.runtime.errors import InputError, brief
 
 _WRAPPERS = ("model", "state_dict")
 _DATA_PARALLEL = "module."

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tocom.errors import InputError
 from tocom.merging import _NORM_FLOOR, Matching, first_positions
 from tocom.reduction import MERGE, Reduction
+from tocom.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from tocom.vit import ReduceStep  # loads timm, which the kernels do not need

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tocom.compensator import Compensation
-from tocom.errors import InputError
 from tocom.reduction import MERGE, Reduction
+from tocom.runtime.errors import InputError
 from tocom.schedule import CONSTANT, MergeSchedule, ScheduleFamily
 
 ReduceStep = Callable[[int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -19,9 +19,9 @@ from bench.budgets import measure
 from bench.budgets.measure import FULL, QUICK, Effort, Given
 from bench.budgets.page import write_page
 from bench.budgets.subjects import DEGREES, ROOT, Subject
-from tocom.runtime.artifacts import write_atomically
-from tocom.runtime.errors import InputError
 from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.errors import InputError
+from tocom.runtime.files import write_atomically
 
 STAGES = ("singles", "equal", "gmacs", "promises", "times")
 RESULTS = ROOT / "bench" / "results"

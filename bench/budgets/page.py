@@ -13,7 +13,7 @@ from bench.experiment.tasks import TASKS
 from bench.markdown import table
 from tocom.calib.cascade import CAUTION
 from tocom.export.cli.frontier_plot import Mark, Panel, draw
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _ERRORS = 2  # standard errors that a difference must exceed to be one
 _KINDS = {"single": "the best single degree of equal or lower cost", "mixture": "lots drawn between two single degrees"}

@@ -17,7 +17,7 @@ from bench.experiment.tasks import TASKS
 from examples.sheets import Split
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import choose_family_scales
-from tocom.export.source.load import CompileOptions
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME, Family
 

@@ -21,7 +21,7 @@ from bench.experiment import plan, stages
 from bench.experiment.frontier import measure_frontier
 from bench.experiment.protocol import METHODS, PRESETS, Protocol
 from bench.experiment.report import write_report
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LATENCY = "latency.json"

@@ -12,8 +12,8 @@ from bench.experiment.protocol import Method, Protocol
 from bench.experiment.tasks import Task
 from tocom.calib.scale_choice import best_scale
 from tocom.calib.scales_file import Trial
-from tocom.export.graph.fuse import fuse
 from tocom.compensator import Compensator
+from tocom.export.graph.fuse import fuse
 from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for

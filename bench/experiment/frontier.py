@@ -14,9 +14,9 @@ from pathlib import Path
 from bench.experiment.protocol import METHODS
 from bench.experiment.stages import ARCHITECTURE, Bench, checkpoint_name
 from tocom.export.family.compile import compile_family
-from tocom.export.source.load import CompileOptions
-from tocom.runtime.engines.base import open_engine
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.degrees.latency import measure
+from tocom.runtime.engines.base import open_engine
 
 BATCHES = (1, 8, 32)
 _ROUNDS, _SECONDS = 60, 20.0

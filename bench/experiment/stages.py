@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from bench.experiment.evaluation import TEST_SEED, at_degree, evaluate, hits
 from bench.experiment.protocol import CONSTANT, METHODS, Protocol
 from bench.experiment.tasks import PRETRAINING, TASKS, Task
-from tocom.calib.distill import DistillOptions, distill
 from examples.sheets import normalize
 from examples.supervised import fit
-from tocom.runtime.artifacts import write_atomically
+from tocom.calib.distill import DistillOptions, distill
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
+from tocom.runtime.files import write_atomically
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 BATCH = 64

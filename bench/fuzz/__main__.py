@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import tocom.runtime.errors
-import tocom.errors
 from bench.fuzz.outcome import FAULTS, LIBRARY_CRASH, Outcome
 from bench.fuzz.tables import COLUMNS, by_entry, total
 
@@ -100,7 +99,7 @@ def main() -> None:
         raise SystemExit(leave.exit_code) from None
     except typer.TyperException as error:
         status = _complain(error.format_message(), 2)
-    except (tocom.runtime.errors.InputError, tocom.errors.InputError) as error:
+    except tocom.runtime.errors.InputError as error:
         status = _complain(error, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain("interrupted; the same command goes on", _INTERRUPTED)

@@ -21,10 +21,10 @@ from bench.fuzz.outcome import WRONG, FaultError
 from tocom.calib.quantize.calibrate import quantize
 from tocom.calib.quantize.calibration_file import read_calibration
 from tocom.calib.quantize.network import quantized_model
+from tocom.checkpoint import load_model
 from tocom.export.family.quantizer import _made_for
 from tocom.export.family.scales import at_chosen_scales
 from tocom.export.source.load import input_spec
-from tocom.checkpoint import load_model
 from tocom.vit import ReducedViT, schedule_for
 
 

@@ -14,10 +14,9 @@ from bench.fuzz.commands import judge, require_clear, tocom
 from bench.fuzz.given import ARGS, NAME, Given
 from bench.fuzz.mutate_tensors import SAFETENSORS, TORCH
 from bench.fuzz.outcome import LEFTOVER, WRONG, FaultError, RefusedError
-from tocom.runtime.errors import readable
 from tocom.checkpoint import hash_tensors, load_model
 from tocom.compensator import Compensator
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError, readable
 
 
 def refusing(run: Callable[[], bool]) -> bool:
@@ -26,11 +25,9 @@ def refusing(run: Callable[[], bool]) -> bool:
     Raises:
         RefusedError: It refused, clearly.
     """
-    import tocom.runtime.errors
-
     try:
         return run()
-    except (InputError, tocom.runtime.errors.InputError) as error:
+    except InputError as error:
         raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
 
 

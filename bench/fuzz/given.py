@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from tocom.export.source.load import CompileOptions, Source
+    from tocom.export.source.load import Source
+    from tocom.export.source.options import CompileOptions
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -38,7 +39,7 @@ class Given:
 
     def options(self, **changes: Any) -> CompileOptions:
         """What the families were compiled with."""
-        from tocom.export.source.load import CompileOptions
+        from tocom.export.source.options import CompileOptions
 
         options = CompileOptions(
             model=NAME, out=self.folder / "nowhere", degrees=(DEGREE,), checkpoint=self.folder / "model.safetensors",
@@ -130,7 +131,10 @@ def _families(given: Given) -> None:
     from tocom.export.family.compile import compile_family
 
     measuring = tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
+    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
+        0.0,
+        3,
+    )  # nobody looks at how fast anything is
     try:
         for backend in BACKENDS:
             compile_family(given.options(out=given.family(backend), backend=backend))

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.fuzz.outcome import FAULTS, LIBRARY_CRASH, REFUSED, Outcome
 from bench.fuzz.tables import COLUMNS, by_entry, by_kind, messages, total
 from bench.markdown import table
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino", "polygraphy", "pillow", "safetensors")
 _MOST = 40  # messages that are listed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bench.fuzz.case import Case
 from bench.fuzz.outcome import FINE, Outcome
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 
 @dataclass

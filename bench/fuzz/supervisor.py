@@ -19,7 +19,9 @@ from bench.fuzz.registry import ENTRIES
 from bench.fuzz.worker import damaged, work
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tocom.export.family.compile", "bench.fuzz.registry"])  # workers share one import of torch
+_processes.set_forkserver_preload(
+    ["tocom.export.family.compile", "bench.fuzz.registry"]
+)  # workers share one import of torch
 _START = 180.0  # seconds for a worker to begin
 _PATIENCE = 10  # times the processor time that a case may take by the clock
 _LEAVE = 5.0  # seconds for one to end by itself

@@ -13,8 +13,7 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import typer
 
-import tocom.runtime.errors
-import tocom.errors
+from tocom.runtime.errors import GateError, InputError
 
 # torch and all that needs it load once it is known that they are there: a bare machine gets a line, not a traceback
 
@@ -66,10 +65,13 @@ def gpu_check(
 
     The page is written after every step. Beside it lies a JSON file with what is finished: the same command goes on
     where it stopped, and with other options adds to it.
-    """  # noqa: DOC501 - it is the text of --help
+
+    Raises:
+        InputError: The precision is not one there is.
+    """
     given = {"models": models, "batches": batches, "degrees": degrees, "seconds": seconds} | (_QUICK if quick else {})
     if precision not in _PRECISIONS:
-        raise tocom.runtime.errors.InputError(f"--precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}.")
+        raise InputError(f"--precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}.")
     chosen_batches, chosen_degrees = (
         _numbers(name, given[name], low) for name, low in (("batches", 1), ("degrees", 0))
     )
@@ -95,7 +97,7 @@ def _numbers(name: str, text: str, low: int) -> tuple[int, ...]:
     except ValueError:
         found = (low - 1,)
     if min(found) < low:
-        raise tocom.runtime.errors.InputError(f"--{name} must be numbers of {low} or more parted by commas, got {text!r}.")
+        raise InputError(f"--{name} must be numbers of {low} or more parted by commas, got {text!r}.")
     return found
 
 
@@ -108,9 +110,9 @@ def _require_cuda() -> None:
     try:
         import torch
     except ImportError as error:
-        raise tocom.runtime.errors.InputError(f"the GPU check needs PyTorch with CUDA: {error}.") from error
+        raise InputError(f"the GPU check needs PyTorch with CUDA: {error}.") from error
     if not torch.cuda.is_available():
-        raise tocom.runtime.errors.InputError(f"the GPU check needs a CUDA device, and torch {torch.__version__} finds none: "
+        raise InputError(f"the GPU check needs a CUDA device, and torch {torch.__version__} finds none: "
                                         "run it where there is an NVIDIA GPU with its driver.")  # fmt: skip
 
 
@@ -129,9 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(leave.exit_code) from None
     except typer.TyperException as error:
         status = _complain(error.format_message(), 2)
-    except (tocom.runtime.errors.InputError, tocom.errors.InputError) as error:
+    except InputError as error:
         status = _complain(error, 2)
-    except tocom.runtime.errors.GateError as error:
+    except GateError as error:
         status = _complain(error, 1)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain("interrupted; the same command goes on", _INTERRUPTED)

@@ -24,12 +24,13 @@ from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of, point_name
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.observe import RunnerObserver, told_by
-from tocom.export.proof.validate import compare_decisions, default_images, prove, validate
+from tocom.export.proof.validate import compare_decisions, prove, validate
+from tocom.export.source.images import default_images
+from tocom.merging import Matching, merge
+from tocom.reduction import MERGE
 from tocom.runtime.engines.base import EngineRunner
 from tocom.runtime.engines.tensorrt.plan import TITLES
 from tocom.runtime.errors import InputError
-from tocom.merging import Matching, merge
-from tocom.reduction import MERGE
 from tocom.vit import ReducedViT, ReduceStep
 
 Decide = Callable[[Tensor, int], Matching]

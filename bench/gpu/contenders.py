@@ -204,7 +204,7 @@ def _step(model: nn.Module, degree: int, bound: bool) -> ReduceStep | None:
     """How a network of ours removes tokens.
 
     Raises:
-        tocom.errors.InputError: By Triton, which is not there.
+        tocom.runtime.errors.InputError: By Triton, which is not there.
     """
     if not degree:
         return None

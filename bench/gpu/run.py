@@ -21,8 +21,8 @@ from bench.gpu.speed import Group, run_group
 from bench.gpu.state import State
 from bench.gpu.subject import DTYPES, Subject
 from bench.gpu.timing import matmul_rate
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import GateError
+from tocom.runtime.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 _LARGE_PRODUCT = (8192, 8192, 8192)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bench.gpu.checks import PASSED, Check
 from bench.gpu.speed import Group
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 _FORMAT = 1
 

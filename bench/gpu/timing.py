@@ -66,7 +66,7 @@ def warm_up(timed: Timed) -> int:
 def interleaved(
     timed: Mapping[Key, Timed], calls: Mapping[Key, int], seconds: float, min_rounds: int = 15
 ) -> tuple[dict[Key, Latency], dict[Key, Exception]]:
-    """Times contenders in rounds: a turn of each, in an order that rotates, as `tocom.runtime.degrees.latency.measure` does.
+    """Times contenders in rounds: a turn of each, in an order that rotates, as `degrees.latency.measure` does.
 
     Args:
         timed: The contenders, warmed up.

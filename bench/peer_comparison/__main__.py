@@ -30,8 +30,8 @@ from bench.peer_comparison.faults import FAULTS
 from bench.peer_comparison.layers import differences, first_beyond, marked
 from bench.peer_comparison.page import draw, page
 from examples.sheets import Sheets, normalize
-from tocom.runtime.artifacts import write_atomically
 from tocom.checkpoint import load_model
+from tocom.runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY = "healthy"

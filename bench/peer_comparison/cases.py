@@ -24,15 +24,15 @@ from torch import nn
 
 from bench.peer_comparison.faults import Fault
 from bench.plain_tome import PlainToMe
+from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import build, graph_precision
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
 from tocom.export.graph.half_precision import precision_of, typed
+from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
+from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.observe import in_format
 from tocom.export.proof.polygraphy_tools import quiet
 from tocom.export.proof.validate import validate
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint
 from tocom.runtime.engines.openvino_engine import precision_hint
 from tocom.vit import ReducedViT, schedule_for
 

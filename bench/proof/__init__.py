@@ -1,1 +1,1 @@
-"""Random healthy models through the gates of `tocom.export.proof`: a gate that one of them does not hold is a false alarm."""
+"""Random healthy models through the gates of export/proof: a gate that one of them does not hold is a false alarm."""

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import tocom.runtime.errors
-import tocom.errors
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _INTERRUPTED = 130
@@ -75,7 +74,7 @@ def main() -> None:
         raise SystemExit(leave.exit_code) from None
     except typer.TyperException as error:
         status = _complain(error.format_message(), 2)
-    except (tocom.runtime.errors.InputError, tocom.errors.InputError) as error:
+    except tocom.runtime.errors.InputError as error:
         status = _complain(error, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = _complain("interrupted; the same command goes on", _INTERRUPTED)

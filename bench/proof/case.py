@@ -18,14 +18,15 @@ from bench.proof.models import Drawn, compensator_of, model_of
 from tocom.calib.quantize.calibrate import Method, calibrate
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import quantized_model
+from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.graph.fuse import fuse
-from tocom.export.graph.lower import Lowering, reference_model
-from tocom.export.proof.gates import GATES
-from tocom.export.proof.validate import default_images, validate
 from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.validate import validate
+from tocom.export.source.images import default_images
 from tocom.reduction import reduction_named
 from tocom.vit import ReducedViT
 

@@ -16,7 +16,7 @@ from tocom.export.graph.fuse import fuse
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.observe import TorchObserver, in_format, replay
 from tocom.export.proof.parts import compare_parts, logit_distance
-from tocom.export.proof.validate import default_images
+from tocom.export.source.images import default_images
 from tocom.reduction import reduction_named
 from tocom.vit import ReducedViT
 

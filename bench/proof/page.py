@@ -15,7 +15,7 @@ from bench.markdown import table
 from bench.proof.picture import draw
 from bench.proof.state import Record
 from bench.proof.tables import MIDDLE, WORST, by_engine, per_block, quantities, spread_of, total
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino")
 

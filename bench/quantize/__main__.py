@@ -22,8 +22,8 @@ from bench.quantize.comparison import rounded
 from bench.quantize.page import write_page
 from bench.quantize.protocol import FULL, QUICK, Effort, stress_formats
 from bench.quantize.subjects import ROOT, Subject, downstream, example, keep_json
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError
+from tocom.runtime.files import write_atomically
 
 TASKS = ("board", "letters", "missing")
 RESULTS = ROOT / "bench" / "results"

@@ -12,7 +12,7 @@ from bench.quantize import accuracy_page, insight_page
 from bench.quantize.protocol import CALIBRATION_IMAGES, POOL
 from bench.quantize.selection import listed, records_of, values
 from tocom.calib.quantize.calibrate import OBSERVED
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 SECTIONS = {
     "default": accuracy_page.default,

@@ -20,12 +20,12 @@ from bench.experiment.stages import ARCHITECTURE
 from bench.experiment.tasks import TASKS
 from bench.quantize.protocol import POOL
 from tocom.calib.labelled import LabelledImages
-from tocom.export.graph.fuse import fuse
-from tocom.export.source.load import input_spec
-from tocom.runtime.artifacts import write_atomically
-from tocom.runtime.errors import InputError
 from tocom.checkpoint import load_model
 from tocom.compensator import Compensator
+from tocom.export.graph.fuse import fuse
+from tocom.export.source.load import input_spec
+from tocom.runtime.errors import InputError
+from tocom.runtime.files import write_atomically
 from tocom.vit import ReducedViT
 
 ROOT = Path(__file__).parents[2]

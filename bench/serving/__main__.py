@@ -136,11 +136,13 @@ def _results(file: Path) -> dict:
 
 
 def _hash(engines: Path) -> str:
-    from tocom.runtime.artifacts import sha256_file
+    from tocom.runtime.files import sha256_file
 
     file = engines / "family.json"
     if not file.is_file():
-        raise tocom.runtime.errors.InputError(f"there is no family in {tocom.runtime.errors.one_line(engines)}: give --engines")
+        raise tocom.runtime.errors.InputError(
+            f"there is no family in {tocom.runtime.errors.one_line(engines)}: give --engines"
+        )
     return sha256_file(file)
 
 

@@ -133,7 +133,7 @@ def _cut_engine(bench: Bench) -> None:
 
 def _forged_engine(bench: Bench) -> None:
     """No engine, but with the hash of what it is: only opening it can tell."""
-    from tocom.runtime.artifacts import sha256_file
+    from tocom.runtime.files import sha256_file
 
     file = next(bench.family.glob("r16*.onnx"))
     file.write_bytes(os.urandom(5000))

@@ -14,7 +14,7 @@ from bench.serving.faults import RATE, failed
 from bench.serving.load_page import machine
 from bench.serving.soak import WATCHED
 from bench.serving.traffic import sound
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _UNITS = {"rss_mib": "memory of all processes, MiB", "files": "open files", "threads": "threads"}
 

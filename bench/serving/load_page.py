@@ -13,7 +13,7 @@ from typing import Any
 from bench.markdown import table
 from bench.serving.load import ADAPTIVE, FACTORS, TRICKLE, LoadOptions, contenders, holds, idle_again_s
 from bench.serving.pictures import draw_load, draw_step
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _COLUMNS = ("load", "server", "offered images/s", "answered images/s", "p50 ms", "p99 ms", "p99 of all ms", "refused %",
             "top-1 %", "degrees of the answers", "holds")  # fmt: skip

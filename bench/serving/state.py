@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 
 @dataclass

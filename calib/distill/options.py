@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from tocom.calib.distill.augmentation import PRESETS
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 LR_IMAGES = 512  # the total batch that a learning rate is given for
 _MAY_CHANGE = {"batch", "accumulate", "device", "workers", "save_every"}  # these do not decide the result

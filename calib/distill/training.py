@@ -21,8 +21,8 @@ from tocom.calib.distill.pairs import BatchSource, Division, ImagePairs, LoadedP
 from tocom.calib.distill.self_distillation import SelfDistillation
 from tocom.calib.distill.training_log import StepRecord, TrainingLog
 from tocom.calib.distill.training_state import TrainingFolder, TrainingState
-from tocom.runtime.errors import InputError
 from tocom.compensator import Compensator, CompensatorInfo
+from tocom.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 
 _DRAWN = ("loss", "lr", "images_per_s")
 

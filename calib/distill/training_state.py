@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 _FORMAT = 1
 

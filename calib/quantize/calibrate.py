@@ -23,8 +23,8 @@ from tocom.calib.quantize.network import (
     round_to_nearest,
 )
 from tocom.calib.quantize.ranges import RANGES, scale_of
-from tocom.runtime.errors import InputError
 from tocom.reduction import MERGE, Reduction
+from tocom.runtime.errors import InputError
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
 

@@ -15,8 +15,8 @@ from tocom.calib.quantize.calibrate import Calibration, Method
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.migrations import Migration, require_possible
 from tocom.calib.quantize.network import products_of
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 from tocom.tensorfile import read_tensors
 
 _KIND = "tocom calibration 1"
@@ -50,7 +50,7 @@ def read_calibration(file: Path, made_for: dict[str, str], model: nn.Module) -> 
 
     Raises:
         InputError: If it is no calibration file, one of another network, or holds what cannot be used.
-        tocom.errors.InputError: If it is damaged.
+        tocom.runtime.errors.InputError: If it is damaged.
     """
     tensors, metadata = read_tensors(file)
     refusal = InputError(f"{one_line(file)} is not a calibration that `tocom quantize` wrote.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tocom.calib.quantize.network import looking
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
 
 _NEIGHBOURS = 8  # that an image's density is measured with, and the density of its surroundings

@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 _BINS = 128  # over the cosines -1..1, which a similarity's density is kept on
 _BANDWIDTH = 0.05  # standard deviation of the kernel

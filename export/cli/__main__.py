@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import tocom.runtime.errors
-import tocom.errors
-from tocom.export.cli.choose_scale import choose_scale_command
 from tocom.export.cli.cascade import cascade_command
+from tocom.export.cli.choose_scale import choose_scale_command
 from tocom.export.cli.compile import quantize_command, run_compile
+from tocom.export.cli.console import complain, open_console, stages
 from tocom.export.cli.distill import distill_command
+from tocom.export.cli.export_triton import export_triton_command
 from tocom.export.cli.frontier import frontier_command
 from tocom.export.cli.options import (
     BisectGraph,
@@ -43,11 +44,9 @@ from tocom.export.cli.options import (
     read_model_args,
     read_plan_options,
 )
-from tocom.export.cli.serve_ray import serve_ray_command
 from tocom.export.cli.serve import serve_command
-from tocom.export.cli.export_triton import export_triton_command
+from tocom.export.cli.serve_ray import serve_ray_command
 from tocom.export.cli.validate import validate_command
-from tocom.export.cli.console import complain, open_console, stages
 from tocom.runtime.errors import GateError, one_line
 
 # Heavy imports (torch, timm) lie in the commands that need them: `tocom --help` and `tocom infer` answer at once.
@@ -59,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
-InputErrors = (tocom.runtime.errors.InputError, tocom.errors.InputError)
+InputErrors = tocom.runtime.errors.InputError
 
 
 @app.command("compile")
@@ -116,8 +115,7 @@ def compile_command(
     """
     wanted = read_degrees(degrees)
     arguments = read_model_args(model_arg)
-    from tocom.export.family.quantizer import QuantizeOptions
-    from tocom.export.source.load import CompileOptions
+    from tocom.export.source.options import CompileOptions, QuantizeOptions
 
     options = CompileOptions(
         model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tocom.export.cli.options import FamilyFolder, Limit
 from tocom.export.cli.console import open_console
-from tocom.runtime.artifacts import write_atomically
+from tocom.export.cli.options import FamilyFolder, Limit
 from tocom.runtime.degrees.cascade import FILE_NAME
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
 if TYPE_CHECKING:

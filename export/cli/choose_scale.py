@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tocom.export.cli.console import open_console
 from tocom.export.cli.options import (
     Checkpoint,
     Model,
@@ -19,10 +20,9 @@ from tocom.export.cli.options import (
     read_degrees,
     read_model_args,
 )
-from tocom.export.cli.console import open_console
 from tocom.runtime.errors import InputError
 
-# Heavy imports (torch, timm) lie in the commands that need them, as in tocom.export.cli.__main__, where these commands are registered.
+# Heavy imports (torch, timm) lie in the commands that need them, as everywhere in this room.
 
 
 def choose_scale_command(
@@ -55,9 +55,9 @@ def choose_scale_command(
     """
     wanted, further = read_degrees(degrees), _read_scales(scales)
     arguments = read_model_args(model_arg)
-    from tocom.export.family.scales import choose_family_scales
-    from tocom.export.source.load import CompileOptions
     from tocom.export.cli.family_table import scale_table
+    from tocom.export.family.scales import choose_family_scales
+    from tocom.export.source.options import CompileOptions
 
     options = CompileOptions(
         model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from tocom.export.cli.console import complain, open_console, stages
 from tocom.export.cli.options import (
     Calibration,
     Checkpoint,
@@ -28,10 +29,9 @@ from tocom.export.cli.options import (
     read_model_args,
     read_plan_options,
 )
-from tocom.export.cli.console import complain, open_console, stages
 
 if TYPE_CHECKING:
-    from tocom.export.source.load import CompileOptions
+    from tocom.export.source.options import CompileOptions
 
 
 def quantize_command(
@@ -105,8 +105,7 @@ def quantize_command(
     wanted = read_degrees(degrees)
     arguments = read_model_args(model_arg)
     from tocom.calib.quantize.calibrate import Method
-    from tocom.export.family.quantizer import QUANTIZED, QuantizeOptions
-    from tocom.export.source.load import CompileOptions
+    from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
     from tocom.runtime.errors import InputError
 
     if precision not in QUANTIZED:
@@ -130,8 +129,8 @@ def run_compile(options: CompileOptions) -> None:
     Raises:
         typer.Exit: With status 1, if one failed.
     """
-    from tocom.export.family.compile import compile_family
     from tocom.export.cli.family_table import family_table
+    from tocom.export.family.compile import compile_family
 
     degrees = {0, *options.degrees}
     with stages(len(degrees)) as notify:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tocom.export.cli.options import Checkpoint, Model, ModelArgs, NumClasses, ReductionName, Schedule, read_model_args
 from tocom.export.cli.console import open_console
+from tocom.export.cli.options import Checkpoint, Model, ModelArgs, NumClasses, ReductionName, Schedule, read_model_args
 from tocom.runtime.errors import InputError
 
 if TYPE_CHECKING:  # torch lies behind it, and `tocom --help` answers at once
@@ -82,8 +82,8 @@ def distill_command(
     """
     from tocom.calib.distill import DistillOptions, distill
     from tocom.calib.distill.image_source import open_images
-    from tocom.runtime.artifacts import write_atomically
     from tocom.checkpoint import load_model
+    from tocom.runtime.files import write_atomically
 
     options = DistillOptions(
         steps=steps, batch=batch, accumulate=accumulate, lr=lr, weight_decay=weight_decay, warmup=warmup,

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tocom.export.cli.options import read_degrees
 from tocom.export.cli.console import open_console
+from tocom.export.cli.options import read_degrees
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:

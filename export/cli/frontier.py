@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tocom.export.cli.options import FamilyFolder, Picture
 from tocom.export.cli.console import open_console, stages
-from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan
+from tocom.export.cli.options import FamilyFolder, Picture
 from tocom.runtime.checked_json import Json
+from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan
 from tocom.runtime.degrees.choose import Point, points
-from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.degrees.local_latency import local_latencies, this_machine
+from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import Family
 
 

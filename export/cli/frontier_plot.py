@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

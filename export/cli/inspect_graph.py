@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from tocom.export.artifacts import Report
 from tocom.export.cli.console import open_console, stages
 from tocom.export.proof.bisect.failing_piece import Piece, smallest_failing_piece
 from tocom.export.proof.polygraphy_tools import Comparison, compare, comparison_table, describe
-from tocom.runtime.artifacts import Report, write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 
 def inspect_graph(path: Path, show: str, backend: str | None, out: Path | None) -> None:

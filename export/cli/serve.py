@@ -16,8 +16,8 @@ from tocom.export.cli.console import open_console
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
-    from tocom.serving.service.generation import ServeOptions
     from tocom.serving.mlserver.app import ServerOptions
+    from tocom.serving.service.generation import ServeOptions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -93,8 +93,8 @@ def serve_command(
         from tocom.serving.mlserver.app import Addresses, ServerOptions
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
-    from tocom.serving.service.generation import ServeOptions
     from tocom.serving.protocol.http_guard import HttpLimits
+    from tocom.serving.service.generation import ServeOptions
     from tocom.serving.service.scheduler import Limits
 
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):
@@ -111,9 +111,9 @@ def serve_command(
 
 def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     """Opens the family, says where it is to be found, and serves it."""
-    from tocom.serving.service.arenas import limit_arenas
-    from tocom.serving.mlserver.metrics import ServiceMetrics
     from tocom.serving.mlserver.app import serve
+    from tocom.serving.mlserver.metrics import ServiceMetrics
+    from tocom.serving.service.arenas import limit_arenas
     from tocom.serving.service.scratch import own_scratch
     from tocom.serving.service.service import Service
 

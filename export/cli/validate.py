@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from tocom.export.cli.console import complain, open_console, stages
 from tocom.export.cli.options import (
     BisectFolder,
     Checkpoint,
@@ -27,14 +28,13 @@ from tocom.export.cli.options import (
     read_degrees,
     read_model_args,
 )
-from tocom.export.cli.console import complain, open_console, stages
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tocom.export.artifacts import Engine, Report
     from tocom.export.proof.validate_family import FamilyProof, ProofOptions, Proven
-    from tocom.runtime.artifacts import Engine, Report
 
 _SIDE = (
     "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
@@ -96,7 +96,7 @@ def validate_command(
     _require_report(report, image)
     from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
     from tocom.export.proof.validate_family import ProofOptions, prove_family
-    from tocom.export.source.load import CompileOptions
+    from tocom.export.source.options import CompileOptions
 
     files = CompileOptions(
         model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
@@ -157,10 +157,10 @@ def _require_report(report: Path | None, image: Path | None) -> None:
 
 def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
     """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
-    from tocom.export.proof.observe import in_format
     from tocom.export.proof.bisect.operators import operators_of_block
-    from tocom.export.proof.validate import EXACT
+    from tocom.export.proof.observe import in_format
     from tocom.export.proof.sides import Who, engine_of
+    from tocom.export.proof.validate import EXACT
     from tocom.export.source.load import validation_batches
 
     console, who = open_console(), Who.read(candidate)
@@ -203,8 +203,9 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
 
 def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
     """Writes the report, and says where."""
+    from tocom.export.proof.report.about import About
     from tocom.export.proof.report.pictures import merge_pictures
-    from tocom.export.proof.report.write import About, write_report
+    from tocom.export.proof.report.write import write_report
     from tocom.export.proof.sides import Who, opened
     from tocom.runtime.preprocess import load_image, preprocess
 

@@ -18,8 +18,7 @@ import numpy as np
 import onnx
 
 from tocom.calib.quantize.grids import FORMATS
-from tocom.export.graph.lower import inline
-from tocom.export.graph.operators import DOMAIN
+from tocom.export.artifacts import Engine, OnnxGraph
 from tocom.export.engine.tensorrt.plan import (
     LIBRARIES,
     PlanOptions,
@@ -29,9 +28,11 @@ from tocom.export.engine.tensorrt.plan import (
     plan_recipe,
 )
 from tocom.export.graph.insert_qdq import forms
-from tocom.runtime.artifacts import Engine, OnnxGraph, sha256_file, write_atomically
+from tocom.export.graph.lower import inline
+from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.engines.base import BACKENDS, available, native_operators, open_engine, precisions
 from tocom.runtime.errors import InputError
+from tocom.runtime.files import sha256_file, write_atomically
 from tocom.runtime.manifest import EngineEntry
 
 AUTO = "auto"

@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine
 from tocom.export.graph.operators import DOMAIN
-from tocom.runtime.artifacts import Engine
 from tocom.runtime.degrees.choose import SAVES
-from tocom.runtime.engines.base import open_engine
 from tocom.runtime.degrees.latency import Latency, measure
 from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import EngineEntry
 
 BATCHES = (1, 8)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
+from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.engine.build import AUTO, backends_for, build
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
-from tocom.runtime.artifacts import Engine, OnnxGraph, Report
-from tocom.runtime.engines.base import open_engine
 from tocom.runtime.degrees.latency import measure
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
 from tocom.vit import ReducedViT
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 from tocom.calib.labelled import LabelledImages
-from tocom.export.family.choose_backend import fastest, listed_backend
+from tocom.export.artifacts import Notify, Report
 from tocom.export.engine.build import AUTO, backends_for, graph_precision
 from tocom.export.engine.measure_latency import BATCHES, measured
+from tocom.export.family.choose_backend import fastest, listed_backend
 from tocom.export.family.lock import locked
-from tocom.export.family.quantizer import QUANTIZED
 from tocom.export.family.scales import at_chosen_scales
-from tocom.export.source.load import CompileOptions, Source, load_source
-from tocom.export.family.steps import Notify, Steps, steps_of
+from tocom.export.family.steps import Steps, steps_of
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Report
+from tocom.export.source.load import Source, load_source
+from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
@@ -65,7 +65,6 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
 
     Raises:
         InputError: If something given cannot be used; nothing is written then.
-        tocom.errors.InputError: Likewise.
         OSError: If the folder cannot be written or is full; what is listed stays usable.
     """
     notify(None, "loading")

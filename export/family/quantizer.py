@@ -6,32 +6,28 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import tocom.errors
 from tocom.calib.labelled import LabelledImages
-from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate, quantize
+from tocom.calib.quantize.calibrate import OBSERVED, Calibration, calibrate, quantize
 from tocom.calib.quantize.calibration_file import read_calibration, write_calibration
-from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import Quantization, products_of, quantized_model
 from tocom.calib.quantize.sensitivity import sensitivity
 from tocom.export.graph.lower import count_gmacs
-from tocom.runtime.artifacts import sha256_file
+from tocom.export.source.load import made_for
 from tocom.runtime.errors import InputError
-from tocom.runtime.preprocess import find_images
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
 if TYPE_CHECKING:
     from tocom.export.source.load import Source
 
-QUANTIZED = tuple(FORMATS)  # precisions that are quantized ones
 DEFAULT_MAX_DROP = 1.0  # points of top-1, where there are labelled images
 SYNTHESIZED = 32  # images that are made where none are given
 
@@ -41,56 +37,6 @@ _SHOWN = 10  # times that a long step says how far it is
 _CANDIDATES = 8  # times as many images as are chosen, to choose from
 _FOR_SENSITIVITY = 32  # images
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """How quantized engines are made.
-
-    Attributes:
-        calibration: Folder of images to calibrate on, or a calibration file; None synthesizes images.
-        method: What calibration does; its format is the compile's precision.
-        max_drop: Points of top-1 that a degree may lose against float32; without labelled images, percent of images
-            that may be classified otherwise. None takes `DEFAULT_MAX_DROP` where there are labels, else any drop.
-        keep_float: Products that are left in float at every degree.
-
-    Raises:
-        InputError: If the drop is no number.
-    """
-
-    calibration: Path | None = None
-    method: Method = field(default_factory=Method)
-    max_drop: float | None = None
-    keep_float: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise InputError(f"max-drop must be a number of points, 0 to 100, got {self.max_drop}.")
-
-    @property
-    def is_file(self) -> bool:
-        """Whether a calibration is read instead of made."""
-        return self.calibration is not None and self.calibration.suffix == ".safetensors"
-
-    def recipe(self) -> dict[str, Any]:
-        """What decides a quantization, beside the network."""
-        return {
-            "calibration": fingerprint(self.calibration),
-            "method": asdict(self.method),
-            "max_drop": self.max_drop,
-            "keep_float": sorted(self.keep_float),
-        }
-
-
-def fingerprint(calibration: Path | None) -> str:
-    """Tells images, or a calibration file, from others."""
-    if calibration is None:
-        return "synthesized"
-    if calibration.is_file():
-        return sha256_file(calibration)
-    files = sorted(path for path in calibration.rglob("*") if path.is_file())
-    listed = "".join(f"{path.relative_to(calibration)}:{path.stat().st_size};" for path in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,41 +54,6 @@ class Drop:
     float_top1: float | None
     top1: float | None
     images: int
-
-
-def require_usable(source: Source) -> None:
-    """Checks what quantized engines are to be made with, before anything is written.
-
-    Raises:
-        InputError: If it cannot be used, or is given for a precision that is not quantized.
-        tocom.errors.InputError: Likewise.
-    """
-    options, precision = source.options.quantize, source.options.precision
-    if precision not in QUANTIZED:
-        if options != QuantizeOptions():
-            raise InputError(f"calibration and max-drop are for {', '.join(QUANTIZED)}, the precision is {precision}.")
-        return
-    products = list(products_of(source.loaded.model))
-    unknown = sorted(set(options.keep_float) - set(products))
-    if unknown:
-        raise InputError(f"keep-float must name products like {', '.join(products[:3])}, got {', '.join(unknown)}.")
-    if options.is_file:
-        made_with = read_calibration(options.calibration, _made_for(source), source.loaded.model).method.format
-        if made_with != precision:
-            raise InputError(f"{options.calibration} is a calibration for {made_with}, the precision is {precision}.")
-    elif options.calibration is not None:
-        find_images([options.calibration])
-
-
-def _made_for(source: Source) -> dict[str, str]:
-    """What identifies a network."""
-    return {
-        "model": source.loaded.architecture,
-        "checkpoint": source.loaded.checkpoint_sha256,
-        "compensator": str(source.compensator_sha256),
-        "schedule": source.family.schedule,
-        "reduction": source.family.reduction,
-    }
 
 
 class Quantizer:
@@ -235,17 +146,17 @@ class Quantizer:
                            self._progress("measuring products"))  # fmt: skip
 
     def _calibrated(self, degree: int | None) -> Calibration:
-        made_for = _made_for(self._source)
+        network = made_for(self._source)
         if self._options.is_file:
-            return read_calibration(self._options.calibration, made_for, self._source.loaded.model)
-        recipe = json.dumps([self._options.recipe(), made_for, degree, self._method.format], sort_keys=True)
+            return read_calibration(self._options.calibration, network, self._source.loaded.model)
+        recipe = json.dumps([self._options.recipe(), network, degree, self._method.format], sort_keys=True)
         file = self._folder / f"calibration-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
         if file.exists():
-            return read_calibration(file, made_for, self._source.loaded.model)
+            return read_calibration(file, network, self._source.loaded.model)
         degrees = self._observed() if degree is None else (degree,)
         calibration = calibrate([self.network(each) for each in degrees], self.pixels(), self._method)
         if not calibration.rows and not self._method.reconstruct:
-            write_calibration(file, calibration, made_for)
+            write_calibration(file, calibration, network)
         return calibration
 
     def _observed(self) -> tuple[int, ...]:
@@ -254,7 +165,7 @@ class Quantizer:
         for degree in OBSERVED:
             try:
                 self._schedule(degree).require_room()
-            except tocom.errors.InputError:
+            except InputError:
                 continue
             room.append(degree)
         return tuple(room)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tocom.export.engine.build import PLANNED
-from tocom.export.family.lock import locked
 from tocom.export.engine.tensorrt.plan import PlanOptions, plan_name, refitted
-from tocom.runtime.artifacts import sha256_file, write_atomically
+from tocom.export.family.lock import locked
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.errors import InputError
+from tocom.runtime.files import sha256_file, write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 
 

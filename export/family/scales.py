@@ -10,7 +10,8 @@ from torch.func import functional_call
 from tocom.calib.scale_choice import PAPER_SCALES, Classifier, Search, choose_scales
 from tocom.calib.scales_file import FILE_NAME, ChosenFor, ScaleChoices
 from tocom.export.family.lock import locked
-from tocom.export.source.load import CompileOptions, Source, load_source
+from tocom.export.source.load import Source, load_source
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME as MANIFEST
 from tocom.runtime.manifest import Family
@@ -58,7 +59,6 @@ def choose_family_scales(
 
     Raises:
         InputError: If something given cannot be used; nothing is written then.
-        tocom.errors.InputError: Likewise.
         OSError: If an image or the folder cannot be used; degrees that are finished stay so.
     """
     source = load_source(options)

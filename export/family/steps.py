@@ -6,26 +6,23 @@ import copy
 import gc
 import hashlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tocom.calib.quantize.network import Quantization
+from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import build, graph_precision
+from tocom.export.family.quantizer import Drop, Quantizer
+from tocom.export.graph.insert_qdq import forms, quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
+from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
-from tocom.export.family.quantizer import QUANTIZED, Drop, Quantizer
-from tocom.export.graph.insert_qdq import forms, quantized_graph
 from tocom.export.source.load import Source, validation_batches
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Engine, OnnxGraph, Report
+from tocom.export.source.options import QUANTIZED
 from tocom.vit import ReducedViT
-
-Notify = Callable[[int | None, str], None]
-"""(degree, stage) as work goes on; degree is None for work on the whole family."""
 
 
 class Steps:

@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 from onnx import shape_inference
 
-from tocom.export.graph.lower import inline
 from tocom.export.graph.half_precision import FLOAT, HALF, cast_of
+from tocom.export.graph.lower import inline
 
 
 def rounded(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tocom.runtime.errors import InputError
 from tocom.compensator import Compensation
+from tocom.runtime.errors import InputError
 
 
 def fuse(weights: Mapping[str, Tensor], compensation: Compensation) -> dict[str, Tensor]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import Quantization
+from tocom.export.artifacts import OnnxGraph
 from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import OnnxGraph, sha256_file, write_atomically
+from tocom.runtime.files import sha256_file, write_atomically
 
 _CODES = {"INT8": np.dtype(np.int8), "FLOAT8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn), "INT4": ml_dtypes.int4}
 _OPSETS = {"int4-weights": 21}  # the first that has the format
@@ -208,7 +209,7 @@ class _Insertion:
 
 
 def parts_of(model: nn.Module, module: str) -> list[tuple[str, slice, float]]:
-    """Products in the graph that a product of the model is: their names, rows and factors (`tocom.export.graph.split_qkv`)."""
+    """Products in the graph that a product of the model is: their names, rows and factors (`.split_qkv`)."""
     block, _, part = module.rpartition(".")
     if part != "qkv":
         return [(module, slice(None), 1.0)]

@@ -21,13 +21,14 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tocom.export.graph.operators import DOMAIN, VERSION, operator_of, point_name
+from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.graph.half_precision import precision_of, typed
+from tocom.export.graph.operators import DOMAIN, VERSION, operator_of, point_name
 from tocom.export.graph.split_qkv import FACTORS, projections
 from tocom.export.graph.template import Template
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph, sha256_file, write_atomically
 from tocom.reduction import MERGE, Reduction
+from tocom.runtime.files import sha256_file, write_atomically
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
 

@@ -15,8 +15,8 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from tocom.runtime.artifacts import FusedCheckpoint
 from tocom.compensator import Compensation
+from tocom.export.artifacts import FusedCheckpoint
 
 FACTORS = ("_down", "_gate", "_up")  # how their names end
 

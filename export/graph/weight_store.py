@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
 _ALIGNMENT = 4096  # page size: lets an engine map the file instead of reading it

@@ -1,4 +1,4 @@
-"""What comparing an engine with the reference found, and whether that is within the gates of `tocom.export.proof.gates`."""
+"""What comparing an engine with the reference found, and whether that is within the gates of `.gates`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BlockFindings:
         explained: Images that differ, where the choice is as good to within rounding.
         unexplained: Images that differ otherwise.
         margin: How much worse than the best its decisions are, at most.
-        output_error: Distance (`tocom.export.proof.parts.distance`) of the tokens that leave it, decisions replayed; None
+        output_error: Distance (`.parts.distance`) of the tokens that leave it, decisions replayed; None
             where the engine does not tell its tokens.
         parts: Part -> distance of what it puts out from what the reference makes of its input: of the worst token.
         middles: Likewise, of the token in the middle of the worst image.

@@ -21,13 +21,13 @@ import onnx
 import torch
 from torch import Tensor
 
+from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine, needs_inlining
+from tocom.export.graph.emulate_half import rounded
 from tocom.export.graph.lower import OUTPUT, inline
 from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
-from tocom.export.graph.emulate_half import rounded
-from tocom.runtime.artifacts import Engine
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.vit import ReducedViT
 
@@ -47,7 +47,7 @@ class Observed:
         decisions: Block -> what was decided.
         told: The same of what also tells the tokens between, a debug copy. More outputs may make it round elsewhere,
             and decide otherwise at a tie; itself where the engine's decisions are known by the copy's alone.
-        values: Name in the graph (`tocom.export.graph.operators.point_name`) -> tokens [B, N, C], sizes [B, N, 1] or a signal
+        values: Name in the graph (`operators.point_name`) -> tokens [B, N, C], sizes [B, N, 1] or a signal
             there, of the copy; what it does not tell is missing.
     """
 

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from rich.markup import escape
 from rich.table import Table
 
-from tocom.runtime.artifacts import Engine
+from tocom.export.artifacts import Engine
 from tocom.runtime.engines.base import INPUT_NAME, EngineRunner, available, open_engine
 from tocom.runtime.errors import InputError, one_line
 
@@ -234,7 +234,7 @@ def compare(engine: Engine, notify: Callable[[str], None] = lambda _: None) -> C
     Raises:
         InputError: If the graph is unusable.
     """
-    from tocom.export.proof.validate import default_images
+    from tocom.export.source.images import default_images
 
     proto = load_graph(engine.source.file, weights=False)
     size = tuple(side.dim_value for side in proto.graph.input[0].type.tensor_type.shape.dim)[1:]
@@ -303,8 +303,8 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
 def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> onnxruntime.InferenceSession:
     if precision == "fp32":
         return plain_session(graph)
-    from tocom.export.proof.observe import beside
     from tocom.export.graph.emulate_half import rounded
+    from tocom.export.proof.observe import beside
 
     with beside(graph, rounded(proto)) as file:
         return plain_session(file)
@@ -313,8 +313,8 @@ def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> o
 def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitStack) -> EngineRunner:
     """The engine's graph in another library than its own; what is made for that goes with the stack."""
     from tocom.export.engine.build import as_engine, needs_inlining
-    from tocom.export.graph.lower import inline
     from tocom.export.engine.tensorrt.plan import PlanOptions
+    from tocom.export.graph.lower import inline
     from tocom.export.proof.observe import beside
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto

@@ -17,11 +17,11 @@ from typing import Literal
 
 import onnx
 
+from tocom.export.artifacts import Engine
 from tocom.export.engine.build import PLANNED, graph_precision, needs_inlining, runs_natively
-from tocom.export.graph.lower import inline
 from tocom.export.graph.half_precision import HALF, typed
+from tocom.export.graph.lower import inline
 from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
-from tocom.runtime.artifacts import Engine
 from tocom.runtime.engines.base import BACKENDS, precisions
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import FILE_NAME

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tocom.export.artifacts import Engine, Report
 from tocom.export.graph.operators import point_name
 from tocom.export.proof.decisions import AnyDecision, judge_of
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.gates import GATES, margin_allowed
 from tocom.export.proof.observe import Observed, Observer, Replay, in_format, observer_of, replay
 from tocom.export.proof.parts import compare_parts, distance, logit_distance
-from tocom.runtime.artifacts import Engine, Report
 from tocom.vit import ReducedViT
 
 EXACT = "fp64"
@@ -256,18 +256,3 @@ def compare_decisions(
                 found.explained += 1
             else:
                 found.unexplained += 1
-
-
-def default_images(size: tuple[int, int, int], images: int = 6, seed: int = 0) -> Iterator[np.ndarray]:
-    """Batches for when no images are given: noise, and smooth random patterns with flat areas as photographs have.
-
-    Yields:
-        A batch of one and a batch of five, for noise and for patterns; float32 [B, 3, H, W].
-    """
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(images, *size, generator=draw)
-    coarse = torch.randn(images, size[0], 5, 5, generator=draw)
-    smooth = torch.nn.functional.interpolate(coarse, size[1:], mode="bicubic").clamp(-2, 1)
-    for kind in (noise, smooth):
-        yield kind[:1].numpy()
-        yield kind[1:].contiguous().numpy()

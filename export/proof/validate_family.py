@@ -10,17 +10,16 @@ import numpy as np
 import torch
 
 from tocom.calib.quantize.network import quantized_model
+from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import why_unrunnable
 from tocom.export.graph.lower import reference_model
+from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.proof.observe import in_format, proving_runner
 from tocom.export.proof.side_by_side import compare_pair
-from tocom.export.proof.validate import prove
 from tocom.export.proof.sides import ENGINES, EXACT, Who, opened
-from tocom.export.family.quantizer import QUANTIZED
-from tocom.export.graph.read_qdq import read_quantization
-from tocom.export.source.load import CompileOptions, Source, load_source, validation_batches
-from tocom.export.family.steps import Notify
-from tocom.runtime.artifacts import Engine, OnnxGraph, Report
+from tocom.export.proof.validate import prove
+from tocom.export.source.load import Source, load_source, validation_batches
+from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import Family
 from tocom.vit import ReducedViT

@@ -1,4 +1,4 @@
-"""What a compile is given: the options, and everything they name, loaded and checked before anything is written."""
+"""Everything that the options of a compile name, loaded and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tocom.calib.labelled import LabelledImages
+from tocom.calib.quantize.calibration_file import read_calibration
+from tocom.calib.quantize.network import products_of
+from tocom.checkpoint import LoadedModel, hash_tensors, load_model
+from tocom.compensator import Compensator
+from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import PLANNED, TYPED, backends_for, graph_precision
+from tocom.export.engine.tensorrt.plan import plan_recipe, require_buildable
 from tocom.export.graph.fuse import fuse
-from tocom.export.engine.tensorrt.plan import PlanOptions, plan_recipe, require_buildable
 from tocom.export.graph.half_precision import HALF
-from tocom.export.proof.validate import default_images
-from tocom.export.family.quantizer import QUANTIZED, QuantizeOptions, require_usable
-from tocom.runtime.artifacts import FusedCheckpoint
+from tocom.export.source.images import default_images
+from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
+from tocom.reduction import Reduction, reduction_named
 from tocom.runtime.engines.base import native_operators
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family, InputSpec
-from tocom.checkpoint import LoadedModel, hash_tensors, load_model
-from tocom.compensator import Compensator
-from tocom.reduction import Reduction, reduction_named
+from tocom.runtime.preprocess import find_images
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import schedule_for
 
@@ -34,54 +36,6 @@ PIPELINE = 7  # part of every recipe; raised when the same inputs begin to make 
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
 _DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # of the engine libraries
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What to compile.
-
-    Attributes:
-        model: timm model name, or a folder in timm's hub layout.
-        out: The family's folder.
-        degrees: Target degrees; 0 is added as the baseline.
-        checkpoint: Weights; None takes the model folder's or timm's pretrained ones.
-        compensator: Compensator file; None exports plain token merging.
-        source_degree: Degree the checkpoint was fine-tuned at; must be given with a compensator.
-        delta_scale: Weight of the compensator's change at every degree; None takes the choices in the folder's
-            scales.json, and the compensator's training scale where there is none.
-        precision: Number format of the engines.
-        float_blocks: Blocks that stay float32 where the format of a graph is half precision.
-        backend: Engine library; "auto" takes the fastest one that runs here.
-        images: Folder of images to validate on; with one folder per class, top-1 is measured too.
-        limit: At most this many labelled images, evenly spread.
-        num_classes: Classes; None takes the checkpoint's.
-        model_args: Further timm model arguments.
-        schedule: Name of the schedule family: how a degree is spread over the blocks.
-        reduction: Name of the token reduction.
-        replace: Whether a family of another checkpoint in the folder may be overwritten.
-        plan: How plans are built, for backends that have them.
-        quantize: How quantized engines are made, for precisions that are such.
-    """
-
-    model: str
-    out: Path
-    degrees: tuple[int, ...]
-    checkpoint: Path | None = None
-    compensator: Path | None = None
-    source_degree: int | None = None
-    delta_scale: float | None = None
-    precision: str = "fp32"
-    float_blocks: tuple[int, ...] = ()
-    backend: str = "onnxruntime"
-    images: Path | None = None
-    limit: int = 5000
-    num_classes: int | None = None
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str = "constant"
-    reduction: str = "merge"
-    replace: bool = False
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
 
 @dataclass(frozen=True)
@@ -189,7 +143,6 @@ def load_source(options: CompileOptions) -> Source:
 
     Raises:
         InputError: If something given cannot be used.
-        tocom.errors.InputError: Likewise.
     """
     backends_for(options.backend, options.precision)
     if options.backend in PLANNED:
@@ -240,8 +193,42 @@ def load_source(options: CompileOptions) -> Source:
     if options.images is not None:
         images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
     source = Source(options, loaded, compensator, sha256, schedules, scales, images, family)
-    require_usable(source)
+    _require_quantizable(source)
     return source
+
+
+def _require_quantizable(source: Source) -> None:
+    """Checks what quantized engines are to be made with, before anything is written.
+
+    Raises:
+        InputError: If it cannot be used, or is given for a precision that is not quantized.
+    """
+    options, precision = source.options.quantize, source.options.precision
+    if precision not in QUANTIZED:
+        if options != QuantizeOptions():
+            raise InputError(f"calibration and max-drop are for {', '.join(QUANTIZED)}, the precision is {precision}.")
+        return
+    products = list(products_of(source.loaded.model))
+    unknown = sorted(set(options.keep_float) - set(products))
+    if unknown:
+        raise InputError(f"keep-float must name products like {', '.join(products[:3])}, got {', '.join(unknown)}.")
+    if options.is_file:
+        made_with = read_calibration(options.calibration, made_for(source), source.loaded.model).method.format
+        if made_with != precision:
+            raise InputError(f"{options.calibration} is a calibration for {made_with}, the precision is {precision}.")
+    elif options.calibration is not None:
+        find_images([options.calibration])
+
+
+def made_for(source: Source) -> dict[str, str]:
+    """What identifies a network."""
+    return {
+        "model": source.loaded.architecture,
+        "checkpoint": source.loaded.checkpoint_sha256,
+        "compensator": str(source.compensator_sha256),
+        "schedule": source.family.schedule,
+        "reduction": source.family.reduction,
+    }
 
 
 def _require_blocks(options: CompileOptions, depth: int) -> None:

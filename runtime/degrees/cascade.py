@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import write_atomically
 from ..checked_json import Json, parse, read_text
 from ..errors import InputError, one_line
+from ..files import write_atomically
 from ..manifest import Family
 
 FORMAT = 1

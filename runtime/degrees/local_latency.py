@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import write_atomically
 from ..checked_json import Json, parse, read_text
 from ..engines.base import BACKENDS, open_engine, precisions
 from ..errors import InputError, one_line
-from .latency import Latency, measure
+from ..files import write_atomically
 from ..manifest import EngineEntry, Family
+from .latency import Latency, measure
 
 FORMAT = 1
 _SECONDS, _ROUNDS = 2.0, 10

@@ -18,10 +18,10 @@ from ..errors import InputError, one_line
 # function bodies) and `open_engine(path, settings) -> EngineRunner`. One whose library may be there without anything
 # to run on also has `unusable() -> str | None`: why no engine can run here, which `describe` then tells too.
 BACKENDS: dict[str, str] = {
-    "onnxruntime": "tocom.runtime.engines.onnxruntime_engine",
-    "openvino": "tocom.runtime.engines.openvino_engine",
-    "tensorrt": "tocom.runtime.engines.tensorrt.nvidia",
-    "tensorrt-rtx": "tocom.runtime.engines.tensorrt.rtx",
+    "onnxruntime": f"{__package__}.onnxruntime_engine",
+    "openvino": f"{__package__}.openvino_engine",
+    "tensorrt": f"{__package__}.tensorrt.nvidia",
+    "tensorrt-rtx": f"{__package__}.tensorrt.rtx",
 }
 
 # Backend -> its library's module and package, where they are not named like it.

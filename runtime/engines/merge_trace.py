@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .base import EngineRunner, native_operators, open_engine
 from ..errors import InputError, one_line
 from ..manifest import EngineEntry, Family
+from .base import EngineRunner, native_operators, open_engine
 
 if TYPE_CHECKING:
     from .graph_file import Removal

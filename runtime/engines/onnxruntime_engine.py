@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from ..errors import InputError, one_line, readable
 from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from .mapped_weights import mapped_weights, return_freed_memory
-from ..errors import InputError, one_line, readable
 
 CPU = "CPUExecutionProvider"
 PRECISIONS = ("fp32", "fp16", "int8")  # the graph says which: all are the same to this module

@@ -11,10 +11,10 @@ import numpy as np
 import openvino
 from openvino.frontend import FrontEndManager
 
-from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
-from .openvino_fusion import NATIVE, fuse
 from ..errors import InputError, one_line, readable
 from ..native import library, record
+from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
+from .openvino_fusion import NATIVE, fuse
 
 PRECISIONS = ("fp32", "bf16", "int8")  # int8 stands in the graph, and the rest is bf16 where there is that
 _DEVICE = "CPU"

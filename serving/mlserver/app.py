@@ -34,13 +34,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tocom.runtime.errors import InputError, one_line, readable
-from tocom.serving.service.errors import ServingError
 from tocom.serving.mlserver.grpc_guard import MessageGuard
-from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 from tocom.serving.mlserver.metrics import ServiceMetrics
 from tocom.serving.mlserver.model import FamilyModel, RefusedError
-from tocom.serving.service.service import Service
+from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 from tocom.serving.protocol.page_routes import page_routes
+from tocom.serving.service.errors import ServingError
+from tocom.serving.service.service import Service
 
 _LOG = logging.getLogger("tocom.serving")
 _GRACE_S = 30.0  # for what was accepted, when the server is told to end

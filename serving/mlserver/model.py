@@ -16,9 +16,9 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 
 from tocom.runtime.engines.base import OUTPUT_NAME
 from tocom.runtime.errors import InputError
-from tocom.serving.service.errors import ServingError
 from tocom.serving.mlserver.metrics import ServiceMetrics
 from tocom.serving.protocol.open_inference import Tensor, metadata, read_input, read_want
+from tocom.serving.service.errors import ServingError
 from tocom.serving.service.scheduler import Answer
 from tocom.serving.service.service import Service
 

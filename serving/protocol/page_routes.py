@@ -24,8 +24,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tocom.runtime.errors import InputError, one_line, readable
-from tocom.serving.service.errors import BusyError, ServingError
 from tocom.serving.protocol.http_guard import retry_after
+from tocom.serving.service.errors import BusyError, ServingError
 from tocom.serving.service.scheduler import Want
 
 MAX_IMAGE_BYTES = 10 << 20

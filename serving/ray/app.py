@@ -22,10 +22,10 @@ from ray.serve import Application
 
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import Family
-from tocom.serving.service.generation import MAX_PIXELS, ServeOptions
 from tocom.serving.protocol.http_guard import HttpLimits
 from tocom.serving.ray.ingress import FamilyIngress, IngressOptions, to_ingress
 from tocom.serving.ray.replica import FamilyReplica, Tuning
+from tocom.serving.service.generation import MAX_PIXELS, ServeOptions
 from tocom.serving.service.scheduler import Limits
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

@@ -23,13 +23,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from tocom.runtime.errors import InputError, readable
-from tocom.serving.service.errors import BusyError, ServingError, WorkerDiedError
 from tocom.serving.protocol.http_guard import Guard, HttpLimits, refuse, retry_after
 from tocom.serving.protocol.open_inference_json import read_request
+from tocom.serving.protocol.page_routes import DEGREE_HEADER, page_routes
 from tocom.serving.ray.local_cluster import keep_to_loopback
 from tocom.serving.ray.replica import Refusal
+from tocom.serving.service.errors import BusyError, ServingError, WorkerDiedError
 from tocom.serving.service.scheduler import Want
-from tocom.serving.protocol.page_routes import DEGREE_HEADER, page_routes
 
 _TRIES = 3  # replicas that may die on one request
 _PAUSE_S = 0.2  # between them: Ray takes a moment to notice

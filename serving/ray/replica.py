@@ -21,10 +21,10 @@ from ray import serve
 from ray.serve import metrics
 
 from tocom.runtime.errors import InputError, one_line, readable
-from tocom.serving.service.errors import BusyError, ServingError
 from tocom.serving.protocol.open_inference import metadata, read_input
 from tocom.serving.protocol.open_inference_json import read_request, write_response
 from tocom.serving.ray.local_cluster import keep_to_loopback
+from tocom.serving.service.errors import BusyError, ServingError
 from tocom.serving.service.scheduler import ANY, Answer, Want
 from tocom.serving.service.scratch import own_scratch
 from tocom.serving.service.service import ServeOptions, Service

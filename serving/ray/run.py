@@ -1,6 +1,6 @@
 """A family under Ray Serve for as long as this process runs: what `tocom serve-ray` does.
 
-For a Ray of this machine `tocom.serving.ray.local_cluster.prepare_environment` has to be called before this is imported.
+For a Ray of this machine `.local_cluster.prepare_environment` has to be called before this is imported.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from tocom.runtime.degrees.choose import Point, choose, points
-from tocom.runtime.errors import GateError, InputError, one_line
 from tocom.runtime.degrees.local_latency import Times, local_latencies
-from tocom.runtime.manifest import Family
 from tocom.runtime.engines.merge_trace import MergeTracer
+from tocom.runtime.errors import GateError, InputError, one_line
+from tocom.runtime.manifest import Family
 from tocom.runtime.predictor import load
 from tocom.serving.service.degree_policy import DegreePolicy, Speed, useful
+from tocom.serving.service.engine_process import EngineProcess
 from tocom.serving.service.errors import EngineFailedError
 from tocom.serving.service.scheduler import Infer, Limits, Scheduler, Want
-from tocom.serving.service.engine_process import EngineProcess
 
 MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
 

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tocom.runtime.preprocess
-from tocom.runtime.artifacts import write_atomically
 from tocom.runtime.checked_json import Json, parse, read_text
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 from tocom.serving.triton.config import (
     FILES,
@@ -36,7 +36,7 @@ CLIENT, ENSEMBLE = "client", "ensemble"
 VERSION = "1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_ENOUGH = ("__init__.py", "artifacts.py", "checked_json.py", "errors.py", "manifest.py", "preprocess.py")
+_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "files.py", "manifest.py", "preprocess.py")
 _PORTABLE = ("fp32", "fp16")  # precisions whose graphs say all, so that ONNX Runtime computes what was proven
 
 
@@ -228,7 +228,7 @@ def _preprocess_files() -> Iterator[tuple[str, bytes]]:
     yield f"{VERSION}/model.py", Path(__file__).with_name("preprocess_model.py").read_bytes()
     source = Path(tocom.runtime.preprocess.__file__).parent
     for name in _ENOUGH:
-        yield f"{VERSION}/runtime/{name}", b"" if name == "__init__.py" else (source / name).read_bytes()
+        yield f"{VERSION}/tocom/runtime/{name}", b"" if name == "__init__.py" else (source / name).read_bytes()
 
 
 def _labels(family: Family) -> bytes:

@@ -13,8 +13,8 @@ from scipy.optimize import minimize_scalar
 import tocom.calib.cascade
 from tocom.calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature, most_accurate
 from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence, run, shares
-from tocom.runtime.errors import InputError
 from tocom.runtime.degrees.local_latency import Times
+from tocom.runtime.errors import InputError
 
 ALONE = {0: 1.1, 4: 0.8, 8: 0.6, 16: 0.35}
 

@@ -16,8 +16,8 @@ import tocom.calib.scale_choice
 from tocom.calib.labelled import LabelledImages
 from tocom.calib.scale_choice import Search, best_scale, choose_scales
 from tocom.calib.scales_file import ChosenFor, ScaleChoices, Trial
+from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import InputSpec
-from tocom.errors import InputError
 
 SPEC = InputSpec((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")
 NOTHING = ScaleChoices(ChosenFor("a" * 64, "b" * 64, 0, "constant", "merge", SPEC), {}, {})

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from tocom.export.family.compile import compile_family
-from tocom.export.source.load import CompileOptions
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
 
@@ -29,7 +29,9 @@ Start = Callable[..., "Command"]
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tocom.export.family.compile", "tocom.export.cli.__main__"])  # children share one import of torch
+_processes.set_forkserver_preload(
+    ["tocom.export.family.compile", "tocom.export.cli.__main__"]
+)  # children share one import of torch
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS: what is mounted then is seen by nobody else, and goes with the process
 
 
@@ -49,7 +51,10 @@ def _tocom(options: Sequence[str], said: Path, mounts: Sequence[str], afterwards
     import tocom.export.engine.measure_latency
     from tocom.export.cli import __main__ as cli
 
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
+    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
+        0.0,
+        3,
+    )  # nobody looks at how fast anything is
     for descriptor, file in ((1, "/dev/null"), (2, said)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     if mounts:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tocom.runtime.errors
-import tocom.errors
 from tocom.calib.quantize.calibrate import Calibration, Method
 from tocom.calib.quantize.calibration_file import read_calibration, write_calibration
 from tocom.calib.quantize.migrations import Migration
@@ -40,7 +39,7 @@ MADE_FOR = {"model": "x"}
 def test_a_tensor_of_more_numbers_than_its_file_holds(tmp_path: Path, shape: tuple[int, int]) -> None:
     """A file of a kilobyte took 4 GB, or ended in a traceback for 4 TB."""
     torch.save({"weight": torch.ones(1).expand(shape)}, tmp_path / "c.pth")
-    with pytest.raises(tocom.errors.InputError, match="number by number"):
+    with pytest.raises(tocom.runtime.errors.InputError, match="number by number"):
         read_tensors(tmp_path / "c.pth")
 
 

@@ -24,16 +24,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tocom.export.graph.lower import lower
-from tocom.export.proof.observe import in_format, replay
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint
-from tocom.runtime.manifest import InputSpec
-from tocom.runtime.preprocess import load_image, preprocess
 from tests.conftest import FAMILIES
 from tocom.checkpoint import load_model
+from tocom.export.artifacts import FusedCheckpoint
+from tocom.export.graph.lower import lower
+from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.observe import in_format, replay
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Reduction
+from tocom.runtime.manifest import InputSpec
+from tocom.runtime.preprocess import load_image, preprocess
 from tocom.vit import ReducedViT, schedule_for
 
 ROOT = Path(__file__).resolve().parents[2]

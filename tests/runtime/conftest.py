@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from tocom.runtime.artifacts import sha256_file
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 
 COLOURS = ("red", "green", "blue")

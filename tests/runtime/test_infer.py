@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tocom.runtime import infer
-from tocom.runtime.artifacts import write_atomically
+from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).resolve().parents[2]

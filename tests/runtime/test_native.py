@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import layer_norm
 
 import tocom.runtime.native
+from tocom.merging import match
 from tocom.runtime.errors import InputError
 from tocom.runtime.native import SOURCE, build, library
-from tocom.merging import match
 
 DRIVER = Path(__file__).with_name("merge_driver.cpp")
 

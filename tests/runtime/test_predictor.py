@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runtime
-from tocom.runtime.artifacts import sha256_file
+import tocom
+from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import GateError, InputError
-from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import Family
 from tocom.runtime.predictor import LoadedFamily
 
@@ -35,7 +35,7 @@ def family(family_folder: Path) -> LoadedFamily:
         replace(fast, latency_ms=halved, machine=this_machine(), accuracy={"top1": 0.7}),
     )
     replace(family, engines=entries).write(family_folder)
-    with runtime.load(family_folder) as loaded:
+    with tocom.load(family_folder) as loaded:
         yield loaded
 
 
@@ -110,7 +110,7 @@ def test_many_threads_get_their_own_answers(family: LoadedFamily) -> None:
     draw = np.random.default_rng(0)
     batches = [draw.random((int(size), 3, 8, 8), np.float32) for size in draw.integers(1, 5, 64)]
     expected = [family.infer(batch, 8) for batch in batches]
-    with runtime.load(family.folder) as fresh:  # engines are opened by the threads
+    with tocom.load(family.folder) as fresh:  # engines are opened by the threads
         barrier = threading.Barrier(8)
 
         def run(worker: int) -> list[np.ndarray]:
@@ -127,7 +127,7 @@ def test_many_threads_get_their_own_answers(family: LoadedFamily) -> None:
 def test_a_changed_file_is_refused(family_folder: Path) -> None:
     (family_folder / "r08/model.onnx").write_bytes(b"other")
     with pytest.raises(InputError, match="it has changed"):
-        runtime.load(family_folder)
+        tocom.load(family_folder)
 
 
 def test_a_closed_family_says_so(family: LoadedFamily, photos: Path) -> None:
@@ -144,12 +144,12 @@ def test_logits_that_are_not_finite(family_folder: Path, colour_graph: Callable[
     entry = family.entry(8)
     replaced = replace(entry, sha256={entry.onnx: sha256_file(family_folder / entry.onnx)})
     family.with_entry(replaced).write(family_folder)
-    with runtime.load(family_folder) as loaded, pytest.raises(InputError, match="compile degree 8 again"):
+    with tocom.load(family_folder) as loaded, pytest.raises(InputError, match="compile degree 8 again"):
         loaded.predict(files(photos)[0], degree=8)
 
 
 def test_the_package_loads_nothing_until_it_is_asked() -> None:
-    code = "import sys, runtime; assert 'numpy' not in sys.modules; runtime.load; assert 'numpy' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(runtime.__file__).parents[1])
+    code = "import sys, tocom; assert 'numpy' not in sys.modules; tocom.load; assert 'numpy' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tocom.__file__).parents[1])
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        _ = runtime.laod
+        _ = tocom.laod

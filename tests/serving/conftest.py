@@ -17,13 +17,14 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 
-from tocom.runtime.artifacts import Engine, sha256_file
+from tests.waiting import SAFETY_S, eventually
+from tocom.export.artifacts import Engine
 from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
+from tocom.serving.protocol.page_routes import page_routes
 from tocom.serving.service.scheduler import Limits
 from tocom.serving.service.service import ServeOptions, Service
-from tocom.serving.protocol.page_routes import page_routes
-from tests.waiting import SAFETY_S, eventually
 
 MAX_BATCH = 8
 DEGREES = {0: (4.0, 0.90), 8: (3.0, 0.89), 16: (2.0, 0.85)}  # degree -> ms and top-1 that its manifest claims

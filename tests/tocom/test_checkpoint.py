@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tocom.checkpoint import hash_tensors, load_model
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 NAME = "deit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.dropout import DropoutKey
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 
 def pth(compensator) -> bytes:

@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 
 import tocom
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 from tocom.schedule import MergeSchedule, ScheduleFamily
 
 MODULES = ["tocom", *(f"tocom.{module.name}" for module in pkgutil.iter_modules(tocom.__path__))]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 from tocom.tensorfile import read_tensors
 
 TENSORS = {"head.weight": torch.arange(12.0).reshape(3, 4), "head.bias": torch.tensor([0.5, -1.0, 2.0])}

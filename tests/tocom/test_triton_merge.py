@@ -22,9 +22,9 @@ import pytest
 import torch
 
 import tocom
-from tocom.errors import InputError
 from tocom.merging import Matching, cosine_scores, match, merge
 from tocom.reduction import PRUNE
+from tocom.runtime.errors import InputError
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
 

@@ -11,10 +11,10 @@ import timm
 import torch
 from torch import nn
 
-from tocom.errors import InputError
 from tocom.merging import match, merge
 from tocom.pruning import Pruning, prune
 from tocom.reduction import MERGE, PRUNE, reduction_named
+from tocom.runtime.errors import InputError
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT, require_supported, schedule_for, tokens_in
 

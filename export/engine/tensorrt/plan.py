@@ -1,7 +1,7 @@
 """ONNX graph -> TensorRT plan, by NVIDIA's TensorRT or by TensorRT for RTX, which needs no GPU for that.
 
-Networks are strongly typed: every format stands in the graph (`tocom.export.graph.half_precision`), and TF32 is off, which would flip
-decisions. What depends on weights alone is computed here, once: TensorRT for RTX would do it again in every call.
+Networks are strongly typed: every format stands in the graph (`graph.half_precision`), and TF32 is off, which would
+flip decisions. What depends on weights alone is computed here, once: TensorRT for RTX would do it again in every call.
 Quantized weights stay codes and scales, from which the library chooses its kernels.
 """
 
@@ -25,12 +25,12 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from tocom.export.graph.lower import INPUT, inline
 from tocom.export.engine.tensorrt.four_bit import put_in_blocks
-from tocom.runtime.artifacts import write_atomically
+from tocom.export.graph.lower import INPUT, inline
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
@@ -55,7 +55,7 @@ class PlanOptions:
         hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
         version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
         stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
-        own_kernels: Whether merging is our Triton kernels (`tocom.export.engine.tensorrt.plugin`) instead of the operator's body.
+        own_kernels: Whether merging is our Triton kernels (`.plugin`) instead of the operator's body.
 
     Raises:
         InputError: If a value is not one of these.

@@ -1,7 +1,7 @@
 """Graph -> a graph whose merging TensorRT can hand to this project's Triton kernels; and how these are launched.
 
 TensorRT 10.15 and later take a node for a plugin where it names a namespace in which one of its type is registered,
-see `tocom.export.engine.tensorrt.register_plugin`. Everything else expands the node's function. So one graph serves both.
+see `.register_plugin`. Everything else expands the node's function. So one graph serves both.
 
 A quickly deployable plugin with an ahead-of-time implementation is one kernel. TensorRT passes it pointers to its
 inputs and then to its outputs, all contiguous; between them could stand numbers. The kernels of `tocom.triton_merge`
@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx.inliner
 
+from tocom import triton_merge
 from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.operators.merge import MergeOperator
-from tocom import triton_merge
 from tocom.merging import first_positions
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ PTX_VERSION = 88  # of CUDA 12.9; Triton would write that of its own assembler, 
 POINTERS = {"FLOAT": "*fp32", "HALF": "*fp16", "BF16": "*bf16", "INT64": "*i64"}
 
 _ATTRIBUTES = {DECIDE: ("r", "tokens", "protected", "keep_order"), APPLY: ("r", "tokens", "protected")}
-_TEXT = "plugin_numbers"  # the same once more, see `tocom.export.engine.tensorrt.register_plugin`
+_TEXT = "plugin_numbers"  # the same once more, see `.register_plugin`
 _SIGNATURES = {
     DECIDE: (("metric",), ("src", "dst", "unm")),
     APPLY: (("x", "token_size", "src", "dst", "unm"), ("merged", "merged_size")),

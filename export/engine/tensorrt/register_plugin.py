@@ -1,6 +1,6 @@
 """Registers the merge plugins with TensorRT: what they put out, and the kernels that make it.
 
-Read `tocom.export.engine.tensorrt.plugin` first. A plugin takes its numbers from one text: of an attribute that is a number, TensorRT
+Read `.plugin` first. A plugin takes its numbers from one text: of an attribute that is a number, TensorRT
 10.16 makes an array, of which recent NumPy makes no number.
 """
 

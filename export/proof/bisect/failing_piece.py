@@ -139,8 +139,8 @@ def _forms(
         The graph's file, how a plan is built of it (None for libraries that run it), and whether its batch is fixed.
     """
     from tocom.export.engine.build import PLANNED, needs_inlining
-    from tocom.export.graph.lower import inline
     from tocom.export.engine.tensorrt.plan import PlanOptions, folded, require_buildable
+    from tocom.export.graph.lower import inline
 
     if backend in PLANNED:
         plan = replace(plan or PlanOptions(), stripped=False)
@@ -300,7 +300,9 @@ def _keep_silent() -> None:
 
 
 def _load_library(backend: str) -> None:
-    importlib.import_module(BACKENDS[backend] if backend in ("onnxruntime", "openvino") else "tocom.export.engine.tensorrt.plan")
+    importlib.import_module(
+        BACKENDS[backend] if backend in ("onnxruntime", "openvino") else "tocom.export.engine.tensorrt.plan"
+    )
 
 
 def _failure(trial: Trial, piece: Path) -> str | None:

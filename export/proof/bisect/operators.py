@@ -15,11 +15,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from tocom.export.artifacts import Engine
 from tocom.export.graph.operators import DOMAIN, point_name
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.observe import Observed, RunnerObserver, debug_copy
 from tocom.export.proof.parts import compare_parts, distance
-from tocom.runtime.artifacts import Engine
 from tocom.vit import ReducedViT
 
 _NAMED = ("MatMul", "Add", "LayerNormalization")  # nodes that bear the name of what they are of

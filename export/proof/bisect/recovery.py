@@ -15,17 +15,17 @@ import numpy as np
 
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import Quantization, quantized_model
+from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.engine.build import build
-from tocom.export.graph.lower import Lowering
 from tocom.export.engine.tensorrt.plan import PlanOptions
 from tocom.export.graph.half_precision import HALF
+from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.lower import Lowering
+from tocom.export.graph.read_qdq import read_quantization
+from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.observe import in_format
 from tocom.export.proof.validate import EXACT, validate
-from tocom.export.graph.insert_qdq import forms, quantized_graph
-from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.source.load import Source
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Engine, OnnxGraph, Report
 from tocom.vit import ReducedViT
 
 Remake = Callable[[tuple[int, ...]], Report]

@@ -6,7 +6,11 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from tocom.export.artifacts import Report
+from tocom.export.proof.report.about import About, Pictures
 from tocom.export.proof.report.panels import panels, png
+from tocom.export.proof.report.pictures import MergePicture, differing
+from tocom.export.proof.report.plots import as_svg, block_figure, require_matplotlib
 from tocom.export.proof.report.style import STYLE
 from tocom.export.proof.report.tables import (
     WORDS,
@@ -21,10 +25,6 @@ from tocom.export.proof.report.tables import (
     unit_of,
     verdict,
 )
-from tocom.export.proof.report.pictures import MergePicture, differing
-from tocom.export.proof.report.plots import as_svg, block_figure, require_matplotlib
-from tocom.export.proof.report.write import About, Pictures
-from tocom.runtime.artifacts import Report
 
 _SIDES = ((24, 280), (48, 224), (0, 168))  # up to so many panels on the page: pixels of each
 _MOST_BLOCKS = 12  # that are pictured of one degree; of more, an even selection

@@ -14,8 +14,8 @@ import torch
 
 from tocom.export.proof.decisions import AnyDecision, judge_of
 from tocom.export.proof.observe import Observer, replay
-from tocom.runtime.manifest import InputSpec
 from tocom.merging import Matching, first_positions
+from tocom.runtime.manifest import InputSpec
 from tocom.vit import ReducedViT
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.report.panels import panels
 from tocom.export.proof.parts import PARTS
+from tocom.export.proof.report.panels import panels
 from tocom.export.proof.report.pictures import MergePicture, differing
 from tocom.runtime.errors import InputError
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tocom.export.artifacts import Report
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
-from tocom.runtime.artifacts import Report
 
 MEASURED = tuple(part for part in PARTS if part != "decision")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from tocom.export.artifacts import Report
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
-from tocom.runtime.artifacts import Report
 
 _FREE = {"top1_agreement": "{:.0%}", "cosine": "{:.6f}", "kl": "{:.1e}"}
 

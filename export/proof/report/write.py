@@ -16,10 +16,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tocom.export.artifacts import Report
+from tocom.export.proof.report.about import About, Pictures
+from tocom.export.proof.report.pictures import MergePicture, differing
 from tocom.export.proof.report.tables import (
     WORDS,
     Table,
@@ -31,38 +34,9 @@ from tocom.export.proof.report.tables import (
     meaning_of,
     verdict,
 )
-from tocom.export.proof.report.pictures import MergePicture, differing
-from tocom.runtime.artifacts import Report, write_atomically
+from tocom.runtime.files import write_atomically
 
 FORMAT = 1
-Pictures = Mapping[int, Sequence[MergePicture]]
-
-
-@dataclass(frozen=True)
-class About:
-    """What a report is about.
-
-    Attributes:
-        title: Of the report.
-        model: Name of the model.
-        candidate: What was proven.
-        against: What it was compared with.
-        date: When.
-        versions: Library -> version.
-        checkpoint_sha256: Hash of the weights; None where unknown.
-        compensator_sha256: Hash of the compensator; None without one.
-        command: That makes the report again.
-    """
-
-    title: str
-    model: str
-    candidate: str
-    against: str
-    date: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    checkpoint_sha256: str | None = None
-    compensator_sha256: str | None = None
-    command: str = ""
 
 
 def write_report(

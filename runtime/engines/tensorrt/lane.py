@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import InputError
 from ..base import INPUT_NAME
 from .device import Buffer, Graph, Memory, Stream
 from .plan import Part
-from ...errors import InputError
 
 if TYPE_CHECKING:  # the types that this code names are the same in all libraries it serves
     import tensorrt_rtx as trt

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import tensorrt_rtx
 
-from ...artifacts import write_atomically
+from ...files import write_atomically
 from ..base import EngineSettings
 from . import device
 from .runner import PRECISIONS, TensorRtRunner

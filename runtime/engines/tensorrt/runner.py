@@ -1,6 +1,6 @@
 """The TensorRT engine, for TensorRT and TensorRT for RTX alike: their modules hand their library in.
 
-What a call needs for itself while it runs is a lane (`tocom.runtime.engines.tensorrt.lane`), which it takes from a pool.
+What a call needs for itself while it runs is a lane (`.lane`), which it takes from a pool.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import InputError, one_line
 from ..base import INPUT_NAME, OUTPUT_NAME, EngineRunner
 from . import device
 from .device import CudaError
 from .lane import Lane, Pool, Tensor
 from .plan import TITLES, Profile, check_header, cut
-from ...errors import InputError, one_line
 
 if TYPE_CHECKING:  # the types that this code names are the same in all libraries it serves
     import tensorrt_rtx as trt

@@ -15,9 +15,8 @@ from PIL import Image
 from tocom.calib.distill import DistillOptions, distill
 from tocom.calib.distill.draws import degrees_at
 from tocom.calib.distill.self_distillation import divergence
-from tocom.runtime.errors import GateError
+from tocom.runtime.errors import GateError, InputError
 from tocom.runtime.errors import InputError as RuntimeInputError
-from tocom.errors import InputError
 from tocom.vit import ReducedViT
 
 ORIGIN = {"backbone": "deit3_small_patch16_224", "backbone_sha256": "d" * 64}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tocom.calib.quantize import choose_images
 from tocom.calib.quantize.choose_images import choose, features_of, typicality
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
 
 

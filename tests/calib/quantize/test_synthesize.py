@@ -13,7 +13,7 @@ from torch import nn
 
 from tocom.calib.quantize import synthesize as module
 from tocom.calib.quantize.synthesize import entropy, objective, roughness, similarities, synthesize
-from tocom.errors import InputError
+from tocom.runtime.errors import InputError
 
 SIZE = (3, 32, 32)
 LOW, HIGH = torch.tensor([-2.0, -1.0, -1.5]), torch.tensor([2.5, 1.0, 1.5])

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.cli import __main__ as cli
 from tocom.runtime.infer import main as infer
-from tocom.compensator import Compensator, CompensatorInfo
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -13,14 +13,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-import tocom.runtime.infer
 import tocom.runtime.degrees.local_latency
+import tocom.runtime.infer
 from tocom.calib.cascade_trial import Row, Trial
 from tocom.export.cli import __main__ as cli
 from tocom.export.cli.cascade import better_single
-from tocom.runtime.artifacts import sha256_file
 from tocom.runtime.degrees.cascade import CascadePlan
 from tocom.runtime.degrees.local_latency import this_machine
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 
 SIDE = 16

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tocom.export.cli import __main__ as cli
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
+from tocom.export.cli import __main__ as cli
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

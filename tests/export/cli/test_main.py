@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tocom.export.cli import __main__ as cli
-from tocom.runtime.artifacts import sha256_file
-from tocom.runtime.manifest import Family
 from tocom.compensator import Compensator
+from tocom.export.cli import __main__ as cli
+from tocom.runtime.files import sha256_file
+from tocom.runtime.manifest import Family
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

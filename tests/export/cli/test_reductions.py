@@ -15,12 +15,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tocom.export.cli import __main__ as cli
-from tocom.runtime.artifacts import sha256_file
-from tocom.runtime.engines.base import open_engine
-from tocom.runtime.manifest import Family
 from tocom.compensator import Compensator, CompensatorInfo
+from tocom.export.cli import __main__ as cli
 from tocom.reduction import PRUNE
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.files import sha256_file
+from tocom.runtime.manifest import Family
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
 

@@ -1,4 +1,4 @@
-"""tocom.export.engine.measure_latency: the slice bound is the network that drops tokens unseen, and a degree pays if it is faster."""
+"""the slice bound is the network that drops tokens unseen, and a degree pays if it is faster."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 import tocom.export.engine.measure_latency
 from tocom.export.engine.measure_latency import measured, slice_bound
 from tocom.export.graph.lower import reference_model
-from tocom.runtime.engines.base import open_engine
-from tocom.runtime.degrees.latency import Latency
-from tocom.runtime.manifest import EngineEntry
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.degrees.latency import Latency
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.manifest import EngineEntry
 from tocom.vit import schedule_for
 
 

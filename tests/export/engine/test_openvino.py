@@ -10,10 +10,11 @@ import pytest
 import tocom.runtime.engines.openvino_engine
 from tocom.export.engine.build import build, needs_inlining, runs_natively
 from tocom.export.graph.lower import reference_model
-from tocom.export.proof.validate import default_images, validate
+from tocom.export.proof.validate import validate
+from tocom.export.source.images import default_images
+from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.errors import InputError
 from tocom.runtime.native import library
-from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 
 has_native = pytest.mark.skipif(library() is None, reason="the native operator is not built (make native)")

@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tocom.export.family.choose_backend
+from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.family.compile import compile_family
 from tocom.export.graph.fuse import fuse
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.validate_family import validate_family
-from tocom.export.source.load import CompileOptions
-from tocom.runtime.engines.base import open_engine
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.degrees.latency import Latency
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
-from tocom.compensator import Compensator, CompensatorInfo
 from tocom.vit import ReducedViT
 
 NAME = "vit_tiny_patch16_224"
@@ -255,7 +255,9 @@ def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypa
     assert require_sound(options.out) == (0, 4)
     needed = {name for entry in result.family.engines for name in entry.sha256}
     assert {file.name for file in options.out.iterdir() if file.suffix in (".onnx", ".bin")} == needed
-    monkeypatch.setattr("tocom.runtime.engines.openvino_engine.library", lambda: None)  # the operator is gone: another engine is needed
+    monkeypatch.setattr(
+        "tocom.runtime.engines.openvino_engine.library", lambda: None
+    )  # the operator is gone: another engine is needed
     result = compile_family(replace(options, backend="openvino"))
     assert {name for name in result.family.entry(4).sha256 if ".inlined." in name} == {result.family.entry(4).engine}
     assert compile_family(replace(options, backend="openvino")).reused == (0, 4)

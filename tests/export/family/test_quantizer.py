@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import tocom.export.family.steps
 from tocom.calib.quantize.calibrate import Method
 from tocom.export.family.compile import compile_family
+from tocom.export.family.quantizer import Drop
 from tocom.export.proof.validate_family import validate_family
-from tocom.export.family.quantizer import Drop, QuantizeOptions
-from tocom.export.source.load import CompileOptions, load_source
+from tocom.export.source.load import load_source
+from tocom.export.source.options import CompileOptions, QuantizeOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family

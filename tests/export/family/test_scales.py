@@ -18,18 +18,19 @@ from safetensors.torch import save_file
 
 from tocom.calib.scale_choice import PAPER_SCALES
 from tocom.calib.scales_file import ScaleChoices
+from tocom.checkpoint import LoadedModel, load_model
+from tocom.compensator import Compensator
 from tocom.export.cli import __main__ as cli
-from tocom.export.family.compile import compile_family
-from tocom.export.proof.validate_family import validate_family
-from tocom.export.family.scales import at_chosen_scales, choose_family_scales
-from tocom.export.source.load import CompileOptions, load_source
 from tocom.export.cli.family_table import family_table
+from tocom.export.family.compile import compile_family
+from tocom.export.family.scales import at_chosen_scales, choose_family_scales
+from tocom.export.proof.validate_family import validate_family
+from tocom.export.source.load import load_source
+from tocom.export.source.options import CompileOptions
+from tocom.reduction import REDUCTIONS
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
 from tocom.runtime.preprocess import find_images, load_image, preprocess
-from tocom.checkpoint import LoadedModel, load_model
-from tocom.compensator import Compensator
-from tocom.reduction import REDUCTIONS
 from tocom.schedule import ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 

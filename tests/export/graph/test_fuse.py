@@ -1,4 +1,4 @@
-"""tocom.export.graph.fuse against the written formula, and the fused network against the network with the pairs beside it."""
+"""Fusing against the written formula, and the fused network against the network with the pairs beside it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from tocom.compensator import Compensator
+from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import build
 from tocom.export.graph.fuse import fuse
 from tocom.export.graph.lower import lower, reference_model
-from tocom.export.proof.validate import default_images, validate
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint
-from tocom.runtime.errors import InputError
-from tocom.compensator import Compensator
+from tocom.export.proof.validate import validate
+from tocom.export.source.images import default_images
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 
 STEPS = [(0, 8), (0, 16), (3, 11), (16, 0), (13, 4), (8, 8), (0, 0), (16, 16), (15, 16), (1, 0)]

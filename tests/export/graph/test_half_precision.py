@@ -12,11 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from tocom.export.graph.lower import inline, reference_model
+from tocom.export.graph.emulate_half import rounded
 from tocom.export.graph.half_precision import HALF, precision_of, typed
+from tocom.export.graph.lower import inline, reference_model
 from tocom.export.proof.gates import margin_allowed
 from tocom.export.proof.validate import validate
-from tocom.export.graph.emulate_half import rounded
 from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 

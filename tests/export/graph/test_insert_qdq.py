@@ -19,14 +19,14 @@ from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import quantized_model
 from tocom.export.engine.build import build
 from tocom.export.graph.fuse import fuse
+from tocom.export.graph.insert_qdq import Form, forms, quantized_format_of, quantized_graph
 from tocom.export.graph.lower import Lowering
 from tocom.export.graph.operators import DOMAIN
-from tocom.export.proof.validate import validate
-from tocom.export.graph.insert_qdq import Form, forms, quantized_format_of, quantized_graph
 from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.engines.base import open_engine
+from tocom.export.proof.validate import validate
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.engines.base import open_engine
 from tocom.vit import ReducedViT, schedule_for
 
 

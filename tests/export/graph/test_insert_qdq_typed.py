@@ -22,11 +22,11 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from tocom.calib.quantize.calibrate import Method, calibrate
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import quantized_model
-from tocom.export.graph.lower import inline, lower
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan, folded
+from tocom.export.graph.emulate_half import rounded
 from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.insert_qdq import quantized, quantized_format_of
-from tocom.export.graph.emulate_half import rounded
+from tocom.export.graph.lower import inline, lower
 from tocom.export.graph.weight_store import WeightStore
 from tocom.runtime.engines.tensorrt.runner import PRECISIONS
 from tocom.runtime.errors import InputError

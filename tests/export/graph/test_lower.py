@@ -11,15 +11,16 @@ import torch
 
 from tocom.export.engine.build import build
 from tocom.export.graph.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
+from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.decisions import decisions_of
 from tocom.export.proof.observe import debug_copy
-from tocom.export.proof.validate import default_images, validate
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import sha256_file
-from tocom.runtime.engines.base import open_engine
+from tocom.export.proof.validate import validate
+from tocom.export.source.images import default_images
 from tocom.merging import match, merge
 from tocom.pruning import prune, select
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.files import sha256_file
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT, schedule_for, tokens_in
 

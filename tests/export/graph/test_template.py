@@ -10,12 +10,12 @@ import pytest
 from onnx import numpy_helper
 
 import tocom.export.graph.lower
+from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.graph.fuse import fuse
 from tocom.export.graph.lower import Lowering, lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint
-from tocom.runtime.engines.base import open_engine
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.engines.base import open_engine
 from tocom.vit import schedule_for
 
 

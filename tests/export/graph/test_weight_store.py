@@ -13,10 +13,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.graph.fuse import fuse
 from tocom.export.graph.lower import lower, reference_model
 from tocom.export.graph.weight_store import INLINE_BYTES, WeightStore
-from tocom.runtime.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.mapped_weights import _mapped, mapped_weights
 from tocom.runtime.errors import InputError

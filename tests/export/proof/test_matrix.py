@@ -15,20 +15,20 @@ import onnx
 import pytest
 import torch
 
+from tests.conftest import DEGREES, FAMILIES, _export_grid
 from tocom.calib.quantize.calibrate import Method, calibrate
 from tocom.calib.quantize.network import quantized_model
+from tocom.export.artifacts import Engine
 from tocom.export.engine.build import build, graph_precision
-from tocom.export.graph.lower import reference_model
 from tocom.export.graph.half_precision import HALF, precision_of, typed
+from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.lower import reference_model
+from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES, judged_as
 from tocom.export.proof.observe import in_format
 from tocom.export.proof.validate import validate
-from tocom.export.graph.insert_qdq import forms, quantized_graph
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Engine
-from tocom.runtime.engines.base import available
-from tests.conftest import DEGREES, FAMILIES, _export_grid
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.engines.base import available
 from tocom.vit import ReducedViT, schedule_for
 
 CARRIED_OUT = "carried-out"  # a typed graph, computed in float32 with every rounding that stands in it

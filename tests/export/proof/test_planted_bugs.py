@@ -9,20 +9,21 @@ import onnx
 import pytest
 import torch
 
-from tocom.calib.quantize.calibrate import Method, calibrate
-from tocom.calib.quantize.network import quantized_model
-from tocom.export.engine.build import build
-from tocom.export.graph.fuse import fuse
-from tocom.export.graph.lower import lower, reference_model
-from tocom.export.graph.half_precision import typed
-from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import RunnerObserver, debug_copy
-from tocom.export.proof.validate import default_images, prove, validate
-from tocom.export.graph.insert_qdq import forms, quantized_graph
-from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import Engine
 from tests.export.proof.planted import BUGS, HIDDEN, MISSED, NO_BUGS
 from tests.export.proof.surgery import Surgery
+from tocom.calib.quantize.calibrate import Method, calibrate
+from tocom.calib.quantize.network import quantized_model
+from tocom.export.artifacts import Engine
+from tocom.export.engine.build import build
+from tocom.export.graph.fuse import fuse
+from tocom.export.graph.half_precision import typed
+from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.lower import lower, reference_model
+from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.gates import GATES
+from tocom.export.proof.observe import RunnerObserver, debug_copy
+from tocom.export.proof.validate import prove, validate
+from tocom.export.source.images import default_images
 from tocom.reduction import MERGE, PRUNE
 from tocom.vit import ReducedViT, schedule_for
 

@@ -20,13 +20,13 @@ for module in ("polygraphy", "onnx_graphsurgeon"):
         module, reason="Polygraphy is not installed: pip install tocom[polygraphy]", exc_type=ImportError
     )
 
+from tocom.export.artifacts import Report
 from tocom.export.cli.__main__ import main
 from tocom.export.cli.inspect_graph import examine
 from tocom.export.graph.half_precision import typed
 from tocom.export.proof.bisect import failing_piece
 from tocom.export.proof.bisect.failing_piece import smallest_failing_piece
 from tocom.export.proof.polygraphy_tools import REFERENCE, compare, comparison_table
-from tocom.runtime.artifacts import Report
 from tocom.reduction import PRUNE
 
 CASE = ("two_patches", 1, PRUNE)
@@ -217,7 +217,11 @@ def test_bad_input_is_one_line(exported, run, tmp_path):
 
 
 def test_without_polygraphy_it_says_what_to_install(exported, run, monkeypatch):
-    for name in ("tocom.export.cli.inspect_graph", "tocom.export.proof.bisect.failing_piece", "tocom.export.proof.polygraphy_tools"):
+    for name in (
+        "tocom.export.cli.inspect_graph",
+        "tocom.export.proof.bisect.failing_piece",
+        "tocom.export.proof.polygraphy_tools",
+    ):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx_graphsurgeon", None)
     refused(run("inspect", exported(*CASE).file), "pip install 'tocom[polygraphy]'")

@@ -19,10 +19,11 @@ from tocom.export.proof.decisions import decisions_of
 from tocom.export.proof.findings import BlockFindings, Findings
 from tocom.export.proof.gates import margin_allowed
 from tocom.export.proof.observe import debug_copy, replay
-from tocom.export.proof.validate import default_images, validate
+from tocom.export.proof.validate import validate
+from tocom.export.source.images import default_images
+from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
-from tocom.reduction import MERGE, PRUNE
 from tocom.vit import schedule_for
 
 FAMILY, DEGREE = "deit_tiny", 8

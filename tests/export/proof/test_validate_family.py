@@ -16,15 +16,16 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
+from tocom.export.artifacts import Report
 from tocom.export.cli import __main__ as cli
-from tocom.export.proof.observe import in_format
 from tocom.export.proof.bisect.operators import operators_of_block
 from tocom.export.proof.bisect.recovery import recover
-from tocom.export.proof.validate import default_images, validate
+from tocom.export.proof.observe import in_format
 from tocom.export.proof.sides import Who
+from tocom.export.proof.validate import validate
 from tocom.export.proof.validate_family import ProofOptions, prove_family
-from tocom.export.source.load import CompileOptions
-from tocom.runtime.artifacts import Report
+from tocom.export.source.images import default_images
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
 
 NAME = "vit_tiny_patch16_224"

@@ -1,4 +1,4 @@
-"""Tests runtime/degrees/choose.py: the frontier against brute force over all pairs, the choice against a search of all."""
+"""The frontier against brute force over all pairs, the choice against a search of all."""
 
 import math
 from dataclasses import replace
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tocom.runtime.degrees.choose import Point, choose, points
-from tocom.runtime.errors import GateError, InputError
 from tocom.runtime.degrees.local_latency import Times
+from tocom.runtime.errors import GateError, InputError
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 
 SPEC = InputSpec((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")

@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
+from tocom.runtime.degrees.latency import measure
 from tocom.runtime.engines.base import EngineRunner
 from tocom.runtime.errors import InputError
-from tocom.runtime.degrees.latency import measure
 
 
 class Sleeper(EngineRunner):

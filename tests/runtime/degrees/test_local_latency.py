@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import tocom.runtime.degrees.local_latency
-from tocom.runtime.errors import InputError
 from tocom.runtime.degrees.latency import Latency
 from tocom.runtime.degrees.local_latency import Times, local_latencies, this_machine
+from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
 
 

@@ -14,13 +14,13 @@ import pytest
 from tocom.export.proof.decisions import decisions_of
 from tocom.export.proof.observe import debug_copy
 from tocom.export.proof.report.pictures import group_indices, patch_groups
+from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.graph_file import removals, telling
+from tocom.runtime.engines.merge_trace import MergeTracer, moved, patch_grid
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
-from tocom.runtime.engines.merge_trace import MergeTracer, moved, patch_grid
 from tocom.runtime.native import library
-from tocom.reduction import MERGE, PRUNE
 from tocom.vit import ReducedViT
 
 CASES = [("deit_tiny", 16, MERGE), ("deit_distilled", 8, MERGE), ("reg4_dinov2", 13, MERGE), ("gap", 4, MERGE),

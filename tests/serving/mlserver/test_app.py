@@ -25,10 +25,10 @@ import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
 from tritonclient.utils import InferenceServerException
 
-import runtime
+import tocom
 from tocom.runtime.manifest import Family
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -104,8 +104,8 @@ def server(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def local(tiny_family: Path) -> Iterator[runtime.LoadedFamily]:
-    with runtime.load(tiny_family, threads=1) as family:
+def local(tiny_family: Path) -> Iterator[tocom.LoadedFamily]:
+    with tocom.load(tiny_family, threads=1) as family:
         yield family
 
 
@@ -120,7 +120,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("degree", [0, 8, 16])
-def test_http_client(server: Server, local: runtime.LoadedFamily, pixels: np.ndarray, degree: int) -> None:
+def test_http_client(server: Server, local: tocom.LoadedFamily, pixels: np.ndarray, degree: int) -> None:
     with contextlib.closing(over_http.InferenceServerClient(f"127.0.0.1:{server.port}")) as client:
         assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
         assert client.get_model_metadata("tiny")["inputs"][0]["shape"] == [-1, 3, 64, 64]
@@ -133,7 +133,7 @@ def test_http_client(server: Server, local: runtime.LoadedFamily, pixels: np.nda
 
 
 @pytest.mark.parametrize("degree", [0, 8, 16])
-def test_grpc_client(server: Server, local: runtime.LoadedFamily, pixels: np.ndarray, degree: int) -> None:
+def test_grpc_client(server: Server, local: tocom.LoadedFamily, pixels: np.ndarray, degree: int) -> None:
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
         given = over_grpc.InferInput("pixel_values", list(pixels.shape), "FP32")
         given.set_data_from_numpy(pixels)
@@ -142,7 +142,7 @@ def test_grpc_client(server: Server, local: runtime.LoadedFamily, pixels: np.nda
     assert close(answer.as_numpy("logits"), local.infer(pixels, degree))
 
 
-def test_images_over_http_and_grpc(server: Server, local: runtime.LoadedFamily, picture: bytes, tmp_path: Path) -> None:
+def test_images_over_http_and_grpc(server: Server, local: tocom.LoadedFamily, picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(picture)
     wanted = local.infer(local.prepare(tmp_path / "image.png"), 8)
     status, headers, answer = server.infer({

@@ -24,7 +24,7 @@ from PIL import Image
 from tocom.serving.service.errors import BusyError
 from tocom.serving.service.service import ServeOptions, Service
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
     "--headless",

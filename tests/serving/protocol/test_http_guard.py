@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 from tests.waiting import SAFETY_S, eventually
+from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 
 LIMITS = HttpLimits(max_body_bytes=1000, body_s=600, header_s=600, max_header_bytes=4096, max_requests=2,
                     max_connections=6)  # fmt: skip

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runtime
-from tocom.runtime.errors import InputError
-from tocom.runtime.engines.merge_trace import MergeTracer
-from tocom.serving.service.errors import BusyError
-from tocom.serving.protocol.page_routes import PageService, page_routes
+import tocom
 from tests.waiting import SAFETY_S
+from tocom.runtime.engines.merge_trace import MergeTracer
+from tocom.runtime.errors import InputError
+from tocom.serving.protocol.page_routes import PageService, page_routes
+from tocom.serving.service.errors import BusyError
 
 
 class Connection:
@@ -78,7 +78,7 @@ def prepared(family, content):
 
 
 def test_a_prediction_is_the_engine_s(ask, tiny_family, picture):
-    with runtime.load(tiny_family) as family:
+    with tocom.load(tiny_family) as family:
         for degree in (0, 8, 16):
             status, headers, found = ask.json("POST", f"/api/predict?degree={degree}&top_k=3", picture)
             expected = family.predict(Image.open(io.BytesIO(picture)), degree=degree, top_k=3)[0]
@@ -102,7 +102,7 @@ def test_limits_on_the_degree(ask, picture, query, degree):
 
 
 def test_merges_are_those_of_the_tracer(ask, tiny_family, picture):
-    with runtime.load(tiny_family) as family, MergeTracer(tiny_family, family.family) as tracer:
+    with tocom.load(tiny_family) as family, MergeTracer(tiny_family, family.family) as tracer:
         for degree in (0, 16):
             expected = tracer.trace(prepared(family, picture), degree).to_json()
             status, headers, found = ask.json("POST", f"/api/merges?degree={degree}", picture)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runtime
+import tocom
 from tocom.runtime.manifest import Family
 from tocom.serving.ray.local_cluster import local_ray, prepare_environment
 
@@ -148,7 +148,7 @@ def pixels(noise: Callable[..., np.ndarray]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def local(folder: Path, pixels: np.ndarray) -> dict[int, np.ndarray]:
     """What the engines give without any server."""
-    with runtime.load(folder, threads=1) as family:
+    with tocom.load(folder, threads=1) as family:
         return {degree: np.concatenate([family.infer(pixels[i : i + 1], degree) for i in range(3)])
                 for degree in family.degrees}  # fmt: skip
 
@@ -170,7 +170,7 @@ def test_logits_are_those_of_the_local_engine(two: Callable, pixels: np.ndarray,
 def test_images_and_the_page(two: Callable, picture: bytes, folder: Path) -> None:
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(picture).decode()]}
     got = two(INFER, json.dumps({"parameters": {"degree": 8}, "inputs": [tensor]}).encode())
-    with runtime.load(folder, threads=1) as family:
+    with tocom.load(folder, threads=1) as family:
         best = int(got.logits.argmax())
         assert family.predict([_opened(picture)], degree=8)[0].classes == (best,)
     predicted = two("/api/predict?degree=8", picture)
@@ -435,7 +435,7 @@ def test_bad_input_is_one_line(
 def test_without_ray_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        f"sys.argv = ['tocom', 'serve-ray', {str(folder)!r}]\nimport tocom.export.cli.__main__\nexport.cli.main()"
+        f"sys.argv = ['tocom', 'serve-ray', {str(folder)!r}]\nfrom tocom.export.cli.__main__ import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "pip install 'tocom[ray]'" in " ".join(done.stderr.split())

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.errors import InputError
 from tocom.serving.service.degree_policy import DegreePolicy, Speed
 from tocom.serving.service.errors import BusyError
 from tocom.serving.service.scheduler import Answer, Limits, Scheduler, Want
-from tests.waiting import SAFETY_S, eventually
 
 DEGREES = (0, 8, 16)
 

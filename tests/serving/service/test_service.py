@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runtime
+import tocom
+from tests.waiting import SAFETY_S
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
+from tocom.serving.service.engine_process import EngineProcess
 from tocom.serving.service.errors import EngineFailedError, WorkerDiedError
 from tocom.serving.service.scheduler import Answer, Limits, Want
 from tocom.serving.service.service import ServeOptions, Service
-from tocom.serving.service.engine_process import EngineProcess
-from tests.waiting import SAFETY_S
 
 LIMITS = Limits(max_batch=8, max_queued=64)
 Serve = Callable[..., Service]
@@ -54,7 +54,7 @@ def pixels(noise: Callable[..., np.ndarray]) -> np.ndarray:
 
 
 def expected(folder: Path, pixel_values: np.ndarray, degree: int) -> np.ndarray:
-    with runtime.load(folder, threads=1) as family:
+    with tocom.load(folder, threads=1) as family:
         return family.infer(pixel_values, degree)
 
 

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import pytest
 
+from tocom.export.artifacts import OnnxGraph
 from tocom.export.engine.build import build
-from tocom.export.source.load import CompileOptions, load_source
 from tocom.export.family.steps import steps_of
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.artifacts import OnnxGraph
+from tocom.export.source.load import load_source
+from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import EngineEntry, Family
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -21,8 +21,8 @@ from tritonclient.grpc import model_config_pb2
 import tocom.serving.triton.prototext
 from tocom.export.cli import __main__ as cli
 from tocom.export.cli.export_triton import _inlined
-from tocom.runtime.artifacts import sha256_file
 from tocom.runtime.errors import InputError
+from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family
 from tocom.runtime.preprocess import preprocess
 from tocom.serving.triton.config import TritonOptions, engine_config

@@ -128,5 +128,7 @@ def interpret() -> None:
 if __name__ == "__main__":
     # the graph's side is not asked for here, and takes longer to load than the rest to run
     sys.modules["tocom.export.graph.operators"] = SimpleNamespace(DOMAIN="ai.tocom")
-    sys.modules["tocom.export.graph.operators.merge"] = SimpleNamespace(MergeOperator=SimpleNamespace(name="TokenMerge"))
+    sys.modules["tocom.export.graph.operators.merge"] = SimpleNamespace(
+        MergeOperator=SimpleNamespace(name="TokenMerge")
+    )
     interpret() if sys.argv[1] == "interpret" else declare(json.loads(sys.argv[2]), sys.argv[3:])

@@ -17,11 +17,11 @@ from bench.plain_tome import PlainToMe
 from tocom.export.cli.__main__ import main
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
 from tocom.export.graph.half_precision import FORMATS, typed
+from tocom.reduction import PRUNE
 from tocom.runtime.engines.base import available, open_engine
 from tocom.runtime.engines.tensorrt.plan import check_header
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
-from tocom.reduction import PRUNE
 from tocom.vit import ReducedViT
 
 pytest.importorskip(
@@ -122,7 +122,7 @@ def test_bad_options_are_refused(options, words, typed_file):
 def plans(tmp_path_factory):
     """The digits example at degree 8 as plans, by the command line."""
     folder = tmp_path_factory.mktemp("plans")
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     command = ["compile", "--model", f"{root}/examples/digits", "--degrees", "8", "--out", str(folder / "family")]
     command += ["--compensator", f"{root}/examples/digits/compensator.safetensors", "--source-degree", "0"]
     return [*command, "--backend", RTX, "--precision", "fp16", "--batch", "1:8:32", "--target", "sm80,sm89,sm120"]

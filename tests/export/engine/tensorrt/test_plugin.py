@@ -25,16 +25,16 @@ import torch
 from onnx import TensorProto, helper
 from onnxscript import optimizer
 
-from tocom.export.graph.operators import DOMAIN
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
 from tocom.export.graph.half_precision import typed
+from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.errors import InputError
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
 plugin = importlib.import_module("tocom.export.engine.tensorrt.plugin")
 kernels = importlib.import_module("tocom.triton_merge")
-ROOT = Path(__file__).resolve().parents[3]
-api_file = importlib.util.spec_from_file_location("tensorrt_api", ROOT / "tests/runtime/test_tensorrt_api.py")
+ROOT = Path(__file__).resolve().parents[4]
+api_file = importlib.util.spec_from_file_location("tensorrt_api", ROOT / "tests/runtime/engines/tensorrt/test_api.py")
 api = importlib.util.module_from_spec(api_file)  # knows where TensorRT's bindings are, and what they need
 api_file.loader.exec_module(api)
 
@@ -339,7 +339,7 @@ def test_nvidias_parser_does_not_pass_a_functions_attributes_on(parse, tmp_path)
 
 
 def test_a_folded_graph_still_names_the_plugins(merging_graph, tmp_path):
-    """Nothing that tocom.export.engine.tensorrt.plan does before a graph is parsed takes the nodes away, or what they say."""
+    """Nothing that the plan builder does before a graph is parsed takes the nodes away, or what they say."""
     file = merging_graph("deit_tiny", 8, "fp16")[1]
     alone = plugin.without_functions(onnx.load(file, load_external_data=False))
     assert not alone.functions

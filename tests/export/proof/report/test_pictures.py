@@ -12,10 +12,10 @@ from PIL import Image
 from tocom.export.proof.observe import Observed, TorchObserver, replay
 from tocom.export.proof.report.panels import DIFFERING, panels, png
 from tocom.export.proof.report.pictures import MergePicture, colours, differing, merge_pictures, moved, patch_groups
-from tocom.runtime.manifest import InputSpec
 from tocom.merging import Matching, match
 from tocom.pruning import select
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.manifest import InputSpec
 from tocom.vit import ReducedViT
 
 SPEC = InputSpec((3, 64, 64), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 1.0, "center")

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.observe import TorchObserver, in_format
-from tocom.export.proof.report.tables import beside_table, block_table, degree_table, faults_of, meaning_of, percent
+from tocom.export.proof.report.about import About
 from tocom.export.proof.report.pictures import MergePicture
 from tocom.export.proof.report.plots import as_png, block_figure, merge_figure
-from tocom.export.proof.report.write import About, finite, to_json, write_report
-from tocom.export.proof.validate import default_images, prove
-from tocom.runtime.artifacts import Engine, OnnxGraph, Report
+from tocom.export.proof.report.tables import beside_table, block_table, degree_table, faults_of, meaning_of, percent
+from tocom.export.proof.report.write import finite, to_json, write_report
+from tocom.export.proof.validate import prove
+from tocom.export.source.images import default_images
 from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 WHEELS = ROOT / "build/tensorrt-api"
 STUBS = Path(__file__).with_name("tensorrt_stubs.py")
 

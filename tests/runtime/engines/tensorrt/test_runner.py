@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tocom.runtime.engines.base import available, open_engine
-from tocom.runtime.engines.tensorrt import device
-from tocom.runtime.engines.tensorrt import plan
+from tocom.runtime.engines.tensorrt import device, plan
 from tocom.runtime.engines.tensorrt.lane import Pool
 from tocom.runtime.engines.tensorrt.plan import Part, Profile, check_header, cut
 from tocom.runtime.engines.tensorrt.runner import TensorRtRunner, complaints, logger

@@ -1,4 +1,4 @@
-"""Tests runtime/artifacts.py: files appear whole or not at all."""
+"""Tests runtime/files.py: files appear whole or not at all."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tocom.runtime.artifacts import Engine, FusedCheckpoint, OnnxGraph, Report, sha256_file, write_atomically
+from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph, Report
+from tocom.runtime.files import sha256_file, write_atomically
 
 
 def test_sha256_file_equals_hashlib(tmp_path):

@@ -1,13 +1,14 @@
-"""What the pipeline hands on, FusedCheckpoint -> OnnxGraph -> Engine -> Report, and how files are written whole."""
+"""What the pipeline hands on: FusedCheckpoint -> OnnxGraph -> Engine -> Report."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+Notify = Callable[[int | None, str], None]
+"""(degree, stage) as work goes on; degree is None for work on the whole family."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Engine:
     """A file that an engine library loads and runs.
 
     Attributes:
-        file: What `tocom.runtime.engines.base.open_engine` opens.
-        backend: One of `tocom.runtime.engines.base.BACKENDS`.
+        file: What `runtime.engines.base.open_engine` opens.
+        backend: One of `runtime.engines.base.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.
@@ -97,49 +98,3 @@ class Report:
 
     def __bool__(self) -> bool:
         return self.passed
-
-
-def sha256_file(path: Path | str) -> str:
-    """Hashes a file without reading it into memory.
-
-    Returns:
-        64 lower-case hexadecimal digits.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Writes a file so that whoever looks, at any time and after any crash, finds the old content or the new, whole.
-
-    Args:
-        path: Where the file belongs; its folder exists. A file that is there is replaced.
-        content: The bytes, or a function that writes them to the binary file it is handed.
-
-    Returns:
-        `path`.
-
-    Raises:
-        OSError: The file cannot be written. Whatever the failure, no temporary file is left and `path` is untouched.
-    """
-    path = Path(path)
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with Path(temporary).open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write does not say which file
-        raise
-    return path

@@ -1,0 +1,1 @@
+"""The `tocom` command: one file per command, and what they share."""

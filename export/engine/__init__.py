@@ -1,0 +1,1 @@
+"""ONNX graph -> engine, and how long it takes."""

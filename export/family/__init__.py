@@ -1,0 +1,1 @@
+"""A family from start to end: compiled step by step, resumed, quantized, refitted."""

@@ -1,0 +1,1 @@
+"""A failed validation -> the block, operator or piece of the graph that is to blame."""

@@ -1,0 +1,1 @@
+"""Reports of a family for people: tables in a terminal, markdown, and one HTML page."""

@@ -1,0 +1,1 @@
+"""What the user brings: options, checkpoint, compensator and images, checked before anything is written."""

@@ -1,0 +1,1 @@
+"""A family behind MLServer: HTTP and gRPC."""

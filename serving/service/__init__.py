@@ -1,0 +1,1 @@
+"""A family that answers requests, without any protocol: queue, batches, degree, engine processes."""
