@@ -25,6 +25,7 @@ from tocom.serving.service.errors import EngineFailedError, WorkerDiedError
 
 _LOG = logging.getLogger("tocom.serving")
 _TRIES = 2
+_STARTS_WITHIN_S = 60.0  # at least: importing and opening take longer than a batch, however short its limit
 
 _family: LoadedFamily  # of the worker process
 
@@ -83,7 +84,8 @@ class EngineProcess:
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
         pool = ProcessPoolExecutor(1, context, initializer=_belong_to_server)
         try:
-            self.pid = pool.submit(_open, self._folder, self._threads).result(self._timeout_s)
+            within_s = max(self._timeout_s, _STARTS_WITHIN_S)
+            self.pid = pool.submit(_open, self._folder, self._threads).result(within_s)
         except (BrokenProcessPool, TimeoutError) as death:
             _end(pool)
             raise WorkerDiedError("a process for the engines does not start") from death
