@@ -6,10 +6,11 @@ import contextlib
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import eventually
 
 
 def lives(pid: int) -> bool:
@@ -37,7 +38,4 @@ def test_an_engine_process_ends_with_a_server_that_is_killed(tiny_family: Path, 
         pid = int(process.stdout.readline())
         assert lives(pid)
         process.kill()
-    until = time.monotonic() + 60
-    while lives(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not lives(pid)
+    eventually(lambda: not lives(pid), "the end of the engine process")
