@@ -8,12 +8,16 @@ family.predict("photo.png", budget_ms=5)
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .predictor import LoadedFamily, Prediction, load
 
 __all__ = ["LoadedFamily", "Prediction", "load"]
+
+# ONNX Runtime's own builds report to its makers over the network unless told otherwise before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:
