@@ -9,6 +9,7 @@ family.predict("photo.png", budget_ms=5)
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedFamily", "Prediction", "load"]
 
-# ONNX Runtime's own builds report to its makers over the network unless told otherwise before they are imported.
+# Both engine libraries report to their makers over the network as soon as they are imported, unless told otherwise
+# before. OpenVINO's module for that also fails where a user has no home folder; without it a stub takes its place.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)
 
 
 def __getattr__(name: str) -> object:
