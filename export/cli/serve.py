@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -117,6 +118,7 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     from tocom.serving.service.service import Service
 
     limit_arenas()
+    signal.signal(signal.SIGTERM, _end)  # while engines are opened; the first process of a container has no default
     metrics, console = ServiceMetrics(), open_console()
     scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
     try:
@@ -137,6 +139,10 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _is_loopback(host: str) -> bool:

@@ -86,11 +86,10 @@ class EngineProcess:
         try:
             within_s = max(self._timeout_s, _STARTS_WITHIN_S)
             self.pid = pool.submit(_open, self._folder, self._threads).result(within_s)
-        except (BrokenProcessPool, TimeoutError) as death:
+        except BaseException as error:
             _end(pool)
-            raise WorkerDiedError("a process for the engines does not start") from death
-        except InputError:
-            _end(pool)
+            if isinstance(error, (BrokenProcessPool, TimeoutError)):
+                raise WorkerDiedError("a process for the engines does not start") from error
             raise
         return pool
 

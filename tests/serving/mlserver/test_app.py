@@ -303,6 +303,18 @@ def test_bad_usage_is_one_line(tiny_family: Path, options: list[str], says: str)
     assert says in lines[-1] and len(lines) == 1, done.stderr
 
 
+def test_a_server_that_is_still_opening_engines_can_be_ended(tiny_family: Path, tmp_path: Path) -> None:
+    with leased_ports(2) as (port, grpc_port):
+        command = [sys.executable, "-m", "tocom", "serve", str(tiny_family), "--port", str(port), "--grpc-port",
+                   str(grpc_port)]  # fmt: skip
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            eventually(lambda: list(tmp_path.glob("tocom-scratch-*")) or process.poll() is not None, "its own folder")
+            process.terminate()
+            assert process.wait(SAFETY_S) == 0, process.stderr.read()
+    assert not list(tmp_path.glob("tocom-*"))
+
+
 def test_the_worker_can_be_killed(server: Server, picture: bytes) -> None:
     children = subprocess.run(["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True)
     workers = [pid for pid in map(int, children.stdout.split()) if _is_engine(pid)]
