@@ -7,8 +7,9 @@ import re
 import shutil
 import signal
 import socket
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -118,7 +119,8 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     from tocom.serving.service.service import Service
 
     limit_arenas()
-    signal.signal(signal.SIGTERM, _end)  # while engines are opened; the first process of a container has no default
+    # while engines are opened: the first process of a container has no default
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     metrics, console = ServiceMetrics(), open_console()
     scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
     try:
@@ -139,10 +141,6 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _end(_number: int, _frame: object) -> NoReturn:
-    raise SystemExit(0)
 
 
 def _is_loopback(host: str) -> bool:

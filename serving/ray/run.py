@@ -10,6 +10,7 @@ import logging
 import queue
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def serve_family(arguments: dict[str, Any], where: Where, tell: Callable[[str], 
     if where.address is None:
         _ensure_free(where.host, where.port)
     with _ray(where):
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))  # Ray would abort, with a trace
         taken = _listen(where)
         generation = 0
         try:
