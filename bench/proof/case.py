@@ -60,7 +60,7 @@ def check(drawn: Drawn) -> dict[str, Any]:
         subject = subject_of(drawn, model, Path(folder))
         engine = build(subject.graph, backend=drawn.backend, precision=drawn.precision)
         images = default_images((3, *model.patch_embed.img_size), seed=drawn.seed)
-        found = validate(engine, subject.reference, images, subject.plain).findings
+        found = validate(engine, subject.reference, images, subject.plain).findings.to_json()
     return {
         "drawn": asdict(drawn),
         "passed": found["passed"],

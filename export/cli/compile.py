@@ -31,6 +31,7 @@ from tocom.export.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from tocom.export.proof.findings import Findings
     from tocom.export.source.options import CompileOptions
 
 
@@ -149,12 +150,12 @@ def run_compile(options: CompileOptions) -> None:
     console.print(f"[green]wrote[/] {escape(wrote)}")
 
 
-def _verdict(found: dict[str, object]) -> str:
-    quantization = found.get("quantization")
+def _verdict(findings: Findings) -> str:
+    quantization = findings.quantization
     if quantization is not None:
-        what = "points of top-1" if quantization["drop_of"] == "top1" else "percent of answers"
+        what = "points of top-1" if quantization.drop_of == "top1" else "percent of answers"
         return (
-            f"loses {quantization['drop']:.2f} {what} on {quantization['drop_images']} images even with "
-            f"{len(quantization['float_products'])} products in float, may lose {quantization['max_drop']:g}"
+            f"loses {quantization.drop:.2f} {what} on {quantization.drop_images} images even with "
+            f"{len(quantization.float_products)} products in float, may lose {quantization.max_drop:g}"
         )
-    return f"failed validation: {found['faults'][0]}"
+    return f"failed validation: {findings.faults[0]}"

@@ -170,7 +170,7 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
         engine=engine.file.name,
         sha256=engine.files,
         recipe=source.recipe(degree),
-        validation=report.findings,
+        validation=report.findings.to_json(),
         latency_ms={},
         accuracy={},
         native=engine.native,

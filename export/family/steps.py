@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
@@ -18,6 +18,7 @@ from tocom.export.family.quantizer import Drop, Quantizer
 from tocom.export.graph.insert_qdq import forms, quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.findings import QuantizationFindings
 from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
@@ -81,7 +82,7 @@ class Steps:
         engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
         self._notify(degree, "validating")
         report = validate(engine, self.reference(graph), validation_batches(self.source))
-        return replace(report, findings={**report.findings, "float_blocks": list(options.float_blocks)})
+        return replace(report, findings=replace(report.findings, float_blocks=options.float_blocks))
 
     def __enter__(self) -> Self:
         return self
@@ -135,11 +136,7 @@ class QuantizedSteps(Steps):
                 drop = self.quantizer.drop(degree, runner.infer)
             holds = allowed is None or drop.points <= allowed
             left = [name for name in self.quantizer.products if name not in kept.weights]
-            findings = {
-                **report.findings,
-                "passed": holds,
-                "quantization": _summary(kept, left, drop, allowed, order),
-            }
+            findings = replace(report.findings, passed=holds, quantization=_summary(kept, left, drop, allowed, order))
             if holds or not kept.weights:
                 return replace(report, passed=holds, findings=findings)
             if not order:
@@ -198,17 +195,16 @@ def graph_name(degree: int, recipe: str) -> str:
 
 def _summary(
     quantization: Quantization, left: list[str], drop: Drop, allowed: float | None, order: dict[str, float]
-) -> dict[str, Any]:
-    """For the manifest."""
-    return {
-        "format": quantization.format.name,
-        "products": len(quantization.weights),
-        "float_products": left,
-        "drop": round(drop.points, 4),
-        "drop_of": "top1" if drop.top1 is not None else "agreement",
-        "drop_images": drop.images,
-        "float_top1": drop.float_top1,
-        "top1": drop.top1,
-        "max_drop": allowed,
-        "sensitivity": {name: float(f"{each:.3g}") for name, each in order.items()},
-    }
+) -> QuantizationFindings:
+    return QuantizationFindings(
+        format=quantization.format.name,
+        products=len(quantization.weights),
+        float_products=left,
+        drop=round(drop.points, 4),
+        drop_of="top1" if drop.top1 is not None else "agreement",
+        drop_images=drop.images,
+        float_top1=drop.float_top1,
+        top1=drop.top1,
+        max_drop=allowed,
+        sensitivity={name: float(f"{loss:.3g}") for name, loss in order.items()},
+    )

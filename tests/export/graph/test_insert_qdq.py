@@ -74,7 +74,7 @@ def test_engines_compute_the_quantized_network(kind, lowered, noise, photographs
     engine = build(graph, backend="onnxruntime", precision="int8")
     report = validate(engine, reference, iter(images_of(model, noise, photographs)))
     assert report, report.findings
-    assert report.findings["typical_logit_error"] < 1e-3  # float32 but where a number lay between two codes
+    assert report.findings.typical_logit_error < 1e-3  # float32 but where a number lay between two codes
     assert report.engine.precision == "int8"
 
 

@@ -135,12 +135,12 @@ def test_the_engine_equals_the_reference(family, degree, reduction, backend, pre
     engine, reference, plain = made(family, degree, reduction, backend, precision)
     report = validate(engine, in_format(reference, "fp64"), images(reference.model), plain)
     found = report.findings
-    assert found["precision"] == judged_as(engine.backend, precision) and found["images"] == 9
-    assert report, "\n".join(found["faults"])
-    assert found["unexplained"] == 0
+    assert found.precision == judged_as(engine.backend, precision) and found.images == 9
+    assert report, "\n".join(found.faults)
+    assert found.unexplained == 0
     if precision == "fp32":
         depth = len(reference.model.blocks)
-        assert found["typical_logit_error"] <= PER_DEPTH * depth * GATES["fp32"].unit_roundoff
+        assert found.typical_logit_error <= PER_DEPTH * depth * GATES["fp32"].unit_roundoff
 
 
 def test_the_default_selection_covers_every_kind():

@@ -98,7 +98,7 @@ def findings_of(subjects, tmp_path):
         if form == "bf16":
             edited = replace(graph, file=file)
             engine = replace(build(edited, backend="openvino", precision="bf16"), precision="bf16")
-            return validate(engine, reference, iter(images(reference, bug.images))).findings, engine.native
+            return validate(engine, reference, iter(images(reference, bug.images))).findings.to_json(), engine.native
         edited = replace(graph, file=file, precision=form)
         plain = subjects(bug.subject, "fp32")[1] if form == "int8" else None
         with debug_copy(Engine(file, "onnxruntime", form, {}, edited)) as runner:
