@@ -29,6 +29,8 @@ from tocom.export.cli.options import (
     read_model_args,
     read_plan_options,
 )
+from tocom.runtime.backends import AUTO, BACKENDS
+from tocom.runtime.family_files import MANIFEST
 
 if TYPE_CHECKING:
     from tocom.export.proof.findings import Findings
@@ -53,7 +55,7 @@ def quantize_command(
     ] = "int8",
     backend: Annotated[
         str,
-        typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto.", envvar="TOCOM_BACKEND"),
+        typer.Option(help=f"{', '.join(BACKENDS)}, or {AUTO}.", envvar="TOCOM_BACKEND"),
     ] = "auto",
     max_drop: MaxDrop = None,
     calibration_images: Annotated[int, typer.Option(help="Images of the folder to calibrate on.")] = 128,
@@ -146,7 +148,7 @@ def run_compile(options: CompileOptions) -> None:
                      f"tocom validate --candidate {options.backend}:{options.precision} --bisect DIR")  # fmt: skip
         raise typer.Exit(1)
     out = options.out
-    wrote = f"{out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE..."
+    wrote = f"{out / MANIFEST}   try: python runtime/infer.py --engines {out} IMAGE..."
     console.print(f"[green]wrote[/] {escape(wrote)}")
 
 

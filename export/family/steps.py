@@ -15,7 +15,7 @@ from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.family.quantizer import Drop, Quantizer
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.findings import QuantizationFindings
@@ -23,6 +23,8 @@ from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
 from tocom.export.source.options import QUANTIZED
+from tocom.runtime.backends import BACKENDS
+from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
 
@@ -148,7 +150,7 @@ class QuantizedSteps(Steps):
     def rival(self, degree: int) -> Engine | None:
         """The float engine of the degree on the same library, in half precision where the library is faster so."""
         backend = self.source.options.backend
-        precision = {"openvino": "bf16", "onnxruntime": "fp32"}.get(backend)
+        precision = BACKENDS[backend].float_rival
         if precision is None:
             return None
         return build(self._float_graph(degree), backend=backend, precision=precision)
@@ -178,7 +180,7 @@ class QuantizedSteps(Steps):
         recipe = source.graph_recipe(degree, backend) + ",".join(sorted(quantization.weights))
         name = graph_name(degree, hashlib.sha256(recipe.encode()).hexdigest())
         plain = self._float_graph(degree)
-        graph = quantized_graph(plain, source.loaded.model, quantization, self._store, name, forms(backend))
+        graph = quantized_graph(plain, source.loaded.model, quantization, self._store, name, BACKENDS[backend].qdq)
         gc.collect()
         return graph
 
@@ -186,11 +188,6 @@ class QuantizedSteps(Steps):
 def steps_of(source: Source, store: WeightStore, notify: Notify) -> Steps:
     """The steps that a source's precision needs."""
     return (QuantizedSteps if source.options.precision in QUANTIZED else Steps)(source, store, notify)
-
-
-def graph_name(degree: int, recipe: str) -> str:
-    """File name of a degree's graph."""
-    return f"r{degree:02d}-{recipe[:12]}.onnx"
 
 
 def _summary(
