@@ -10,8 +10,8 @@ import torch
 
 from bench.cpu.subject import Subject, peers
 from tocom.export.engine.build import build, graph_precision
-from tocom.export.engine.measure_latency import slice_bound
 from tocom.export.graph.lower import count_gmacs
+from tocom.export.graph.slice_bound import slice_bound
 from tocom.runtime.degrees.latency import Latency, measure
 from tocom.runtime.engines.base import open_engine
 

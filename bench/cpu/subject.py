@@ -19,7 +19,8 @@ from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.graph.insert_qdq import quantized_graph
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
+from tocom.export.graph.lower import Lowering
+from tocom.export.graph.trace import INPUT, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.images import default_images
 from tocom.runtime.backends import QdqForm
