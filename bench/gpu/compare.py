@@ -145,7 +145,7 @@ def _telling_copy(graph: Path) -> Iterator[Path]:
 class _TorchRunner(EngineRunner):
     """A reference on a device, in any number format, as an engine that tells its decisions and tokens."""
 
-    backend = "torch"
+    backend = "onnxruntime"  # by whose gates it is judged: those of the number format alone
 
     def __init__(self, reference: ReducedViT, *, with_triton: bool) -> None:
         self._reference, model = reference, reference.model
