@@ -10,6 +10,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# the engine library: ONNX Runtime for this machine's GPU where there is one
+ENGINE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 # two test processes on two cores: threads that spin while they wait would only fight each other
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -79,19 +81,19 @@ setup: .venv/ready-dev native
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(ENGINE),compile,openvino,report]'
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,openvino,polygraphy,tensorrt-rtx]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(ENGINE),dev]'
 	touch $@
 
 .venv/ready-serve: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report,serve]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(ENGINE),compile,openvino,report,serve]'
 	touch $@
 
 .venv/ready-rtx: .venv/ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[openvino,report,tensorrt-rtx]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(ENGINE),compile,openvino,report,tensorrt-rtx]'
 	touch $@
 
 build/tensorrt-api/ready: Makefile .venv/ready

@@ -32,7 +32,7 @@ MAX_IMAGE_BYTES = 10 << 20
 TOP_K = 5
 DEGREE_HEADER = "ToCom-Degree"
 
-_PAGE = Path(__file__).resolve().parent / "page"
+_PAGE = Path(__file__).resolve().parents[1] / "page"
 _TYPES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",

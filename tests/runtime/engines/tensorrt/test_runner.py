@@ -86,8 +86,8 @@ def test_the_backends_say_whether_they_can_run_here():
 
 def test_the_right_package_is_named(monkeypatch):
     packages = {"tensorrt": "tensorrt-cu13", "tensorrt-rtx": "'tensorrt-rtx-cu13'"}
-    for module in ("tensorrt_nvidia", "tensorrt_rtx"):
-        monkeypatch.delitem(sys.modules, f"tocom.runtime.engines.base.{module}", raising=False)
+    for module in ("nvidia", "rtx"):
+        monkeypatch.delitem(sys.modules, f"tocom.runtime.engines.tensorrt.{module}", raising=False)
     for name in MODULES.values():
         monkeypatch.setitem(sys.modules, name, None)
     found = {status.name: status for status in available()}
