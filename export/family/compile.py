@@ -25,6 +25,7 @@ from tocom.export.family.steps import Steps, steps_of
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import QUANTIZED, CompileOptions
+from tocom.export.source.record import write_record
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
@@ -87,9 +88,11 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
                     notify(degree, "FAILED")
                     continue
                 family = family.with_entry(_entry(source, degree, report))
+                write_record(options)  # first, so that no listed engine lacks it
                 family.write(options.out)
                 notify(degree, "done")
             family = _measure(steps, family, notify)
+        write_record(options)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
