@@ -11,7 +11,7 @@ from tocom.export.cli.console import open_console
 from tocom.runtime.errors import InputError
 
 Shell = Annotated[
-    Literal["bash", "zsh", "fish", "powershell"] | None, Parameter(help="Which shell. Default: the one in use.")
+    Literal["zsh", "bash", "fish", "powershell"] | None, Parameter(help="Which shell. Default: the one in use.")
 ]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from tocom.export.source.record import CompileRecord
 
+_COMMAND_LINE = "cli"  # where the parser says that a text comes from
 _REPEATABLE = ("model-arg", "plan-option", "keep-float")  # others take their values in one text
 _ORIGIN = ("model", "checkpoint", "compensator", "num-classes", "model-arg")
 _OF_FAMILY = (*_ORIGIN, "source-degree", "schedule", "reduction", "degrees", "out")
@@ -30,11 +31,14 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     command = commands[-1] if commands else None
     if command not in _TAKES:
         return
-    given = {name.lstrip("-"): argument.tokens[-1].value for argument in arguments if argument.tokens
-             for name in argument.names}  # fmt: skip
+    given = {name.lstrip("-"): argument.tokens[-1].value for argument in arguments
+             if argument.tokens and argument.tokens[-1].source == _COMMAND_LINE for name in argument.names}  # fmt: skip
     record = _record(command, given, arguments)
     if record is None:
         return
+    for argument in arguments:  # a file that is named says more than the environment does
+        if argument.tokens and argument.tokens[-1].source != _COMMAND_LINE and argument.name[2:] in record.options:
+            argument.tokens.clear()
     options = {}
     for key in _TAKES[command] or record.options:
         if key not in record.options or key in given:

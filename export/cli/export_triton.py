@@ -65,7 +65,7 @@ def export_triton_command(
 ) -> None:
     """Write a model repository for Triton Inference Server: one model per degree.
 
-    Every file's hash is checked first. The repository is there whole or not at all.
+    Writes the repository to --out, whole or not at all. Every file's hash is checked first.
 
     Examples of use:
 

@@ -236,7 +236,7 @@ class Plans:
         option(
             "For tensorrt: hardware-compatible (also later GPUs), version-compatible (also later minor versions), "
             "stripped (without weights, see `tocom refit`), plugin (merge by our kernels); repeatable.",
-            panel=PLANS, show_default=False,
+            panel=PLANS, metavar="WHAT", show_default=False,
         ),
     ] = ()  # fmt: skip
 

@@ -187,5 +187,5 @@ def read_number(text: str, kind: type = int, least: float | None = None, most: f
 
 
 def one_token(read: Callable[[str], object]) -> Callable[[type, Sequence], object]:
-    """A reader of texts as the parser wants it."""
-    return lambda _type, tokens: read(tokens[0].value)
+    """A reader of texts as the parser wants it; of an option that is repeated the last counts."""
+    return lambda _type, tokens: read(tokens[-1].value)

@@ -88,11 +88,11 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
                     notify(degree, "FAILED")
                     continue
                 family = family.with_entry(_entry(source, degree, report))
-                write_record(options)  # first, so that no listed engine lacks it
+                write_record(options, family)  # first, so that no listed engine lacks it
                 family.write(options.out)
                 notify(degree, "done")
             family = _measure(steps, family, notify)
-        write_record(options)
+        write_record(options, family)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)

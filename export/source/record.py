@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tocom.export.engine.tensorrt.plan_options import PlanOptions
 from tocom.export.source.options import QUANTIZED, CompileOptions, fingerprint
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.files import sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    from tocom.runtime.manifest import Family
 
 FILE_NAME = "compile.toml"
 PATHS = ("model", "checkpoint", "compensator", "calibration", "images", "out")  # options that are paths, or may be
@@ -107,16 +110,21 @@ class CompileRecord:
                              f"the one the family was made from with --{key}")  # fmt: skip
 
 
-def write_record(options: CompileOptions) -> None:
+def write_record(options: CompileOptions, family: Family) -> None:
     """Writes compile.toml into the family's folder.
+
+    Args:
+        options: Of the compile.
+        family: As it is listed with that; it may have further degrees, of earlier compiles.
 
     Raises:
         OSError: If it cannot be written; an earlier one is untouched then.
     """
     import tomli_w
 
-    hashes = dict(_hashes(options))
-    table = {**to_table(options), _FOLDER: str(Path.cwd()), _WRITTEN_BY: f"tocom {version('tocom')}", _SHA256: hashes}
+    table = to_table(options)
+    table["degrees"] = sorted({*options.degrees, *(entry.degree for entry in family.engines)})
+    table |= {_FOLDER: str(Path.cwd()), _WRITTEN_BY: f"tocom {version('tocom')}", _SHA256: dict(_hashes(options))}
     write_atomically(options.out / FILE_NAME, (_HEAD + tomli_w.dumps(table)).encode())
 
 
@@ -133,7 +141,7 @@ def to_table(options: CompileOptions) -> dict[str, Any]:
     if plan != PlanOptions():
         table |= {"plan-batch": ":".join(map(str, plan.batch)), "plan-target": plan.targets,
                   "plan-option": [key for key, name in _OF_PLANS.items() if getattr(plan, name)]}  # fmt: skip
-    return {key: _plain(value) for key, value in table.items() if value is not None and value != ()}
+    return {key: _plain(value) for key, value in table.items() if value is not None and value not in ((), [])}
 
 
 def _plain(value: object) -> object:
