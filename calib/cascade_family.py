@@ -128,7 +128,7 @@ def find_cascade(
 def _ensure_usable(family: Family, images: LabelledImages, goal: Goal) -> None:
     if len(family.engines) < 2:
         raise InputError("a cascade needs engines of two degrees or more, got "
-                         f"{len(family.engines)}: compile further ones with `tocom compile --degrees 8,16`")  # fmt: skip
+                         f"{len(family.engines)}: compile further ones with `tocom compile`")  # fmt: skip
     if images.labels is None:
         folders = sorted({path.absolute().parent.name for path in images.paths})
         more = ", ..." if len(folders) > 3 else ""

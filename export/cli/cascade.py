@@ -36,7 +36,7 @@ def cascade_command(
     ] = None,
     batch: Batch = 8,
     limit: Limit = 5000,
-    seed: Annotated[int, whole("Of the draw that halves the images.")] = 0,
+    seed: Annotated[int, whole("Seed of the draw that halves the images.")] = 0,
     json_file: Annotated[Path | None, option("Write all numbers there, as JSON.", metavar="FILE")] = None,
 ) -> None:
     """Find the cascade that keeps an accuracy at the least mean cost: a high degree first, a lower one if unsure.
@@ -68,21 +68,21 @@ def cascade_command(
     manifest = Family.read(family)
     labelled = LabelledImages.below(images, manifest.input, manifest.class_names, manifest.classes, limit)
     with locked(family), progress_bar("reading") as tell:
-        found = find_cascade(family, manifest, labelled, CascadeOptions(goal, batch, seed), tell)
-        if found.plan is None:
+        result = find_cascade(family, manifest, labelled, CascadeOptions(goal, batch, seed), tell)
+        if result.plan is None:
             (family / FILE_NAME).unlink(missing_ok=True)  # one that was found earlier pays no more
         else:
-            found.plan.write(family)
+            result.plan.write(family)
     if json_file is not None:
-        write_atomically(json_file, (json.dumps(_as_json(found), indent=1) + "\n").encode())
+        write_atomically(json_file, (json.dumps(_as_json(result), indent=1) + "\n").encode())
     console = open_console()
-    if found.trial is not None:
-        console.print(cascade_table(found.trial))
-    if found.plan is None:
-        console.print(_no_cascade(found))
+    if result.trial is not None:
+        console.print(cascade_table(result.trial))
+    if result.plan is None:
+        console.print(_no_cascade(result))
         return
-    console.print(_stages(found))
-    if (note := better_single(found.trial)) is not None:
+    console.print(_stages(result))
+    if (note := better_single(result.trial)) is not None:
         console.print(f"[yellow]note[/]: {note}")
     console.print(f"[green]wrote[/] {escape(one_line(family / FILE_NAME))}   try: tocom infer "
                   f"{escape(one_line(family))} --cascade IMAGE...")  # fmt: skip
@@ -129,42 +129,42 @@ def _cells(row: Row, name: str) -> tuple[str, ...]:
             f"{row.gmacs:.4g}", sent)  # fmt: skip
 
 
-def _stages(found: FoundCascade) -> str:
-    (*inner, last) = found.plan.stages
-    told = [f"degree {stage.degree} answers from a confidence of {stage.threshold:.3f} on (temperature "
+def _stages(result: FoundCascade) -> str:
+    (*inner, last) = result.plan.stages
+    parts = [f"degree {stage.degree} answers from a confidence of {stage.threshold:.3f} on (temperature "
             f"{stage.temperature:.3f})" for stage in inner]  # fmt: skip
-    return f"{', then '.join(told)}, degree {last.degree} the rest; calibrated on {found.images} images"
+    return f"{', then '.join(parts)}, degree {last.degree} the rest; calibrated on {result.images} images"
 
 
-def _no_cascade(found: FoundCascade) -> str:
-    cascade, single = found.calibration.cascade, found.calibration.single
+def _no_cascade(result: FoundCascade) -> str:
+    cascade, single = result.calibration.cascade, result.calibration.single
     if cascade is None:
-        return (f"no cascade is sure to keep it; {_told(single)} is the cheapest single degree that does. No cascade "
+        return (f"no cascade is sure to keep it; {_named(single)} is the cheapest single degree that does. No cascade "
                 "is written")  # fmt: skip
     measured = ""
-    if found.trial is not None:
-        of_single = next(row for row in found.trial.singles if row.degrees == single.plan.degrees)
-        measured = f" (measured: {found.trial.cascade.ms:.3f} and {of_single.ms:.3f} ms)"
-    return (f"no cascade pays on this machine: the cheapest that keeps it, {_told(cascade)}, takes {cascade.cost:.3f} "
-            f"ms per image, {_told(single)} alone {single.cost:.3f} ms{measured}. No cascade is written")  # fmt: skip
+    if result.trial is not None:
+        of_single = next(row for row in result.trial.singles if row.degrees == single.plan.degrees)
+        measured = f" (measured: {result.trial.cascade.ms:.3f} and {of_single.ms:.3f} ms)"
+    return (f"no cascade pays on this machine: the cheapest that keeps it, {_named(cascade)}, takes {cascade.cost:.3f} "
+            f"ms per image, {_named(single)} alone {single.cost:.3f} ms{measured}. No cascade is written")  # fmt: skip
 
 
-def _told(candidate: Candidate) -> str:
+def _named(candidate: Candidate) -> str:
     degrees = candidate.plan.degrees
     return f"degree {degrees[0]}" if len(degrees) == 1 else f"degrees {', '.join(map(str, degrees))}"
 
 
-def _as_json(found: FoundCascade) -> dict[str, object]:
+def _as_json(result: FoundCascade) -> dict[str, object]:
     trial = None
-    if found.trial is not None:
-        trial = asdict(found.trial)
+    if result.trial is not None:
+        trial = asdict(result.trial)
         for cost in ("ms", "gmacs"):
-            rival = found.trial.best_single(cost)
+            rival = result.trial.best_single(cost)
             trial[f"best_single_by_{cost}"] = None if rival is None else rival.degrees[0]
     return {
-        "plan": None if found.plan is None else found.plan.to_json(),
-        "calibrated_on": found.images,
-        "cascade": None if found.calibration.cascade is None else asdict(found.calibration.cascade),
-        "single": None if found.calibration.single is None else asdict(found.calibration.single),
+        "plan": None if result.plan is None else result.plan.to_json(),
+        "calibrated_on": result.images,
+        "cascade": None if result.calibration.cascade is None else asdict(result.calibration.cascade),
+        "single": None if result.calibration.single is None else asdict(result.calibration.single),
         "trial": trial,
     }

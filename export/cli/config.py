@@ -31,9 +31,9 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     command = commands[-1] if commands else None
     if command not in _TAKES:
         return
-    given = {name.lstrip("-"): argument.tokens[-1].value for argument in arguments
+    named = {name.lstrip("-"): argument.tokens[-1].value for argument in arguments
              if argument.tokens and argument.tokens[-1].source == _COMMAND_LINE for name in argument.names}  # fmt: skip
-    record = _record(command, given, arguments)
+    record = _record(command, named, arguments)
     if record is None:
         return
     for argument in arguments:  # a file that is named says more than the environment does
@@ -41,7 +41,7 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
             argument.tokens.clear()
     options = {}
     for key in _TAKES[command] or record.options:
-        if key not in record.options or key in given:
+        if key not in record.options or key in named:
             continue
         if key == "precision" and command == "quantize" and record.options[key] not in FORMATS:
             continue  # of a family that is not quantized everything else is taken
@@ -55,11 +55,11 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     Dict(options, source=str(record.file), use_commands_as_keys=False)(app, commands, arguments)
 
 
-def _record(command: str, given: dict[str, str], arguments: ArgumentCollection) -> CompileRecord | None:
+def _record(command: str, named: dict[str, str], arguments: ArgumentCollection) -> CompileRecord | None:
     from tocom.export.source.record import FILE_NAME, CompileRecord
 
     if command != "validate":
-        return CompileRecord.read(Path(given["config"])) if "config" in given else None
+        return CompileRecord.read(Path(named["config"])) if "config" in named else None
     family = next((argument.tokens[0].value for argument in arguments if argument.tokens and not argument.keys
                    and argument.index is not None), None)  # fmt: skip
     if family is None or not Path(family).is_dir():
@@ -67,7 +67,7 @@ def _record(command: str, given: dict[str, str], arguments: ArgumentCollection) 
     file = Path(family) / FILE_NAME
     if file.exists():
         return CompileRecord.read(file)
-    if "model" not in given:
+    if "model" not in named:
         raise InputError(f"{family} has no {FILE_NAME} that says what it was made from: give --model, and --checkpoint "
                          "and --compensator where it was made with them")  # fmt: skip
     return None

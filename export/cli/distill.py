@@ -39,19 +39,21 @@ class Training:
 
     steps: Annotated[int, whole("Optimizer steps.", 1, panel=TRAINING)] = 2000
     batch_size: Annotated[int, whole("Images a process takes at once; even.", panel=TRAINING)] = 128
-    accumulate: Annotated[int, whole("Times it does so before one optimizer step.", panel=TRAINING)] = 1
+    accumulate: Annotated[int, whole("Batches that a process takes before one optimizer step.", panel=TRAINING)] = 1
     lr: Annotated[
         float,
         number("Peak learning rate for 512 images; it grows with batch size x accumulate x processes.", panel=TRAINING),
     ] = 1e-3
     warmup: Annotated[int, whole("Steps of linear warm-up, before the cosine.", panel=TRAINING)] = 50
-    weight_decay: Annotated[float, number("AdamW's.", panel=TRAINING)] = 0.05
+    weight_decay: Annotated[float, number("Weight decay of AdamW.", panel=TRAINING)] = 0.05
     clip_grad: Annotated[float | None, number("Largest norm of the gradient. Default: as it is.", panel=TRAINING)] = (
         None
     )
-    dropout: Annotated[float, number("Share of low-rank activations dropped while training.", panel=TRAINING)] = 0.1
+    dropout: Annotated[
+        float, number("Share of low-rank activations that are dropped while training.", panel=TRAINING)
+    ] = 0.1
     rank: Annotated[int, whole("Rank of each of the 16 groups.", panel=TRAINING)] = 2
-    seed: Annotated[int, whole("Of everything that is drawn.", panel=TRAINING)] = 0
+    seed: Annotated[int, whole("Seed of everything that is drawn.", panel=TRAINING)] = 0
     augment: Annotated[
         Literal["none", "light", "timm"],
         choice(

@@ -30,7 +30,9 @@ def export_triton_command(
     degrees: Degrees = (),
     name: Annotated[
         str | None,
-        option("What models' names begin with: `NAME_r08`. Default: the family's folder.", metavar="NAME"),
+        option(
+            "What the models' names begin with: `NAME_r08`. Default: the name of the family's folder.", metavar="NAME"
+        ),
     ] = None,
     preprocess: Annotated[
         str,
@@ -50,10 +52,13 @@ def export_triton_command(
     ] = None,
     max_batch: Annotated[
         int | None,
-        whole("Images of one call, at most. Default: 32, or what the plan allows; not for openvino.", panel=TRITON),
+        whole(
+            "How many images a call takes at most. Default: 32, or what the plan allows; not for openvino.",
+            panel=TRITON,
+        ),
     ] = None,
     instances: Annotated[int, whole("Calls of a model that run at the same time.", panel=TRITON)] = 1,
-    max_queue: Annotated[int, whole("Requests of a model that wait at most; others are refused.", panel=TRITON)] = 128,
+    max_queue: Annotated[int, whole("How many requests of a model may wait; others are refused.", panel=TRITON)] = 128,
     queue_delay_us: Annotated[
         int, whole("Microseconds that a request waits for others to share a call with.", panel=TRITON, metavar="US")
     ] = 1000,
@@ -113,26 +118,26 @@ def _table(written: tuple[Written, ...]) -> Table:
     table = Table("model", "degree", "backend", "max batch", "preferred", "instances", "MiB", "of its own")
     for name in ("degree", "max batch", "preferred", "instances", "MiB", "of its own"):
         next(column for column in table.columns if column.header == name).justify = "right"
-    for each in written:
-        config = each.model.config
+    for entry in written:
+        config = entry.model.config
         best = config.get("dynamic_batching", {}).get("preferred_batch_size", [])
         table.add_row(
-            escape(each.model.name),
-            "-" if each.model.degree is None else str(each.model.degree),
-            each.model.backend,
+            escape(entry.model.name),
+            "-" if entry.model.degree is None else str(entry.model.degree),
+            entry.model.backend,
             str(config["max_batch_size"]) if config["max_batch_size"] else "the request's",
             ", ".join(map(str, best)) or "-",
             str(config["instance_group"]["count"]) if "instance_group" in config else "-",
-            f"{each.size / _MIB:.2f}",
-            f"{(each.size - each.linked) / _MIB:.2f}",
+            f"{entry.size / _MIB:.2f}",
+            f"{(entry.size - entry.linked) / _MIB:.2f}",
         )
     return table
 
 
 def _notes(written: tuple[Written, ...]) -> str:
-    own = sum(each.size - each.linked for each in written)
-    notes = [f"On disk {own / _MIB:.2f} MiB in all: what several models read is stored once."]
-    if any(each.model.backend == "openvino" for each in written):
+    distinct = sum(entry.size - entry.linked for entry in written)
+    notes = [f"On disk {distinct / _MIB:.2f} MiB in all: what several models read is stored once."]
+    if any(entry.model.backend == "openvino" for entry in written):
         notes.append(
             "Triton's openvino backend pads what it batches, so requests are not batched there. It runs the function\n"
             "bodies, not the native operator, and where the processor has bf16 it computes in that, also what was\n"

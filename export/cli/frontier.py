@@ -61,18 +61,18 @@ class CascadeFigures:
         plan = CascadePlan.read(folder, family)
         if not plan.found:
             return None
-        found = Json(plan.found, f"{one_line(folder / FILE_NAME)}: found")
+        figures = Json(plan.found, f"{one_line(folder / FILE_NAME)}: found")
         return cls(
             degrees=plan.degrees,
-            batch=found.key("batch").integer(minimum=1),
-            ms=found.key("ms_per_image").number(),
-            gmacs=found.key("gmacs").number(),
-            accuracy=found.key("accuracy").number(),
-            error=found.key("standard_error").number(),
-            against=found.key("against_degree").integer(),
-            gain=found.key("gain").number(),
-            images=found.key("images").integer(minimum=1),
-            machine=found.key("machine").text(),
+            batch=figures.key("batch").integer(minimum=1),
+            ms=figures.key("ms_per_image").number(),
+            gmacs=figures.key("gmacs").number(),
+            accuracy=figures.key("accuracy").number(),
+            error=figures.key("standard_error").number(),
+            against=figures.key("against_degree").integer(),
+            gain=figures.key("gain").number(),
+            images=figures.key("images").integer(minimum=1),
+            machine=figures.key("machine").text(),
         )
 
     def fits(self, batch: int) -> bool:

@@ -182,12 +182,19 @@ class Quantization:
             panel=QUANTIZATION, metavar="FOLDER|FILE",
         ),
     ] = None  # fmt: skip
-    calibration_images: Annotated[int, whole("Images of the folder to calibrate on.", 1, panel=QUANTIZATION)] = 128
+    calibration_images: Annotated[
+        int, whole("How many images of the folder to calibrate on.", 1, panel=QUANTIZATION)
+    ] = 128
     choose: Annotated[
         Literal[CHOICES],
-        choice("Which of them: spread (evenly) or diverse (by density and diversity, EDA-DM).", panel=QUANTIZATION),
+        choice(
+            "Which images of the folder: spread (evenly) or diverse (by density and diversity, EDA-DM).",
+            panel=QUANTIZATION,
+        ),
     ] = "spread"
-    range: Annotated[Literal[RANGES], choice("What an input's grid covers.", panel=QUANTIZATION)] = "minmax"
+    range: Annotated[
+        Literal[RANGES], choice("Which range of a product's input its grid covers.", panel=QUANTIZATION)
+    ] = "minmax"
     smooth: Annotated[
         bool, flag("Move range from inputs into weights, alpha searched (SmoothQuant).", panel=QUANTIZATION)
     ] = False
@@ -204,7 +211,12 @@ class Quantization:
     ] = False
     keep_float: Annotated[
         tuple[str, ...],
-        option("Leave a product in float; repeatable.", panel=QUANTIZATION, metavar="PRODUCT", show_default=False),
+        option(
+            "Leave a product in float, e.g. blocks.0.mlp.fc2; repeatable.",
+            panel=QUANTIZATION,
+            metavar="PRODUCT",
+            show_default=False,
+        ),
     ] = ()
     max_drop: Annotated[
         float | None,
@@ -223,7 +235,7 @@ class Plans:
 
     plan_batch: Annotated[
         tuple[int, int, int],
-        option("Batch sizes that a plan takes and is best at.", panel=PLANS, read=read_plan_batch,
+        option("Smallest, most frequent and largest batch of a plan.", panel=PLANS, read=read_plan_batch,
                metavar="MIN:OPT:MAX", show_default="1:8:32"),
     ] = (1, 8, 32)  # fmt: skip
     plan_target: Annotated[

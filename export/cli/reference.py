@@ -24,16 +24,16 @@ def reference() -> str:
 
 
 def _help_of_infer() -> str:
-    before, told = os.environ.get("COLUMNS"), io.StringIO()
+    before, printed = os.environ.get("COLUMNS"), io.StringIO()
     os.environ["COLUMNS"] = _WIDTH
     try:
-        with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             infer(["--help"], prog="tocom infer")
     finally:
         os.environ.pop("COLUMNS")
         if before is not None:
             os.environ["COLUMNS"] = before
-    return told.getvalue()
+    return printed.getvalue()
 
 
 if __name__ == "__main__":

@@ -30,21 +30,25 @@ Host = Annotated[
     str,
     option("Address to listen on. The default is reached from this machine only.", panel=ADDRESS, metavar="ADDRESS"),
 ]
-ModelName = Annotated[str | None, option("Of the model in the protocol. Default: the folder's name.", metavar="NAME")]
+ModelName = Annotated[
+    str | None, option("Name of the model in the protocol. Default: the folder's name.", metavar="NAME")
+]
 ObjectiveMs = Annotated[
     float | None,
     number(
-        "What 99 of 100 requests are to take at most. While the load is too high for it the degree rises, and falls "
-        "back when the load does. Default: the degree never changes.",
+        "Time that 99 of 100 requests may take. While the load is too high for it the degree rises, and falls back "
+        "when the load does. Default: the degree never changes.",
         panel=LOAD, metavar="MS",
     ),
 ]  # fmt: skip
 FirstDegree = Annotated[
-    int | None, whole("Where the degree begins. Default: the lowest there is.", panel=LOAD, metavar="R")
+    int | None, whole("Degree to begin with. Default: the lowest there is.", panel=LOAD, metavar="R")
 ]
-MaxBatch = Annotated[int, whole("Images that run together.", 1, panel=LIMITS)]
-MaxWait = Annotated[float, number("After waiting so long a request is refused.", panel=LIMITS, metavar="S")]
-MaxBody = Annotated[int, whole("Size of a request.", 1, 1024, panel=LIMITS, metavar="MIB")]
+MaxBatch = Annotated[int, whole("How many images run together at most.", 1, panel=LIMITS)]
+MaxWait = Annotated[
+    float, number("How long a request may wait, in seconds; then it is refused.", panel=LIMITS, metavar="S")
+]
+MaxBody = Annotated[int, whole("Largest size of a request, in MiB.", 1, 1024, panel=LIMITS, metavar="MIB")]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -63,7 +67,7 @@ def serve_command(
     degree: FirstDegree = None,
     budget_ms: Annotated[
         float | None,
-        number("In place of --degree: begin at the most accurate one that answers an image in time.", panel=LOAD,
+        number("Instead of --degree: begin with the most accurate one that answers an image in this time.", panel=LOAD,
                metavar="MS"),
     ] = None,
     min_accuracy: Annotated[
@@ -83,13 +87,14 @@ def serve_command(
         int | None, whole("CPU threads of each worker. Default: the engine's choice.", 1, panel=RUNNING)
     ] = None,
     engine_timeout_s: Annotated[
-        float, number("After so long a batch counts as hung, and its worker is replaced.", panel=RUNNING, metavar="S")
+        float,
+        number("After so many seconds a batch counts as hung, and its worker is replaced.", panel=RUNNING, metavar="S"),
     ] = 60.0,
     max_batch: MaxBatch = 32,
-    max_queue: Annotated[int, whole("Images that wait; more are refused with 503.", 1, panel=LIMITS)] = 256,
+    max_queue: Annotated[int, whole("How many images may wait; more are refused with 503.", 1, panel=LIMITS)] = 256,
     max_wait_s: MaxWait = 30.0,
     max_body_mib: MaxBody = 16,
-    max_megapixels: Annotated[float, number("Size of an image, decoded.", panel=LIMITS)] = 40.0,
+    max_megapixels: Annotated[float, number("Largest size of an image, in megapixels.", panel=LIMITS)] = 40.0,
     verbose: Annotated[bool, flag("Log every request.")] = False,
 ) -> None:  # fmt: skip
     """Serve a family: Open Inference Protocol over HTTP and gRPC, a page to look at, Prometheus metrics.

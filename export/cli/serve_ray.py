@@ -31,7 +31,7 @@ def serve_ray_command(
         str | None,
         option(
             "Ray cluster to join, e.g. auto or 10.0.0.1:6379. Default: a Ray on this machine, for as long as the "
-            "command runs, whose ports nobody else reaches.",
+            "command runs, whose ports no other machine reaches.",
             panel=ADDRESS, metavar="ADDRESS",
         ),
     ] = None,
@@ -49,25 +49,26 @@ def serve_ray_command(
         ),
     ] = None,
     min_replicas: Annotated[
-        int, whole("Processes that hold the engines, without load.", 1, panel=RUNNING)
+        int, whole("Processes that hold the engines, at least.", 1, panel=RUNNING)
     ] = 1,
-    max_replicas: Annotated[int, whole("The same under load; see --target-requests.", 1, panel=RUNNING)] = 1,
+    max_replicas: Annotated[int, whole("The same under load, at most; see --target-requests.", 1, panel=RUNNING)] = 1,
     target_requests: Annotated[
         float, number("Requests in each replica, on average, beyond which replicas are added.", panel=RUNNING)
     ] = 16,
     num_cpus: Annotated[
-        float, number("Cores of each replica, and threads of its engines.", 0, panel=RUNNING)
+        float, number("CPU cores of each replica, and threads of its engines.", 0, panel=RUNNING)
     ] = 1,
     num_gpus: Annotated[float, number("GPUs of each replica.", 0, panel=RUNNING)] = 0,
     max_batch: MaxBatch = 32,
     max_queue: Annotated[
-        int, whole("Images that wait in each replica; more are refused with 503.", 1, panel=LIMITS)
+        int, whole("How many images may wait in each replica; more are refused with 503.", 1, panel=LIMITS)
     ] = 256,
     max_wait_s: MaxWait = 30.0,
     max_body_mib: MaxBody = 16,
     object_store_mib: Annotated[
         int,
-        whole("Shared memory of a Ray on this machine, for requests on their way.", 76, panel=LIMITS, metavar="MIB"),
+        whole("MiB of shared memory of a Ray on this machine, for requests on their way.", 76, panel=LIMITS,
+              metavar="MIB"),
     ] = 256,
 ) -> None:  # fmt: skip
     """Serve a family by Ray Serve, on one machine or on a cluster: Open Inference Protocol over HTTP, and the page.

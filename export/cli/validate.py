@@ -107,7 +107,7 @@ def validate_command(
     ] = "torch:fp64",
     batch: Annotated[
         int | None,
-        whole("Images per call, and engines as prepared for that many. Default: for any number.", 1, panel=COMPARISON),
+        whole("Images per call; engines are prepared for that many. Default: for any number.", 1, panel=COMPARISON),
     ] = None,
     compare: Annotated[
         bool,

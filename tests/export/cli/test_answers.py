@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -178,9 +179,9 @@ def test_completion_knows_values(tmp_path: Path) -> None:
         script = run("--show-completion", shell).stdout
         for word in (*NAMES, "--precision", "int4-weights", "tensorrt-rtx", "prune", "percentile"):
             assert word in script, (shell, word)
-    code = ("import os, sys; os.environ['HOME'] = sys.argv.pop(); sys.argv = ['tocom', '--install-completion', 'fish']\n"
-            "from tocom.__main__ import main\nmain()")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    code = "import sys; sys.argv[0] = 'tocom'\nfrom tocom.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "--install-completion", "fish"], capture_output=True, text=True,
+                          check=True, env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
     assert "installed" in done.stdout and list(tmp_path.rglob("tocom.fish"))
 
 

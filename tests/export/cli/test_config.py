@@ -1,4 +1,4 @@
-"""compile.toml: every compile writes it, --config repeats it, and validate takes from it what a family was made from."""
+"""compile.toml: every compile writes it, --config repeats it, and validate takes from it what it needs."""
 
 from __future__ import annotations
 
