@@ -92,7 +92,7 @@ def test_family_is_complete_and_compiled_once(options: CompileOptions) -> None:
         assert entry.accuracy["images"] == 12 and 0 <= entry.accuracy["top1"] <= 1
     files = {file.name for file in options.out.iterdir()}
     listed = {name for entry in result.family.engines for name in entry.sha256}
-    assert files == listed | {"family.json", ".lock"}
+    assert files == listed | {"family.json", "compile.toml", ".lock"}
     shared = set.intersection(*(set(entry.sha256) for entry in result.family.engines))
     assert len(shared) == 1  # weights that do not change lie in one file
 
