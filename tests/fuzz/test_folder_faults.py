@@ -20,6 +20,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.processes import PROCESSES
 from tocom.export.family.compile import compile_family
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.engines.base import open_engine
@@ -28,10 +29,6 @@ from tocom.runtime.manifest import Family
 Start = Callable[..., "Command"]
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["tocom.export.family.compile", "tocom.export.cli.__main__"]
-)  # children share one import of torch
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS: what is mounted then is seen by nobody else, and goes with the process
 
 
@@ -48,13 +45,10 @@ class FallingClock:
 
 def _tocom(options: Sequence[str], said: Path, mounts: Sequence[str], afterwards: Sequence[str], falling: bool) -> None:
     """The command as its own process runs it, maybe on file systems of its own, or by a clock that falls."""
-    import tocom.export.engine.measure_latency
     from tocom.export.cli import __main__ as cli
+    from tocom.export.engine import measure_latency
 
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
-        0.0,
-        3,
-    )  # nobody looks at how fast anything is
+    measure_latency._SECONDS, measure_latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
     for descriptor, file in ((1, "/dev/null"), (2, said)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     if mounts:
@@ -110,7 +104,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         options: Sequence[str], mounts: Sequence[str] = (), afterwards: Sequence[str] = (), falling: bool = False
     ) -> Command:
         said = tmp_path / f"stderr-{len(running)}"
-        process = _processes.Process(target=_tocom, args=(options, said, mounts, afterwards, falling))
+        process = PROCESSES.Process(target=_tocom, args=(options, said, mounts, afterwards, falling))
         process.start()
         running.append(Command(process, said))
         return running[-1]

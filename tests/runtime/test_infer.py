@@ -217,10 +217,10 @@ def test_runs_as_a_script_from_anywhere(family_folder, photos, tmp_path):
 
 
 def test_a_reader_that_leaves_early_is_no_error(family_folder, photos):
-    with script("--engines", family_folder, "--batch", 1, photos) as process:
-        process.stdout.close()
-        err = process.stderr.read()
-        process.wait(timeout=60)
+    reader, writer = os.pipe()
+    os.close(reader)  # before there is anything to read
+    with os.fdopen(writer, "wb") as out, script("--engines", family_folder, photos, stdout=out) as process:
+        _, err = process.communicate(timeout=60)
     assert err == b"" and process.returncode == 128 + signal.SIGPIPE
 
 
