@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.layers import Attention
@@ -28,6 +31,12 @@ from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
 from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
+
+# An example that takes long on a busy machine is no fault; `make test` tries the same examples everywhere, and
+# `make test-full` others every time
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None, print_blob=True)
+settings.load_profile("same")
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
 os.environ["TOCOM_BACKEND"] = "onnxruntime"  # trying every engine library is tested once
@@ -216,27 +225,46 @@ def fused_of() -> Callable[[nn.Module, int], FusedCheckpoint]:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    tmp_path_factory: pytest.TempPathFactory, fused_of: Callable[[nn.Module, int], FusedCheckpoint]
-) -> Callable[..., Engine]:
-    """Exports a family at a degree, once per session: worker processes find each other's exports on disk."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder once per session: of several test processes the first one makes it, and the others wait for it.
+
+    It is shared, so nobody may change what is in it.
+    """
     root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports"
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                making = root / f".{name}"
+                shutil.rmtree(making, ignore_errors=True)  # of a process that failed on it
+                making.mkdir()
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def exported(
+    once: Callable[[str, Callable[[Path], object]], Path], fused_of: Callable[[nn.Module, int], FusedCheckpoint]
+) -> Callable[..., Engine]:
+    """Exports a family at a degree, once per session."""
 
     @cache
     def export(family: str, degree: int, reduction: Reduction = MERGE) -> Engine:
         model = (FAMILIES | OTHERS)[family]()
-        folder = root / f"{family}-r{degree}-{reduction.name}"
         fused = fused_of(model, degree)
-        if not folder.exists():
-            making = root / f".{folder.name}-{os.getpid()}"
-            making.mkdir(parents=True)
+
+        def make(making: Path) -> None:
             store = WeightStore(making)
             graph = lower(model, schedule_for(model, degree), fused, store, "model.onnx", reduction)
             (making / "graph.json").write_text(json.dumps([dict(graph.files), graph.tokens, graph.gmacs]))
-            # where another process was faster, its export stands
-            if not folder.exists():
-                making.rename(folder)
+
+        folder = once(f"export-{family}-r{degree}-{reduction.name}", make)
         files, tokens, gmacs = json.loads((folder / "graph.json").read_text())
         graph = OnnxGraph(folder / "model.onnx", files, tuple(tokens), gmacs, fused)
         return Engine(graph.file, "onnxruntime", "fp32", files, graph)

@@ -7,7 +7,6 @@ model of the first can be held up.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -51,7 +50,7 @@ def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
 
 def _make_families(root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
-    digits.mkdir(parents=True)
+    digits.mkdir()
     given = {"compensator": EXAMPLE / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
     source = load_source(CompileOptions(model=str(EXAMPLE), out=digits, degrees=DEGREES, **given))
     with steps_of(source, WeightStore(digits, []), lambda degree, stage: None) as steps:
@@ -66,16 +65,9 @@ def _make_families(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The example for ONNX Runtime, and its degree 8 for OpenVINO; made by the first of several test processes."""
-    root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "triton-families"
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            making = root.with_suffix(".making")
-            _make_families(making)
-            making.rename(root)
+def families(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
+    """The example for ONNX Runtime, and its degree 8 for OpenVINO."""
+    root = once("triton-families", _make_families)
     return {"digits": root / "digits", "vino": root / "vino"}
 
 
