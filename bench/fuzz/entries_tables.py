@@ -22,9 +22,8 @@ from tocom.calib.quantize.calibrate import quantize
 from tocom.calib.quantize.calibration_file import read_calibration
 from tocom.calib.quantize.network import quantized_model
 from tocom.checkpoint import load_model
-from tocom.export.family.quantizer import _made_for
 from tocom.export.family.scales import at_chosen_scales
-from tocom.export.source.load import input_spec
+from tocom.export.source.load import input_spec, made_for
 from tocom.vit import ReducedViT, schedule_for
 
 
@@ -57,7 +56,7 @@ def _take_scales(given: Given, folder: Path) -> bool:
 def _use_calibration(given: Given, folder: Path) -> bool:
     def use() -> bool:
         source, model = given.source, given.source.loaded.model
-        calibration = read_calibration(folder / "calibration.safetensors", _made_for(source), model)
+        calibration = read_calibration(folder / "calibration.safetensors", made_for(source), model)
         pixels, schedule = torch.from_numpy(given.pixels), schedule_for(model, DEGREE)
         quantization = quantize(model, schedule, calibration, pixels)
         with torch.inference_mode():

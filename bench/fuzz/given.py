@@ -151,8 +151,8 @@ def _tables(given: Given) -> None:
     from tocom.calib.quantize.calibrate import Method, calibrate
     from tocom.calib.quantize.calibration_file import write_calibration
     from tocom.calib.scales_file import ScaleChoice, ScaleChoices, Trial, name_of_set
-    from tocom.export.family.quantizer import _made_for as quantized_for
     from tocom.export.family.scales import _made_for as chosen_for
+    from tocom.export.source.load import made_for as quantized_for
     from tocom.vit import ReducedViT
 
     config = {

@@ -160,15 +160,15 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(options, give
     from tocom.calib.quantize.calibrate import Calibration
     from tocom.calib.quantize.calibration_file import write_calibration
     from tocom.calib.quantize.network import products_of
-    from tocom.export.family.quantizer import _made_for
+    from tocom.export.source.load import made_for
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("this is no calibration, it is a sentence")
     (tmp_path / "model.safetensors").write_bytes((given / "model.safetensors").read_bytes())
     source = load_source(options)
-    made_for, scales = _made_for(source), dict.fromkeys(products_of(source.loaded.model), 0.125)
-    write_calibration(tmp_path / "other.safetensors", Calibration(Method(), {}, {}), {**made_for, "checkpoint": "b"})
-    write_calibration(tmp_path / "fp8.safetensors", Calibration(Method(format="fp8"), scales, {}), made_for)
+    network, scales = made_for(source), dict.fromkeys(products_of(source.loaded.model), 0.125)
+    write_calibration(tmp_path / "other.safetensors", Calibration(Method(), {}, {}), {**network, "checkpoint": "b"})
+    write_calibration(tmp_path / "fp8.safetensors", Calibration(Method(format="fp8"), scales, {}), network)
     if "calibration" in change:
         change = {"calibration": tmp_path / change["calibration"]}
     with pytest.raises((InputError, ValueError), match=words):
