@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -37,6 +38,25 @@ from tocom.vit import schedule_for
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("others", deadline=None, print_blob=True)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their module makes run in one process, so that it is made once; the others run in any."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(each[-1].scope == "module" and each[-1].baseid == item.parent.nodeid for each in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.parent.nodeid))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in a line what was skipped and why."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped {len(skipped)} ({why})")
+
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
 os.environ["TOCOM_BACKEND"] = "onnxruntime"  # trying every engine library is tested once

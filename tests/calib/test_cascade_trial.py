@@ -74,6 +74,7 @@ def test_the_best_single_degree_costs_no_more():
     assert cheapest.best_single("ms") is None
 
 
+@pytest.mark.timing
 def test_times_are_measured_in_turns_with_the_engines_they_are_meant_for(monkeypatch):
     opened, calls, clock = [], [], []
     now = SimpleNamespace(perf_counter_ns=lambda: sum(clock), perf_counter=lambda: sum(clock) / 1e9)

@@ -127,6 +127,7 @@ def require_whole(folder: Path, degrees: tuple[int, ...]) -> Family:
     return family
 
 
+@pytest.mark.timing
 def test_two_compiles_into_one_folder_at_once(start: Start, checkpoint: Path, tmp_path: Path) -> None:
     """Two processes, started together: one writes, the other one is refused, and both commands can be repeated."""
     out = tmp_path / "out"
@@ -213,6 +214,7 @@ def _durations(node: object) -> list[float]:
     return [*times, *(entry["build"].get("seconds", 0.0) for entry in manifest["engines"])]
 
 
+@pytest.mark.timing
 def test_a_clock_that_goes_backwards(start: Start, checkpoint: Path, family: Path) -> None:
     """Files from the future, and a wall clock that falls by an hour at every look: a compile goes on all the same."""
     future = 4_000_000_000  # the year 2096

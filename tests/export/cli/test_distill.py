@@ -92,6 +92,7 @@ def refused(result: tuple[int, str], *words: str, status: int = 2) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timing
 def test_two_processes_train_what_one_trains(given: Path, tmp_path: Path, run: Run) -> None:
     """torchrun, with augmentation, mixing and dropout: the same compensator but for rounding, and one process talks."""
     common = ("--random-erasing", 0.5, "--dropout", 0.3)
@@ -134,6 +135,7 @@ def _distill(options: list[str], said: Path, dies_after: int | None) -> None:
     cli.main()
 
 
+@pytest.mark.timing
 def test_a_killed_run_goes_on_exactly(given: Path, tmp_path: Path) -> None:
     """Every run is a process of its own, so that all of them compute alike to the last bit."""
     straight, killed, said = tmp_path / "straight.safetensors", tmp_path / "killed.safetensors", tmp_path / "said"
@@ -165,6 +167,7 @@ def a_full_disk() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.timing
 def test_no_space_left_keeps_the_state(given: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "c.safetensors"
     state = tmp_path / "c.safetensors.training" / "state.pt"

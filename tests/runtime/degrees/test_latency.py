@@ -10,6 +10,8 @@ from tocom.runtime.degrees.latency import measure
 from tocom.runtime.engines.base import EngineRunner
 from tocom.runtime.errors import InputError
 
+pytestmark = pytest.mark.timing
+
 
 class Clock:
     """Stands still but for what sleepers take."""

@@ -182,6 +182,7 @@ def test_bad_arguments_are_refused(family_folder):
 
 
 @pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.timing
 def test_real_engines_are_measured(fixed, family_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tocom.runtime.degrees.local_latency, "_SECONDS", 0.0)
     found = local_latencies(family_folder, Family.read(family_folder), 3, fixed=fixed, cache=tmp_path)
@@ -200,6 +201,7 @@ def _ask(folder: Path, cache: Path, log: Path) -> None:
     assert local_latencies(folder, Family.read(folder), cache=cache) == {2: Times(3.0, 20.0), 8: Times(9.0, 20.0)}
 
 
+@pytest.mark.timing
 def test_processes_that_ask_at_once_measure_once(family_folder, tmp_path):
     context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
@@ -213,6 +215,7 @@ def test_processes_that_ask_at_once_measure_once(family_folder, tmp_path):
     assert [file.name for file in (tmp_path / "cache").glob(".*")] == [".lock"]
 
 
+@pytest.mark.timing
 def test_threads_that_ask_at_once_measure_once(family_folder, tmp_path, measured):
     family, found = Family.read(family_folder), []
     threads = [

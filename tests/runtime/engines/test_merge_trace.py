@@ -154,6 +154,7 @@ def test_a_native_engine_tells_itself_what_it_decides(case):
 
 
 @needs_native
+@pytest.mark.timing
 def test_other_engines_that_merge_meanwhile_do_not_get_in(case):
     it = case("deit_tiny", 8, backend="openvino", native=True)
     other = case("deit_tiny", 16)

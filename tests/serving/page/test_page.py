@@ -25,6 +25,8 @@ from tests.waiting import SAFETY_S
 from tocom.serving.service.errors import BusyError
 from tocom.serving.service.service import ServeOptions, Service
 
+pytestmark = pytest.mark.timing
+
 ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [

@@ -15,6 +15,8 @@ from tocom.serving.service.degree_policy import DegreePolicy, Speed
 from tocom.serving.service.errors import BusyError
 from tocom.serving.service.scheduler import Answer, Limits, Scheduler, Want
 
+pytestmark = pytest.mark.timing
+
 DEGREES = (0, 8, 16)
 
 

@@ -25,6 +25,8 @@ from tocom.serving.service.errors import EngineFailedError, WorkerDiedError
 from tocom.serving.service.scheduler import Answer, Limits, Want
 from tocom.serving.service.service import ServeOptions, Service
 
+pytestmark = pytest.mark.timing
+
 LIMITS = Limits(max_batch=8, max_queued=64)
 Serve = Callable[..., Service]
 

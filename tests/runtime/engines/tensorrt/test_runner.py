@@ -225,6 +225,7 @@ class Closable:
         self.closed = True
 
 
+@pytest.mark.timing
 def test_the_pool_makes_no_more_than_its_limit():
     made: list[Closable] = []
     pool = Pool(lambda: made.append(Closable()) or made[-1], limit=2)
@@ -267,6 +268,7 @@ def test_a_lane_that_cannot_be_made_is_not_counted():
     pool.close()
 
 
+@pytest.mark.timing
 def test_closing_waits_for_who_runs_and_refuses_who_waits():
     pool = Pool(Closable, limit=1)
     running, release, refused = threading.Event(), threading.Event(), []
