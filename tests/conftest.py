@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from timm.layers import Attention
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 import tocom.export.engine.measure_latency
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph
+from tocom.export.family.compile import compile_family
 from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.source.options import CompileOptions
 from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
 
@@ -127,7 +130,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 OTHERS = {"two_patches": partial(tiny_vit, "deit_tiny_patch16_224", img_size=(8, 16))}
 WITHOUT_CLASS_TOKEN = ("gap", "map", "reg1_gap", "reg4_gap", "max")
 DEGREES = (0, 1, 4, 8, 13, 16)
-DEFAULT_DEGREES = {"deit_tiny": (0, 1, 8, 16), "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
+DEFAULT_DEGREES = {"deit_tiny": (0, 8, 16), "deit_distilled": (8,), "map": (16,), "reg4_dinov2": (13,)}
 DEFAULT_PRUNED = {"deit_tiny": (8,), "reg4_dinov2": (13,)}
 
 
@@ -290,6 +293,27 @@ def exported(
         return Engine(graph.file, "onnxruntime", "fp32", files, graph)
 
     return export
+
+
+SMALL = "vit_tiny_patch16_224"
+SMALL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def small_family(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with `model.safetensors`, of SMALL with SMALL_ARGS, and `family`, compiled from it at degree 4.
+
+    To be copied by who changes anything.
+    """
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        save_file(timm.create_model(SMALL, num_classes=10, **SMALL_ARGS).state_dict(), folder / "model.safetensors")
+        checkpoint = folder / "model.safetensors"
+        options = CompileOptions(SMALL, folder / "family", (4,), checkpoint=checkpoint, model_args=SMALL_ARGS)
+        assert not compile_family(options).failed
+
+    return once("small-family", make)
 
 
 @pytest.fixture(scope="session")

@@ -16,19 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
 
+from tests.conftest import SMALL as NAME
+from tests.conftest import SMALL_ARGS as ARGS
 from tests.processes import PROCESSES
-from tocom.export.family.compile import compile_family
-from tocom.export.source.options import CompileOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
 
 Start = Callable[..., "Command"]
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS: what is mounted then is seen by nobody else, and goes with the process
 
 
@@ -66,11 +61,8 @@ def _tocom(options: Sequence[str], said: Path, mounts: Sequence[str], afterwards
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("given") / "model.safetensors"
-    save_file(timm.create_model(NAME, num_classes=4, **ARGS).state_dict(), file)
-    return file
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_family: Path) -> Path:
+    return Path(shutil.copy(small_family / "model.safetensors", tmp_path_factory.mktemp("given")))
 
 
 def arguments(checkpoint: Path, out: Path, degrees: str = "4") -> list[str]:
@@ -148,17 +140,9 @@ def test_two_compiles_into_one_folder_at_once(start: Start, checkpoint: Path, tm
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 
 
-@pytest.fixture(scope="module")
-def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("compiled") / "family"
-    options = CompileOptions(model=NAME, out=out, degrees=(4,), checkpoint=checkpoint, model_args=ARGS)
-    assert not compile_family(options).failed
-    return out
-
-
 @pytest.fixture
-def family(compiled: Path, tmp_path: Path) -> Iterator[Path]:
-    copy = Path(shutil.copytree(compiled, tmp_path / "family"))
+def family(small_family: Path, tmp_path: Path) -> Iterator[Path]:
+    copy = Path(shutil.copytree(small_family / "family", tmp_path / "family"))
     yield copy
     copy.chmod(0o755)
 
