@@ -173,7 +173,7 @@ class Bench:
 
     def proven(self, engine: Any, images: np.ndarray) -> dict[str, Any]:
         """What the proof says of a set."""
-        return summary(validate(engine, self.reference, batches(images)).findings)
+        return summary(validate(engine, self.reference, batches(images)).findings.to_json())
 
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:

@@ -109,7 +109,7 @@ def validate_command(
     console.print(verdict_table(proof.reports, escape(f"validation of {engines}")))
     for line in fault_lines(proof.reports):
         console.print(f"[red]{escape(one_line(line))}[/]")
-    if any("pair" in each.findings for each in proof.reports.values()):
+    if any(each.findings.pair for each in proof.reports.values()):
         console.print(pair_table(proof.reports))
     if per_block:
         console.print(block_table(proof.reports))
@@ -117,7 +117,7 @@ def validate_command(
         _write_report(report, image, proof, options)
     if bisect is not None:
         for degree, proven in proof.degrees.items():
-            if proof.reports[degree].findings["faults"]:
+            if proof.reports[degree].findings.faults:
                 _locate(degree, proven, proof.reports[degree], candidate)
     _examine(proof.reports, comparing=compare, folder=bisect)
     if not all(proof.reports.values()):
@@ -166,7 +166,7 @@ def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None
     console, who = open_console(), Who.read(candidate)
     if who.kind == "torch":
         return
-    block = report.findings["first_fault"]["block"]
+    block = report.findings.faults[0].block
     with engine_of(who, proven.engine) as engine:
         if block is not None:
             exact = in_format(proven.reference, EXACT)
@@ -198,7 +198,7 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
         return f"it passes with blocks {blocks} in float32: tocom compile --float-blocks {blocks}"
     if can_keep:
         return "no blocks in float32 bring it back"
-    return f"made anew it fails too: {one_line(recovery.report.findings['faults'][0])}"
+    return f"made anew it fails too: {one_line(recovery.report.findings.faults[0])}"
 
 
 def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
@@ -220,8 +220,8 @@ def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options:
     about = About(
         title=f"{family.model}: {options.files.out}",
         model=family.model,
-        candidate=found["candidate"],
-        against=found["against"]["candidate"] if "against" in found else found["reference"],
+        candidate=found.candidate,
+        against=found.reference if found.against is None else found.against.candidate,
         date=datetime.now(UTC).date().isoformat(),
         versions={name: version(name) for name in _VERSIONS if find_spec(name.partition("-")[0]) is not None},
         checkpoint_sha256=family.checkpoint_sha256,

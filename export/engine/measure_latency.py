@@ -23,6 +23,7 @@ from tocom.runtime.degrees.choose import SAVES
 from tocom.runtime.degrees.latency import Latency, measure
 from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.engines.base import open_engine
+from tocom.runtime.family_files import slice_bound_of
 from tocom.runtime.manifest import EngineEntry
 
 BATCHES = (1, 8)
@@ -117,7 +118,7 @@ def slice_bound(graph: Path) -> Iterator[Path]:
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     del proto.functions[:]
-    file = graph.with_name(f".{graph.stem}.slice.onnx")  # its weight files are found relative to it
+    file = slice_bound_of(graph)  # its weight files are found relative to it
     try:
         file.write_bytes(proto.SerializeToString())
         yield file

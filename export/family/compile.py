@@ -7,7 +7,6 @@ degrees run, and the same command finishes the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +26,9 @@ from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
-from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.runtime.family_files import MANIFEST, may_be_deleted
+from tocom.runtime.manifest import EngineEntry, Family
 from tocom.vit import ReducedViT
-
-_DEGREE = r"r\d+-[0-9a-f]{12}"
-_PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
-_BESIDE_PLAN = (
-    r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
-)
-_FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
-_VARIANT = rf"\.{_DEGREE}(\.inlined)?\.([a-z0-9_]{{8}}\.)?(debug|slice|plan)\.(onnx|plan)"
-_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|{_VARIANT}"
-_OURS = re.compile(rf"{_FILES}|{_PASSING}")
 
 
 def _silent(_degree: int | None, _stage: str) -> None:
@@ -102,7 +92,7 @@ def _listed(source: Source) -> Family:
         InputError: If the folder holds another family, or a broken one, that is not to be replaced.
     """
     out = source.options.out
-    if not (out / FILE_NAME).exists():
+    if not (out / MANIFEST).exists():
         return source.family
     try:
         listed = Family.read(out)
@@ -170,7 +160,7 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
         engine=engine.file.name,
         sha256=engine.files,
         recipe=source.recipe(degree),
-        validation=report.findings,
+        validation=report.findings.to_json(),
         latency_ms={},
         accuracy={},
         native=engine.native,
@@ -214,9 +204,8 @@ def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dic
 
 def _sweep(out: Path) -> None:
     """Removes what earlier compiles left and no engine listed on disk needs; nobody else's files."""
-    listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
+    listed = Family.read(out).engines if (out / MANIFEST).exists() else ()
     needed = {name for entry in listed for name in entry.sha256}
     for file in out.iterdir():
-        of_plan = re.fullmatch(rf"({_PLAN}){_BESIDE_PLAN}", file.name)
-        if (of_plan[1] if of_plan else file.name) not in needed and _OURS.fullmatch(file.name):
+        if may_be_deleted(file.name, needed):
             file.unlink()

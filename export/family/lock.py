@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import LOCK
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def locked(out: Path) -> Iterator[None]:
         OSError: If the folder cannot be made or written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with Path(out / ".lock").open("w") as lock:
+    with Path(out / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -9,19 +9,22 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.family.quantizer import Drop, Quantizer
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.findings import QuantizationFindings
 from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
 from tocom.export.source.options import QUANTIZED
+from tocom.runtime.backends import BACKENDS
+from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
 
@@ -81,7 +84,7 @@ class Steps:
         engine = build(graph, backend=options.backend, precision=options.precision, plan=options.plan)
         self._notify(degree, "validating")
         report = validate(engine, self.reference(graph), validation_batches(self.source))
-        return replace(report, findings={**report.findings, "float_blocks": list(options.float_blocks)})
+        return replace(report, findings=replace(report.findings, float_blocks=options.float_blocks))
 
     def __enter__(self) -> Self:
         return self
@@ -135,11 +138,7 @@ class QuantizedSteps(Steps):
                 drop = self.quantizer.drop(degree, runner.infer)
             holds = allowed is None or drop.points <= allowed
             left = [name for name in self.quantizer.products if name not in kept.weights]
-            findings = {
-                **report.findings,
-                "passed": holds,
-                "quantization": _summary(kept, left, drop, allowed, order),
-            }
+            findings = replace(report.findings, passed=holds, quantization=_summary(kept, left, drop, allowed, order))
             if holds or not kept.weights:
                 return replace(report, passed=holds, findings=findings)
             if not order:
@@ -151,7 +150,7 @@ class QuantizedSteps(Steps):
     def rival(self, degree: int) -> Engine | None:
         """The float engine of the degree on the same library, in half precision where the library is faster so."""
         backend = self.source.options.backend
-        precision = {"openvino": "bf16", "onnxruntime": "fp32"}.get(backend)
+        precision = BACKENDS[backend].float_rival
         if precision is None:
             return None
         return build(self._float_graph(degree), backend=backend, precision=precision)
@@ -181,7 +180,7 @@ class QuantizedSteps(Steps):
         recipe = source.graph_recipe(degree, backend) + ",".join(sorted(quantization.weights))
         name = graph_name(degree, hashlib.sha256(recipe.encode()).hexdigest())
         plain = self._float_graph(degree)
-        graph = quantized_graph(plain, source.loaded.model, quantization, self._store, name, forms(backend))
+        graph = quantized_graph(plain, source.loaded.model, quantization, self._store, name, BACKENDS[backend].qdq)
         gc.collect()
         return graph
 
@@ -191,24 +190,18 @@ def steps_of(source: Source, store: WeightStore, notify: Notify) -> Steps:
     return (QuantizedSteps if source.options.precision in QUANTIZED else Steps)(source, store, notify)
 
 
-def graph_name(degree: int, recipe: str) -> str:
-    """File name of a degree's graph."""
-    return f"r{degree:02d}-{recipe[:12]}.onnx"
-
-
 def _summary(
     quantization: Quantization, left: list[str], drop: Drop, allowed: float | None, order: dict[str, float]
-) -> dict[str, Any]:
-    """For the manifest."""
-    return {
-        "format": quantization.format.name,
-        "products": len(quantization.weights),
-        "float_products": left,
-        "drop": round(drop.points, 4),
-        "drop_of": "top1" if drop.top1 is not None else "agreement",
-        "drop_images": drop.images,
-        "float_top1": drop.float_top1,
-        "top1": drop.top1,
-        "max_drop": allowed,
-        "sensitivity": {name: float(f"{each:.3g}") for name, each in order.items()},
-    }
+) -> QuantizationFindings:
+    return QuantizationFindings(
+        format=quantization.format.name,
+        products=len(quantization.weights),
+        float_products=left,
+        drop=round(drop.points, 4),
+        drop_of="top1" if drop.top1 is not None else "agreement",
+        drop_images=drop.images,
+        float_top1=drop.float_top1,
+        top1=drop.top1,
+        max_drop=allowed,
+        sensitivity={name: float(f"{loss:.3g}") for name, loss in order.items()},
+    )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tocom.runtime.backends import named
+
 _UNKNOWN_TOKENS = 8  # times wider, where the very tokens that an engine decided on are not known
 
 
@@ -64,7 +66,7 @@ def judged_as(backend: str, precision: str) -> str:
     >>> judged_as("onnxruntime", "int8"), judged_as("openvino", "int8"), judged_as("openvino", "bf16")
     ('int8', 'int8+half', 'bf16')
     """
-    return "int8+half" if precision == "int8" and backend != "onnxruntime" else precision
+    return named(backend).checked_as(precision)
 
 
 def margin_allowed(precision: str, reduction: str, *, on_its_tokens: bool = True) -> float:

@@ -28,13 +28,14 @@ from tocom.export.graph.lower import OUTPUT, inline
 from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.runtime.family_files import debug_affixes
 from tocom.vit import ReducedViT
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _POINT = re.compile(rf"block\.\d+\.({'|'.join(POINTS)})")
-_FUSES_BY_OUTPUTS = ("openvino",)  # with more outputs, less is fused, and half precision rounds elsewhere
 _INSIDE_NATIVE = ("attended", "signal")  # never stand outside a native operator: asking for them would undo it
 
 
@@ -262,7 +263,7 @@ def observer_of(engine: Engine, reference: ReducedViT, *, batch: int | None = No
         with ExitStack() as stack:
             opened = open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch)
             shipped, deciding = stack.enter_context(opened), None
-            if engine.backend in _FUSES_BY_OUTPUTS and engine.precision != "fp32" and not engine.native:
+            if BACKENDS[engine.backend].fuses_by_outputs and engine.precision != "fp32" and not engine.native:
                 deciding = stack.enter_context(debug_copy(engine, points=False))
             yield RunnerObserver(shipped, telling, reference, engine.precision, deciding=deciding)
 
@@ -289,7 +290,8 @@ def told_by(graph: onnx.ModelProto, *, native: bool, points: bool = True) -> Ite
 @contextmanager
 def beside(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
     """A variant of a graph for the moment, beside it because its weight files are found relative to it."""
-    handle, name = tempfile.mkstemp(prefix=f".{graph.stem}.", suffix=".debug.onnx", dir=graph.parent)
+    prefix, suffix = debug_affixes(graph)
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=graph.parent)
     os.close(handle)
     file = Path(name)
     try:

@@ -22,7 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tocom.export.artifacts import Engine
-from tocom.runtime.engines.base import INPUT_NAME, EngineRunner, available, open_engine
+from tocom.runtime.backends import available
+from tocom.runtime.engines.base import INPUT_NAME, EngineRunner, open_engine
 from tocom.runtime.errors import InputError, one_line
 
 try:

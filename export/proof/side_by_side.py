@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from torch.nn import functional
 
 from tocom.export.proof.decisions import judge_of
+from tocom.export.proof.findings import PairFindings
 from tocom.export.proof.observe import Observer
 from tocom.export.proof.parts import logit_distance
 from tocom.vit import ReducedViT
 
 
 @dataclass
-class Pair:
+class PairTally:
     """What two observers differ in, over all images.
 
     Attributes:
@@ -51,24 +51,24 @@ class Pair:
     cosines: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        """For machines."""
-        return {
-            "one": self.one,
-            "other": self.other,
-            "images": self.images,
-            "agreement": self.equal / self.decisions if self.decisions else 1.0,
-            "images_alike": len(self.errors_alike),
-            "first_difference": {str(block): count for block, count in sorted(self.first_difference.items())},
-            "logit_error_alike": max(self.errors_alike, default=None),
-            "logit_error_otherwise": max(self.errors_otherwise, default=None),
-            "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
-            "cosine": min(self.cosines, default=1.0),
-            "kl": mean(self.divergences) if self.divergences else 0.0,
-        }
+    def findings(self) -> PairFindings:
+        """What was found, once every image is compared."""
+        return PairFindings(
+            one=self.one,
+            other=self.other,
+            images=self.images,
+            agreement=self.equal / self.decisions if self.decisions else 1.0,
+            images_alike=len(self.errors_alike),
+            first_difference=dict(sorted(self.first_difference.items())),
+            logit_error_alike=max(self.errors_alike, default=None),
+            logit_error_otherwise=max(self.errors_otherwise, default=None),
+            top1_agreement=self.top1_equal / self.images if self.images else 1.0,
+            cosine=min(self.cosines, default=1.0),
+            kl=mean(self.divergences) if self.divergences else 0.0,
+        )
 
 
-def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches: Iterable[np.ndarray]) -> Pair:
+def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches: Iterable[np.ndarray]) -> PairFindings:
     """Runs two observers of the same network and schedule on the same images.
 
     Args:
@@ -77,7 +77,7 @@ def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches:
         reference: For what decisions look like.
         batches: Normalized images, float32 [B, 3, H, W].
     """
-    judge, pair = judge_of(reference.reduction), Pair(one.name, other.name)
+    judge, pair = judge_of(reference.reduction), PairTally(one.name, other.name)
     for pixel_values in batches:
         seen, beside = one.observe(pixel_values), other.observe(pixel_values)
         logits, expected = seen.logits.double(), beside.logits.double()
@@ -98,4 +98,4 @@ def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches:
         pair.cosines += functional.cosine_similarity(logits, expected).tolist()
         ours, theirs = logits.log_softmax(1), expected.log_softmax(1)
         pair.divergences += functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(1).tolist()
-    return pair
+    return pair.findings()

@@ -18,13 +18,13 @@ from typing import Literal
 import onnx
 
 from tocom.export.artifacts import Engine
-from tocom.export.engine.build import PLANNED, graph_precision, needs_inlining, runs_natively
+from tocom.export.engine.build import graph_precision, needs_inlining, runs_natively
 from tocom.export.graph.half_precision import HALF, typed
 from tocom.export.graph.lower import inline
 from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
-from tocom.runtime.engines.base import BACKENDS, precisions
+from tocom.runtime.backends import BACKENDS, engine_module
 from tocom.runtime.errors import InputError, one_line
-from tocom.runtime.manifest import FILE_NAME
+from tocom.runtime.family_files import MANIFEST
 from tocom.vit import ReducedViT
 
 ENGINES, EXACT = "engines", "torch:fp64"
@@ -65,10 +65,12 @@ class Who:
             return cls("torch", precision=precision)
         if name in BACKENDS:
             precision = precision or "fp32"
-            if precision not in precisions(name):
-                raise InputError(f"{name} computes in {', '.join(precisions(name))}, got {one_line(precision)}.")
+            known = BACKENDS[name].precisions
+            if precision not in known:
+                raise InputError(f"{name} computes in {', '.join(known)}, got {one_line(precision)}.")
+            engine_module(name)  # refuses one that is not installed
             return cls("graph", backend=name, precision=precision)
-        if (Path(text) / FILE_NAME).is_file():
+        if (Path(text) / MANIFEST).is_file():
             return cls("family", folder=Path(text))
         libraries = ", ".join(BACKENDS)
         raise InputError(f"what is compared must be {ENGINES}, torch:FORMAT, BACKEND:PRECISION ({libraries}) or the "
@@ -138,5 +140,5 @@ def engine_of(who: Who, engine: Engine) -> Iterator[Engine]:
                 files=graph.files,
                 source=own,
                 native=runs_natively(proto, who.backend),
-                unrunnable="proven by its graph" if who.backend in PLANNED else None,
+                unrunnable="proven by its graph" if BACKENDS[who.backend].builds_plans else None,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import why_unrunnable
 from tocom.export.graph.lower import reference_model
 from tocom.export.graph.read_qdq import read_quantization
+from tocom.export.proof.findings import Accuracy, Findings
 from tocom.export.proof.observe import in_format, proving_runner
 from tocom.export.proof.side_by_side import compare_pair
 from tocom.export.proof.sides import ENGINES, EXACT, Who, opened
@@ -117,7 +117,6 @@ def _proven(one: Proven, candidate: Who, other: Proven, against: Who, options: P
     """Proves the candidate; what it is compared with too, unless that is the reference itself."""
     precision = against.precision if against.is_exact else "fp64"
     found = _findings(one, candidate, precision, options.batch)
-    passed = found["passed"]
     if not against.is_exact:
         beside = _findings(other, against, precision, options.batch)
         with (
@@ -125,33 +124,32 @@ def _proven(one: Proven, candidate: Who, other: Proven, against: Who, options: P
             opened(against, other.engine, other.reference, options.batch) as theirs,
         ):
             pair = compare_pair(ours, theirs, one.reference, validation_batches(one.source))
-        passed = passed and beside["passed"]
-        found |= {"passed": passed, "against": beside, "pair": pair.to_json()}
-    accuracy = _accuracy(one, candidate)
-    return Report(one.engine, passed, {**found, **({"accuracy": accuracy} if accuracy else {})})
+        found = replace(found, passed=found.passed and beside.passed, against=beside, pair=pair)
+    found = replace(found, accuracy=_accuracy(one, candidate))
+    return Report(one.engine, found.passed, found)
 
 
-def _findings(proven: Proven, who: Who, precision: str, batch: int | None) -> dict[str, Any]:
+def _findings(proven: Proven, who: Who, precision: str, batch: int | None) -> Findings:
     reference = in_format(proven.reference, precision)
     plain = None if proven.plain is None else in_format(proven.plain, precision)
     with opened(who, proven.engine, proven.reference, batch) as observer:
         findings = prove(observer, reference, validation_batches(proven.source), plain)
         name = observer.name
     run = None if who.kind != "torch" and proven.engine.unrunnable else name.partition(" ")[0]
-    return {**findings.to_json(), "candidate": name, "reference": f"torch {precision}", "run": run}
+    return replace(findings, candidate=name, reference=f"torch {precision}", run=run)
 
 
-def _accuracy(proven: Proven, who: Who) -> dict[str, float | int]:
+def _accuracy(proven: Proven, who: Who) -> Accuracy | None:
     """Top-1 of engine and reference on the labelled images, where there are any."""
     images = proven.source.images
     if images is None or images.labels is None or who.kind not in ("engines", "family"):
-        return {}
+        return None
 
     def answer(pixels: np.ndarray) -> np.ndarray:
         return proven.reference(torch.from_numpy(pixels)).numpy()
 
     with proving_runner(proven.engine) as runner, torch.inference_mode():
-        return {"top1": images.top1(runner.infer), "reference_top1": images.top1(answer), "images": len(images)}
+        return Accuracy(images.top1(runner.infer), images.top1(answer), len(images))
 
 
 def source_of(options: CompileOptions, listed: Family, degrees: tuple[int, ...]) -> Source:

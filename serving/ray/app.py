@@ -142,7 +142,7 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
 def _check(folder: Path, degrees: tuple[int, ...]) -> None:
     family = Family.read(folder)
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     for degree in degrees:
         family.entry(degree)
 

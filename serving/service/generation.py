@@ -193,7 +193,7 @@ def _copy(folder: Path, to: Path) -> None:
     """
     family = Family.read(folder)
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     for name in _files(family):
         target = to / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tocom.runtime.preprocess
-from tocom.runtime.checked_json import Json, parse, read_text
+from tocom.runtime.backends import BACKENDS
+from tocom.runtime.checked_json import Json, read
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import is_data
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 from tocom.serving.triton.config import (
-    FILES,
     LABELS,
     TritonOptions,
     engine_config,
@@ -36,7 +37,7 @@ CLIENT, ENSEMBLE = "client", "ensemble"
 VERSION = "1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "files.py", "manifest.py", "preprocess.py")
+_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "family_files.py", "files.py", "manifest.py", "preprocess.py")
 _PORTABLE = ("fp32", "fp16")  # precisions whose graphs say all, so that ONNX Runtime computes what was proven
 
 
@@ -177,7 +178,7 @@ def _models(
 
 
 def _backend(entry: EngineEntry, options: RepositoryOptions) -> str:
-    """Triton's backend for an engine.
+    """The backend that Triton runs an engine with: its own, or the one that was asked for.
 
     Raises:
         InputError: There is none.
@@ -188,12 +189,13 @@ def _backend(entry: EngineEntry, options: RepositoryOptions) -> str:
             f"{entry.degree} in {entry.precision} for {entry.backend}: leave out --backend"
         )
     backend = options.backend or entry.backend
-    if backend not in FILES:
+    served = [row.name for row in BACKENDS.values() if row.triton is not None]
+    if backend not in served:
         raise InputError(
-            f"Triton has backends for {', '.join(FILES)}, got degree {entry.degree} for {one_line(backend)}: compile "
+            f"Triton has backends for {', '.join(served)}, got degree {entry.degree} for {one_line(backend)}: compile "
             "the family for one of these, or give --backend onnxruntime"
         )
-    if backend == "tensorrt":
+    if BACKENDS[backend].builds_plans:
         built = Json(entry.build, "build").key("options")
         for option, name in (("stripped", "stripped"), ("own_kernels", "plugin")):
             if built.key_or(option, False).boolean():
@@ -212,16 +214,17 @@ def _engine_files(
     Raises:
         InputError: The manifest has them where no graph could name them.
     """
-    opened = f"{VERSION}/{FILES[backend]}"
-    if backend == "tensorrt":
+    row = BACKENDS[backend]
+    opened = f"{VERSION}/{row.triton.file}"
+    if row.builds_plans:
         return {opened: engines / entry.engine}
     graph = PurePosixPath(entry.onnx if backend == "onnxruntime" else entry.engine)
-    beside = [name for name in entry.sha256 if PurePosixPath(name).suffix not in (".onnx", ".plan")]
+    beside = [name for name in entry.sha256 if is_data(name)]
     for name in beside:
         if not PurePosixPath(name).is_relative_to(graph.parent):
             raise InputError(f"weights must lie beside their graph {graph} or below, got {name}: compile it again")
     weights = {f"{VERSION}/{PurePosixPath(name).relative_to(graph.parent)}": engines / name for name in beside}
-    return {opened: inlined(engines / graph) if backend == "openvino" else engines / graph, **weights}
+    return {opened: engines / graph if row.expands_functions else inlined(engines / graph), **weights}
 
 
 def _preprocess_files() -> Iterator[tuple[str, bytes]]:
@@ -288,10 +291,9 @@ def _ensure_replaceable(engines: Path, out: Path, *, replace: bool) -> None:
 def _marked(out: Path) -> list[str]:
     """Names of the models that a repository's marker lists; none where there is no marker that can be read."""
     try:
-        names = parse(read_text(out / MARKER))["models"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return read(out / MARKER, lambda value: [name.text() for name in Json(value, "").key("models").items()])
+    except InputError:
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _put_in_place(making: Path, out: Path) -> None:

@@ -52,10 +52,10 @@ def test_the_native_operator_decides_and_computes_as_the_reference(prove, precis
     report = prove(family, 8, precision=precision)
     assert report, report.findings
     assert report.engine.native and report.engine.file == report.engine.source.file
-    assert report.findings["precision"] == precision
-    assert report.findings["images"] == 11 and report.findings["debug_copy_error"] == 0
+    assert report.findings.precision == precision
+    assert report.findings.images == 11 and report.findings.debug_copy_error == 0
     if precision == "fp32":
-        assert report.findings["max_logit_error"] <= 1e-4 and report.findings["agreement"] > 0.99
+        assert report.findings.max_logit_error <= 1e-4 and report.findings.agreement > 0.99
 
 
 def test_without_the_native_operator_the_function_body_runs(prove, monkeypatch, precision):
@@ -95,7 +95,7 @@ def test_a_wrong_native_decision_fails_the_gate(prove, monkeypatch):
 
     monkeypatch.setattr(tocom.runtime.engines.openvino_engine, "record", lying)
     report = prove("deit_tiny", 8)
-    assert not report and report.findings["unexplained"]
+    assert not report and report.findings.unexplained
 
 
 def test_onnx_runtime_has_no_bfloat16(exported):
@@ -109,4 +109,4 @@ def test_default_images_reach_every_engine_alike(exported, make_vit, fused_of):
     reference = reference_model(model, schedule_for(model, 8), fused_of(model, 8))
     one = validate(engine, reference, default_images((3, 64, 64)))
     other = validate(replace(exported("deit_tiny", 8)), reference, default_images((3, 64, 64)))
-    assert one and other and one.findings["decisions"] == other.findings["decisions"]
+    assert one and other and one.findings.decisions == other.findings.decisions

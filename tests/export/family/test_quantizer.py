@@ -86,7 +86,7 @@ def test_a_quantized_family_is_listed_proven_and_kept(options):
     (calibration,) = options.out.glob("calibration-*.safetensors")
     reports = validate_family(replace(options, degrees=(), precision="fp32", quantize=QuantizeOptions()))
     assert set(reports) == {0, 2} and all(reports.values())
-    assert all(report.findings["precision"] == "int8" for report in reports.values())
+    assert all(report.findings.precision == "int8" for report in reports.values())
 
     # the calibration as a file makes the same engines
     copy = options.out.parent / "copy.safetensors"
@@ -123,7 +123,7 @@ def test_products_return_to_float_until_the_drop_is_small(options, given, monkey
     monkeypatch.setattr(tocom.export.family.steps.Quantizer, "drop", lambda *_: Drop(5.0, 0.5, 0.45, 12))
     lost, _ = compiled(replace(options, out=options.out.parent / "lost"))
     assert set(lost.failed) == {0} and not lost.family.engines
-    assert len(lost.failed[0].findings["quantization"]["float_products"]) == 8
+    assert len(lost.failed[0].findings.quantization.float_products) == 8
 
 
 @pytest.mark.full

@@ -60,19 +60,19 @@ def test_decisions_flip_only_where_rounding_allows_it(prove, family, precision):
     report = prove(family, 8, precision)
     assert report, report.findings
     found = report.findings
-    assert found["precision"] == precision and found["run"] is None
-    assert 0.9 < found["agreement"] <= 1 and found["largest_margin"] < margin_allowed(precision, "merge")
-    assert found["max_logit_error"] > 1e-5  # it is not float32 that was computed
-    for block in found["blocks"].values():
-        assert 0 < block["output_error"] < (4e-3 if precision == "fp16" else 3e-2)
-        assert block["unexplained"] == 0
+    assert found.precision == precision and found.run is None
+    assert 0.9 < found.agreement <= 1 and found.largest_margin < margin_allowed(precision, "merge")
+    assert found.max_logit_error > 1e-5  # it is not float32 that was computed
+    for block in found.blocks.values():
+        assert 0 < block.output_error < (4e-3 if precision == "fp16" else 3e-2)
+        assert block.unexplained == 0
 
 
 @pytest.mark.parametrize("precision", HALF)
 def test_pruning_too(prove, precision):
     report = prove("deit_tiny", 8, precision, PRUNE)
     assert report, report.findings
-    assert report.findings["largest_margin"] < margin_allowed(precision, "prune")
+    assert report.findings.largest_margin < margin_allowed(precision, "prune")
 
 
 def test_what_is_computed_wrong_still_fails(prove):

@@ -28,7 +28,7 @@ from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.insert_qdq import quantized, quantized_format_of
 from tocom.export.graph.lower import inline, lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.engines.tensorrt.runner import PRECISIONS
+from tocom.runtime.backends import PRECISIONS
 from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 

@@ -18,7 +18,8 @@ from tocom.export.cli.__main__ import main
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
 from tocom.export.graph.half_precision import FORMATS, typed
 from tocom.reduction import PRUNE
-from tocom.runtime.engines.base import available, open_engine
+from tocom.runtime.backends import available
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.tensorrt.plan import check_header
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
