@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 import tocom.export.engine.measure_latency
+from tests.oracles import naive_match, naive_merge, naive_prune, naive_select
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph
 from tocom.export.family.compile import compile_family
@@ -129,6 +130,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 OTHERS = {"two_patches": partial(tiny_vit, "deit_tiny_patch16_224", img_size=(8, 16))}
 WITHOUT_CLASS_TOKEN = ("gap", "map", "reg1_gap", "reg4_gap", "max")
+LIKE_OTHERS = ("deit_base", "augreg", "reg1_gap")  # what they have others have too: exported in the full run only
 DEGREES = (0, 1, 4, 8, 13, 16)
 DEFAULT_DEGREES = {"deit_tiny": (0, 8, 16), "deit_distilled": (8,), "map": (16,), "reg4_dinov2": (13,)}
 DEFAULT_PRUNED = {"deit_tiny": (8,), "reg4_dinov2": (13,)}
@@ -141,8 +143,8 @@ def _export_grid() -> list[object]:
     """
     grid = []
     for index, family in enumerate(FAMILIES):
-        default = {MERGE: DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],)),
-                   PRUNE: DEFAULT_PRUNED.get(family, ())}  # fmt: skip
+        degrees = () if family in LIKE_OTHERS else DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],))
+        default = {MERGE: degrees, PRUNE: DEFAULT_PRUNED.get(family, ())}
         for reduction in (MERGE,) if family in WITHOUT_CLASS_TOKEN else (MERGE, PRUNE):
             for degree in DEGREES:
                 marks = () if degree in default[reduction] else pytest.mark.full
@@ -295,6 +297,7 @@ def exported(
     return export
 
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits"
 SMALL = "vit_tiny_patch16_224"
 SMALL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -317,77 +320,29 @@ def small_family(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_example(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The digits example in miniature: a model folder with random weights, and `compensator.safetensors` beside them."""
+
+    def make(folder: Path) -> None:
+        config = json.loads((EXAMPLE / "config.json").read_text())
+        config["model_args"]["depth"] = depth = 2
+        (folder / "config.json").write_text(json.dumps(config))
+        model = randomize_(timm.create_model(config["architecture"], num_classes=10, **config["model_args"]))
+        save_file(model.state_dict(), folder / "model.safetensors")
+        torch.manual_seed(0)
+        width = config["model_args"]["embed_dim"]
+        compensator = Compensator(CompensatorInfo(width=width, depth=depth, backbone=config["architecture"]))
+        for weight in compensator.parameters():
+            weight.data.normal_(0, 0.3)
+        (folder / "compensator.safetensors").write_bytes(compensator.to_safetensors())
+
+    return once("small-example", make)
+
+
+@pytest.fixture(scope="session")
 def engine_at() -> Callable[[Engine, Path], Engine]:
     """An engine whose graph is another file: for graphs that were tampered with."""
     return lambda engine, file: replace(engine, file=file, source=replace(engine.source, file=file))
-
-
-def naive_match(
-    metric: Sequence[Sequence[float]], r: int, protected: int, keep_order: bool
-) -> tuple[list[int], list[int], list[int]]:
-    """The merge decisions for one image, token by token, as design.md words them: src, dst, unm."""
-    tokens = len(metric)
-    free = range(protected, tokens)
-    sources, destinations = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
-
-    def cosine(i: int, j: int) -> float:
-        lengths = math.hypot(*metric[i]) * math.hypot(*metric[j])
-        return math.fsum(p * q for p, q in zip(metric[i], metric[j], strict=True)) / lengths if lengths else 0.0
-
-    best: dict[int, tuple[float, int]] = {}
-    for i in sources:
-        for j in destinations:
-            if i not in best or cosine(i, j) > best[i][0]:
-                best[i] = cosine(i, j), j
-    ranked = sorted(sources, key=lambda i: (-best[i][0], i))
-    r = min(r, (tokens - protected) // 2)
-    src, unm = ranked[:r], ranked[r:]
-    return src, [best[i][1] for i in src], sorted(unm) if keep_order else unm
-
-
-def naive_merge(
-    x: np.ndarray, token_size: np.ndarray, decisions: tuple[list[int], list[int], list[int]], protected: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One image's tokens [N, C] and sizes [N] after merging, summed token by token."""
-    src, dst, unm = decisions
-    tokens, sizes = [], []
-    odd = [i for i in range(protected, len(x)) if i % 2 == 1]
-    for position in [*range(protected), *unm, *odd]:
-        members = [position] + [i for i, j in zip(src, dst, strict=True) if j == position]
-        size = sum(float(token_size[i]) for i in members)
-        tokens.append(sum(x[i].astype(np.float64) * float(token_size[i]) for i in members) / size)
-        sizes.append(size)
-    return np.stack(tokens), np.array(sizes)
-
-
-def naive_select(attention: Sequence[float], r: int, protected: int) -> tuple[list[int], list[int]]:
-    """The pruning decisions for one image: the least attended token goes, the last of equals, r + 1 times."""
-    kept, dropped = list(range(protected, len(attention))), []
-    for _ in range(r + 1):
-        least = kept[0]
-        for i in kept:
-            if attention[i] <= attention[least]:
-                least = i
-        kept.remove(least)
-        dropped.append(least)
-    return kept, sorted(dropped)
-
-
-def naive_prune(
-    x: np.ndarray,
-    token_size: np.ndarray,
-    attention: Sequence[float],
-    decisions: tuple[list[int], list[int]],
-    protected: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One image's tokens [N, C] and sizes [N] after pruning; the plain mean where nothing dropped was attended."""
-    kept, dropped = decisions
-    total = math.fsum(float(attention[i]) for i in dropped)
-    shares = [float(attention[i]) / total if total else 1 / len(dropped) for i in dropped]
-    fused = sum(share * x[i].astype(np.float64) for share, i in zip(shares, dropped, strict=True))
-    stay = [*range(protected), *kept]
-    sizes = [float(token_size[i]) for i in stay] + [sum(float(token_size[i]) for i in dropped)]
-    return np.stack([*(x[i].astype(np.float64) for i in stay), fused]), np.array(sizes)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,6 @@ from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import EngineEntry, Family
 
 ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "examples" / "digits"
 WHEEL = ROOT / "build" / "triton"
 SERVER = WHEEL / "pytriton" / "tritonserver"
 DEGREES = (0, 8, 16)
@@ -48,11 +48,11 @@ def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
     )  # fmt: skip
 
 
-def _make_families(root: Path) -> None:
+def _make_families(example: Path, root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
     digits.mkdir()
-    given = {"compensator": EXAMPLE / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
-    source = load_source(CompileOptions(model=str(EXAMPLE), out=digits, degrees=DEGREES, **given))
+    given = {"compensator": example / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
+    source = load_source(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
     with steps_of(source, WeightStore(digits, []), lambda degree, stage: None) as steps:
         graphs = {degree: steps.graph(degree) for degree in DEGREES}
     family = source.family
@@ -65,9 +65,9 @@ def _make_families(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def families(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
-    """The example for ONNX Runtime, and its degree 8 for OpenVINO."""
-    root = once("triton-families", _make_families)
+def families(once: Callable[[str, Callable[[Path], object]], Path], small_example: Path) -> dict[str, Path]:
+    """The example in miniature for ONNX Runtime, and its degree 8 for OpenVINO."""
+    root = once("triton-families", partial(_make_families, small_example))
     return {"digits": root / "digits", "vino": root / "vino"}
 
 
