@@ -321,7 +321,7 @@ def small_family(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def small_example(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """The digits example in miniature: a model folder with random weights, and `compensator.safetensors` beside them."""
+    """The digits example in miniature: a model folder with random weights, `compensator.safetensors` beside them."""
 
     def make(folder: Path) -> None:
         config = json.loads((EXAMPLE / "config.json").read_text())
