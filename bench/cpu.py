@@ -43,9 +43,10 @@ from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
-from tocom.export.engine.measure_latency import slice_bound
 from tocom.export.graph.insert_qdq import quantized_graph
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering, count_gmacs
+from tocom.export.graph.lower import Lowering, count_gmacs
+from tocom.export.graph.slice_bound import slice_bound
+from tocom.export.graph.trace import INPUT, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.images import default_images
 from tocom.runtime.backends import QdqForm

@@ -41,8 +41,10 @@ from tocom.compensator import Compensator
 from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import build
 from tocom.export.graph.fuse import fuse
+from tocom.export.graph.inline import inline
 from tocom.export.graph.insert_qdq import quantized_graph
-from tocom.export.graph.lower import INPUT, Lowering, inline
+from tocom.export.graph.lower import Lowering
+from tocom.export.graph.trace import INPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import open_engine

@@ -99,7 +99,7 @@ def find_cascade(
         for batch, fixed in ((options.batch, True), (1, False), (options.batch, False))
     )
     logits = logits_of(folder, family, images, options.batch, on_progress)
-    on_fitting = {degree: each[fitting] for degree, each in logits.items()}
+    on_fitting = {degree: rows[fitting] for degree, rows in logits.items()}
     costs = Costs.of_times(whole, ones, many, options.batch)
     degrees = frontier(family, whole, on_fitting, labels[fitting])
     calibration = calibrate(on_fitting, labels[fitting], options.goal, costs, degrees)
@@ -154,8 +154,8 @@ def frontier(
         logits: Degree -> [n, classes].
         labels: int [n].
     """
-    for degree, each in logits.items():
-        top1 = float((each.argmax(axis=1) == labels).mean())
+    for degree, rows in logits.items():
+        top1 = float((rows.argmax(axis=1) == labels).mean())
         family = family.with_entry(replace(family.entry(degree), accuracy={"top1": top1}))
     return tuple(point.degree for point in points(family, times) if point.on_frontier)
 
@@ -199,19 +199,19 @@ def logits_of(
     """
     degrees = [entry.degree for entry in family.engines]
     length = max(batch, _CHUNK_BYTES // (4 * int(np.prod(images.spec.size))) // batch * batch)
-    found: dict[int, list[np.ndarray]] = {degree: [] for degree in degrees}
+    answers: dict[int, list[np.ndarray]] = {degree: [] for degree in degrees}
     total, done = len(images) * len(degrees), 0
     for start in range(0, len(images), length):
         pixels = images.pixels(range(start, min(start + length, len(images))))
         for degree in degrees:
             with opened(folder, family, [degree], batch) as infer:
                 for first in range(0, len(pixels), batch):
-                    found[degree].append(infer(pixels[first : first + batch], degree))
-                    done += len(found[degree][-1])
+                    answers[degree].append(infer(pixels[first : first + batch], degree))
+                    done += len(answers[degree][-1])
                     on_progress(f"classifying at degree {degree}", done, total)
-    logits = {degree: np.concatenate(parts) for degree, parts in found.items()}
-    for degree, each in logits.items():
-        if not np.isfinite(each).all():
+    logits = {degree: np.concatenate(parts) for degree, parts in answers.items()}
+    for degree, rows in logits.items():
+        if not np.isfinite(rows).all():
             raise InputError(f"logits must be finite, got others at degree {degree}: compile it again")
     return logits
 

@@ -167,7 +167,7 @@ def _timed(
         tell(1)
         if time.perf_counter() - start > _SLOWEST_S:
             break
-    return {name: np.array(each) for name, each in times.items()}
+    return {name: np.array(measured) for name, measured in times.items()}
 
 
 def _milliseconds(call: Callable[[np.ndarray], object], batch: np.ndarray) -> float:
@@ -199,8 +199,8 @@ def compare(
     right = answer.logits.argmax(axis=1) == labels
     rows = [_row("cascade", cascade.degrees, shares(cascade, answer.degrees), right, right, times, gmacs)]
     for degree in sorted(logits):
-        own = logits[degree].argmax(axis=1) == labels
-        rows.append(_row(_name(degree), (degree,), (1.0,), own, right, times, gmacs))
+        is_right = logits[degree].argmax(axis=1) == labels
+        rows.append(_row(_name(degree), (degree,), (1.0,), is_right, right, times, gmacs))
     return Trial(rows[0], tuple(rows[1:]), len(labels), batch)
 
 

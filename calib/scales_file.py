@@ -50,14 +50,14 @@ class ChosenFor:
 
     def differences(self, other: ChosenFor) -> str:
         """What differs from another, in words; empty where nothing does."""
-        found = []
+        differences = []
         for field in fields(self):
             mine, its = getattr(self, field.name), getattr(other, field.name)
             if mine != its:
                 plain = field.name in ("source_degree", "schedule", "reduction")
                 name = field.name.removesuffix("_sha256").replace("_", " ")
-                found.append(f"{name} {one_line(mine)}, not {one_line(its)}" if plain else f"another {name}")
-        return "; ".join(found)
+                differences.append(f"{name} {one_line(mine)}, not {one_line(its)}" if plain else f"another {name}")
+        return "; ".join(differences)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
 from tocom.export.engine.build import build
-from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of, point_name
+from tocom.export.graph.trace import OUTPUT
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.observe import RunnerObserver, told_by
 from tocom.export.proof.tally import Tally

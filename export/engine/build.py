@@ -1,6 +1,6 @@
 """ONNX graph -> engine.
 
-ONNX Runtime and OpenVINO run an ONNX file, so building one means proving that it loads and answers. TensorRT's engines
+ONNX Runtime and OpenVINO run an ONNX file, so building one means checking that it loads and answers. TensorRT's engines
 are plans, built from the graph, here also where they cannot be run. OpenVINO does not expand model-local functions:
 unless its native operator takes the place of all of them, it gets a copy of the graph with the bodies inlined, which
 refers to the same weight files.
@@ -25,7 +25,7 @@ from tocom.export.engine.tensorrt.plan import (
     layer_information,
     plan_recipe,
 )
-from tocom.export.graph.lower import inline
+from tocom.export.graph.inline import inline
 from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.backends import AUTO, BACKENDS, available, engine_module, native_operators, require
 from tocom.runtime.engines.base import open_engine
@@ -81,8 +81,8 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     file = plan_of(graph.file, recipe)
     built = build_plan(graph.file, backend, options, timing_of(graph.file, backend))
     write_atomically(file, built.content)
-    found = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
-    log = json.dumps({**found, "graph": graph.file.name, "log": built.log}, indent=2)
+    build_record = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
+    log = json.dumps({**build_record, "graph": graph.file.name, "log": built.log}, indent=2)
     write_atomically(log_of(file), log.encode())
     engine = Engine(
         file=file,
@@ -90,7 +90,7 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
         precision=graph.precision,
         files={**graph.files, file.name: sha256_file(file)},
         source=graph,
-        build=found,
+        build=build_record,
         unrunnable=_why_unrunnable(file, backend, options),
     )
     if engine.unrunnable is None:
@@ -169,6 +169,6 @@ def backends_for(backend: str, precision: str) -> list[str]:
     usable = [status.name for status in available() if status.usable]
     names = [name for name in usable if precision in BACKENDS[name].precisions]
     if not names:
-        known = ", ".join(dict.fromkeys(each for name in usable for each in BACKENDS[name].precisions))
+        known = ", ".join(dict.fromkeys(known for name in usable for known in BACKENDS[name].precisions))
         raise InputError(f"precision must be one of {known} for {' or '.join(usable)}, got {precision!r}.")
     return names

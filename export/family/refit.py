@@ -19,7 +19,7 @@ from tocom.runtime.manifest import EngineEntry, Family
 def refit_family(folder: Path, notify: Callable[[int, str], None]) -> Family:
     """Puts the weights into every plan of a family that was built without; what is there already stays.
 
-    The engines are not proven again here: `tocom validate` does that.
+    The engines are not validated again here: `tocom validate` does that.
 
     Args:
         folder: The family's.

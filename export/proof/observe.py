@@ -23,9 +23,10 @@ from torch import Tensor
 
 from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine, needs_inlining
-from tocom.export.graph.emulate_half import rounded
-from tocom.export.graph.lower import OUTPUT, inline
+from tocom.export.graph.emulate_half import emulate_half
+from tocom.export.graph.inline import inline
 from tocom.export.graph.operators import DOMAIN, POINTS, operator_of, point_name
+from tocom.export.graph.trace import OUTPUT
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import judged_as
 from tocom.runtime.backends import BACKENDS
@@ -320,7 +321,7 @@ def debug_copy(engine: Engine, more: Iterable[str] = (), *, points: bool = True)
         graph.graph.output.append(known.get(name, unknown))
     backend, precision = engine.backend, engine.precision
     if engine.unrunnable:
-        graph, backend, precision = rounded(graph), "onnxruntime", "fp32"
+        graph, backend, precision = emulate_half(graph), "onnxruntime", "fp32"
     elif needs_inlining(graph, backend):
         graph = inline(graph)
     with (

@@ -304,10 +304,10 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
 def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> onnxruntime.InferenceSession:
     if precision == "fp32":
         return plain_session(graph)
-    from tocom.export.graph.emulate_half import rounded
+    from tocom.export.graph.emulate_half import emulate_half
     from tocom.export.proof.observe import beside
 
-    with beside(graph, rounded(proto)) as file:
+    with beside(graph, emulate_half(proto)) as file:
         return plain_session(file)
 
 
@@ -315,7 +315,7 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     """The engine's graph in another library than its own; what is made for that goes with the stack."""
     from tocom.export.engine.build import as_engine, needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions
-    from tocom.export.graph.lower import inline
+    from tocom.export.graph.inline import inline
     from tocom.export.proof.observe import beside
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto

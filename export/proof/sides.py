@@ -20,7 +20,7 @@ import onnx
 from tocom.export.artifacts import Engine
 from tocom.export.engine.build import graph_precision, needs_inlining, runs_natively
 from tocom.export.graph.half_precision import HALF, typed
-from tocom.export.graph.lower import inline
+from tocom.export.graph.inline import inline
 from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
 from tocom.runtime.backends import BACKENDS, engine_module
 from tocom.runtime.errors import InputError, one_line

@@ -86,12 +86,17 @@ class Source:
             compensation=compensation,
         )
 
-    def recipe(self, degree: int) -> str:
-        """Hash of everything that decides what the engine of a degree is; the backend must be chosen."""
-        backend = self.options.backend
+    def recipe(self, degree: int, backend: str | None = None) -> str:
+        """Hash of everything that decides what the engine of a degree is.
+
+        Args:
+            degree: Which.
+            backend: The engine's; None takes the options', which must name one then.
+        """
+        backend = backend or self.options.backend
         planned = BACKENDS[backend].builds_plans
         parts = {
-            "graph": self.graph_recipe(degree),
+            "graph": self.graph_recipe(degree, backend),
             "library": None if planned else BACKENDS[backend].version(),
             "plan": plan_recipe(backend, self.options.plan) if planned else None,
             "precision": self.options.precision,

@@ -12,6 +12,7 @@ from tocom.runtime.checked_json import Json
 from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import EngineEntry, Family
+from tocom.runtime.preprocess import MAX_PIXELS
 from tocom.serving.triton.prototext import Word, entries
 
 IMAGE_NAME = "image"
@@ -19,7 +20,6 @@ LABELS = "labels.txt"
 
 _FP32, _BYTES = Word("TYPE_FP32"), Word("TYPE_STRING")
 _DEFAULT_MAX_BATCH = 32
-_MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def preprocess_config(name: str, family: Family, options: TritonOptions, most: i
     parameters = {
         "input": json.dumps(family.input.to_json(), sort_keys=True),
         "max_images": str(most),
-        "max_pixels": str(_MAX_PIXELS),
+        "max_pixels": str(MAX_PIXELS),
     }
     return {
         "name": name,
@@ -131,8 +131,8 @@ def ensemble_config(name: str, family: Family, preprocess: str, engine: str) -> 
         engine: Name of the model of the degree.
     """
 
-    def step(model: str, taken: str, given: str) -> dict[str, Any]:
-        maps = {"input_map": entries({taken: taken}), "output_map": entries({given: given})}
+    def step(model: str, input_name: str, output_name: str) -> dict[str, Any]:
+        maps = {"input_map": entries({input_name: input_name}), "output_map": entries({output_name: output_name})}
         return {"model_name": model, "model_version": -1, **maps}
 
     return {

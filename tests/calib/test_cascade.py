@@ -67,7 +67,7 @@ def test_costs_are_linear_between_one_image_and_a_batch():
     costs = Costs.of_times({0: Times(8.0, 9)}, {0: Times(3.0, 9)}, {0: Times(10.0, 99)}, 8)
     assert costs.alone == {0: 1.0}
     assert costs.later(0, 1.0) == pytest.approx(10 / 8)
-    assert costs.start[0] == pytest.approx(2.0) and costs.each[0] == pytest.approx(1.0)
+    assert costs.start[0] == pytest.approx(2.0) and costs.per_image[0] == pytest.approx(1.0)
     assert costs.later(0, 0.0) == 0
     # against drawing batches
     draws = np.random.default_rng(0).random((20_000, 8)) < 0.3
@@ -75,7 +75,7 @@ def test_costs_are_linear_between_one_image_and_a_batch():
     assert costs.later(0, 0.3) == pytest.approx(calls.mean() / 8, rel=0.02)
     ten, nine, three = {0: Times(10.0, 10)}, {0: Times(9.0, 9)}, {0: Times(3.0, 9)}
     noisy = Costs.of_times(nine, ten, nine, 8)  # a batch no slower than one image
-    assert noisy.later(0, 1.0) == pytest.approx(9 / 8) and noisy.each[0] == 0
+    assert noisy.later(0, 1.0) == pytest.approx(9 / 8) and noisy.per_image[0] == 0
     assert Costs.of_times(three, three, three, 1).later(0, 0.5) == pytest.approx(1.5)
     assert Costs.of_gmacs({0: 4.0}).later(0, 0.25) == 1.0
 
@@ -142,7 +142,7 @@ def test_thresholds_lie_between_confidences_and_fall(values):
 
 
 def test_a_goal_is_broken_less_often_than_the_margin_allows():
-    """Calibrated on 400 images, judged on 20,000: of 60 draws few lose more than they may."""
+    """Calibrated on 400 images, measured on 20,000: of 60 draws few lose more than they may."""
     strengths = {0: 2.0, 8: 1.7, 16: 1.4}
     logits, labels = drawn(20_000, 1000, strengths)
     costs = Costs.of_gmacs({0: 1.0, 8: 0.6, 16: 0.35})
@@ -215,7 +215,7 @@ def test_the_most_accurate_at_a_cost(at):
                 plan = Cascade([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
                                     for degree in chain])  # fmt: skip
                 right, reached = one_by_one(logits, labels, plan)
-                cost = sum(costs.each[degree] * share for degree, share in zip(chain, reached, strict=True))
+                cost = sum(costs.per_image[degree] * share for degree, share in zip(chain, reached, strict=True))
                 if cost <= at:
                     expected.append((right.mean(), -cost, plan.degrees))
                     break

@@ -23,8 +23,8 @@ from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 from tocom.serving.protocol.page_routes import page_routes
-from tocom.serving.service.scheduler import Limits
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.options import Limits, ServeOptions
+from tocom.serving.service.service import Service
 
 MAX_BATCH = 8
 DEGREES = {0: (4.0, 0.90), 8: (3.0, 0.89), 16: (2.0, 0.85)}  # degree -> ms and top-1 that its manifest claims

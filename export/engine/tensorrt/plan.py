@@ -23,8 +23,10 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from tocom.export.engine.tensorrt.four_bit import put_in_blocks
-from tocom.export.graph.lower import INPUT, inline
+from tocom.export.engine.tensorrt.four_bit import PutScalesInBlocks
+from tocom.export.graph.graph_pass import apply
+from tocom.export.graph.inline import inline
+from tocom.export.graph.trace import INPUT
 from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
@@ -280,7 +282,7 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
             output_size_limit=_UNLIMITED,
             should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None,
         )
-        put_in_blocks(model)
+        PutScalesInBlocks()(model)
         ir.save(model, folder / "graph.onnx", external_data="weights.bin")
     finally:
         flat.unlink(missing_ok=True)
@@ -291,9 +293,9 @@ def _without_functions(graph: Path, *, own_kernels: bool) -> onnx.ModelProto:
     proto = onnx.load(graph, load_external_data=False)
     if not own_kernels:
         return inline(proto)
-    from tocom.export.engine.tensorrt.plugin import with_plugins, without_functions  # needs Triton
+    from tocom.export.engine.tensorrt.plugin import LeavePlugins, WithPlugins  # needs Triton
 
-    return without_functions(with_plugins(proto))
+    return apply(LeavePlugins(), apply(WithPlugins(), proto))
 
 
 def refitted(plan: bytes, graph: Path, backend: str) -> bytes:

@@ -141,7 +141,7 @@ def _forms(
     """
     from tocom.export.engine.build import needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions, folded, require_buildable
-    from tocom.export.graph.lower import inline
+    from tocom.export.graph.inline import inline
 
     if BACKENDS[backend].builds_plans:
         plan = replace(plan or PlanOptions(), stripped=False)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tocom.export.engine.build import build
-from tocom.export.graph.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
+from tocom.export.graph.inline import inline
+from tocom.export.graph.lower import count_gmacs, lower, reference_model
+from tocom.export.graph.trace import INPUT, OPSET, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.decisions import decisions_of
 from tocom.export.proof.observe import debug_copy

@@ -31,8 +31,6 @@ from tocom.runtime.manifest import Family
 
 pytestmark = pytest.mark.timing
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 @dataclass
 class Server:
@@ -91,7 +89,7 @@ def running(folder: Path, log: Path, *options: str) -> Iterator[Server]:
         with leased_ports(2) as (port, grpc_port), log.open("w") as file:
             command = [sys.executable, "-m", "tocom", "serve", str(folder), "--name", "tiny", "--port", str(port),
                        "--grpc-port", str(grpc_port), "--threads", "1", "--max-batch", "8", *options]  # fmt: skip
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, text=True)
             server = Server(process, port, grpc_port, folder, log)
             try:
                 if _listens(server):
@@ -299,10 +297,24 @@ def test_bad_usage_is_one_line(tiny_family: Path, options: list[str], says: str)
         for name, port in zip(("--port", "--grpc-port"), ports, strict=True):
             given += [] if name in given else [name, str(port)]
         command = [sys.executable, "-m", "tocom", "serve", *given]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SAFETY_S, check=False)
+        done = subprocess.run(
+            command, cwd=tiny_family.parent, capture_output=True, text=True, timeout=SAFETY_S, check=False
+        )
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert says in lines[-1] and len(lines) == 1, done.stderr
+
+
+def test_a_server_that_is_still_opening_engines_can_be_ended(tiny_family: Path, tmp_path: Path) -> None:
+    with leased_ports(2) as (port, grpc_port):
+        command = [sys.executable, "-m", "tocom", "serve", str(tiny_family), "--port", str(port), "--grpc-port",
+                   str(grpc_port)]  # fmt: skip
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            eventually(lambda: list(tmp_path.glob("tocom-scratch-*")) or process.poll() is not None, "its own folder")
+            process.terminate()
+            assert process.wait(SAFETY_S) == 0, process.stderr.read()
+    assert not list(tmp_path.glob("tocom-*"))
 
 
 def test_the_worker_can_be_killed(server: Server, picture: bytes) -> None:

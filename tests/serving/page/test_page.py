@@ -23,7 +23,8 @@ from PIL import Image
 
 from tests.waiting import SAFETY_S
 from tocom.serving.service.errors import BusyError
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.options import ServeOptions
+from tocom.serving.service.service import Service
 
 pytestmark = pytest.mark.timing
 

@@ -7,6 +7,7 @@ import http.client
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -372,7 +373,8 @@ def test_the_command_serves_reloads_and_ends_with_what_it_accepted(folder: Path,
 def _serve_reload_and_end(folder: Path, pixels: np.ndarray, port: int) -> None:
     manifest = (folder / "family.json").read_bytes()
     command = [sys.executable, "-m", "tocom", "serve-ray", str(folder), "--port", str(port), "--max-batch", "8"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder.parent, **streams) as process:  # where there is no checkout
         try:
             lines = iter(process.stdout.readline, "")
             assert any(f"listening on http://{HOST}:{port}" in line for line in lines)
@@ -392,6 +394,14 @@ def _serve_reload_and_end(folder: Path, pixels: np.ndarray, port: int) -> None:
         finally:
             process.kill()
             (folder / "family.json").write_bytes(manifest)
+
+
+def test_the_import_path_of_the_docs_leads_to_the_application(tmp_path: Path) -> None:
+    (path,) = re.findall(r"import_path: (\S+)", Path(__file__).resolve().parents[3].joinpath("docs/ray.md").read_text())
+    module, _, name = path.partition(":")
+    code = f"import {module} as module; print(module.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{name}\n"
 
 
 def test_ray_finds_out_how_to_read_arguments_that_are_text(folder: Path) -> None:

@@ -13,7 +13,9 @@ from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.errors import InputError
 from tocom.serving.service.degree_policy import DegreePolicy, Speed
 from tocom.serving.service.errors import BusyError
-from tocom.serving.service.scheduler import Answer, Limits, Scheduler, Want
+from tocom.serving.service.options import Limits
+from tocom.serving.service.request import Answer, DegreeRequest
+from tocom.serving.service.scheduler import Scheduler
 
 pytestmark = pytest.mark.timing
 
@@ -110,7 +112,14 @@ def test_what_waits_runs_together(engine: Engine, make: Callable[..., Scheduler]
 def test_pins_and_limits_are_kept_and_do_not_share_batches(engine: Engine, make: Callable[..., Scheduler]) -> None:
     scheduler = make()
     held_up(engine, scheduler)
-    wants = [Want(degree=8), Want(), Want(min_degree=8), Want(max_degree=8), Want(degree=8), Want(degree=16)]
+    wants = [
+        DegreeRequest(degree=8),
+        DegreeRequest(),
+        DegreeRequest(min_degree=8),
+        DegreeRequest(max_degree=8),
+        DegreeRequest(degree=8),
+        DegreeRequest(degree=16),
+    ]
     futures = [scheduler.submit(images(value), want) for value, want in enumerate(wants)]
     engine.allowed.set()
     answers = [future.result(SAFETY_S) for future in futures]
@@ -122,9 +131,9 @@ def test_pins_and_limits_are_kept_and_do_not_share_batches(engine: Engine, make:
 def test_no_degree_that_a_request_allows(make: Callable[..., Scheduler]) -> None:
     scheduler = make()
     with pytest.raises(InputError, match="one of the degrees 0, 8, 16"):
-        scheduler.submit(images(1), Want(degree=7))
+        scheduler.submit(images(1), DegreeRequest(degree=7))
     with pytest.raises(InputError, match="one of the degrees"):
-        scheduler.submit(images(1), Want(min_degree=9, max_degree=15))
+        scheduler.submit(images(1), DegreeRequest(min_degree=9, max_degree=15))
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, make: Callable[..., Scheduler]) -> None:
@@ -211,7 +220,7 @@ def test_a_queue_raises_the_degree_and_an_idle_one_lets_it_fall(
     scheduler = make(objective_s=0.05, max_queued=1000)
     held_up(engine, scheduler)
     futures = [scheduler.submit(images(value)) for value in range(200)]
-    pinned = scheduler.submit(images(500), Want(max_degree=0))
+    pinned = scheduler.submit(images(500), DegreeRequest(max_degree=0))
     engine.allowed.set()
     answered = [future.result(SAFETY_S).degree for future in futures]
     assert answered[0] == 16

@@ -22,8 +22,9 @@ from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
 from tocom.serving.service.engine_process import EngineProcess
 from tocom.serving.service.errors import EngineFailedError, WorkerDiedError
-from tocom.serving.service.scheduler import Answer, Limits, Want
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.options import Limits, ServeOptions
+from tocom.serving.service.request import Answer, DegreeRequest
+from tocom.serving.service.service import Service
 
 pytestmark = pytest.mark.timing
 
@@ -71,7 +72,7 @@ def changed(folder: Path) -> None:
 def test_answers_are_the_engines_own(serve: Serve, folder: Path, pixels: np.ndarray, workers: int) -> None:
     service = serve(workers=workers)
     for degree in (0, 8, 16):
-        answer = service.submit(pixels, Want(degree=degree)).result(SAFETY_S)
+        answer = service.submit(pixels, DegreeRequest(degree=degree)).result(SAFETY_S)
         assert answer.degree == degree
         assert np.allclose(answer.logits, expected(folder, pixels, degree), rtol=0, atol=1e-5)
         assert answer.queue_ms >= 0 and answer.engine_ms > 0
@@ -119,7 +120,7 @@ def test_an_engine_process_that_dies_loses_nothing(serve: Serve, folder: Path, p
     wanted = {degree: expected(folder, pixels, degree) for degree in (0, 16)}
 
     def ask(number: int) -> Answer:
-        return service.submit(pixels, Want(degree=16 * (number % 2))).result(SAFETY_S)
+        return service.submit(pixels, DegreeRequest(degree=16 * (number % 2))).result(SAFETY_S)
 
     answers: list[Answer] = []
     with ThreadPoolExecutor(4) as pool:
@@ -160,10 +161,14 @@ def test_files_that_change_on_disk_do_not_matter(serve: Serve, folder: Path, pix
     for file in folder.iterdir():
         file.write_bytes(b"damaged")
     os.kill(service.worker_pids[0], signal.SIGKILL)  # what is started again reads its own copy
-    assert np.allclose(service.submit(pixels, Want(degree=8)).result(SAFETY_S).logits, wanted, rtol=0, atol=1e-5)
+    assert np.allclose(
+        service.submit(pixels, DegreeRequest(degree=8)).result(SAFETY_S).logits, wanted, rtol=0, atol=1e-5
+    )
     with pytest.raises(InputError):
         service.reload()
-    assert np.allclose(service.submit(pixels, Want(degree=8)).result(SAFETY_S).logits, wanted, rtol=0, atol=1e-5)
+    assert np.allclose(
+        service.submit(pixels, DegreeRequest(degree=8)).result(SAFETY_S).logits, wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_a_reload_takes_over_while_requests_run(serve: Serve, folder: Path, pixels: np.ndarray) -> None:
@@ -175,9 +180,9 @@ def test_a_reload_takes_over_while_requests_run(serve: Serve, folder: Path, pixe
         assert service.reload() is True
         futures += [pool.submit(lambda: service.submit(pixels).result(SAFETY_S).degree) for _ in range(50)]
         assert {future.result(SAFETY_S) for future in futures} == {0}
-    assert service.submit(pixels, Want(degree=12)).result(SAFETY_S).degree == 12
+    assert service.submit(pixels, DegreeRequest(degree=12)).result(SAFETY_S).degree == 12
     with pytest.raises(InputError, match="0, 12"):
-        service.submit(pixels, Want(degree=16))
+        service.submit(pixels, DegreeRequest(degree=16))
 
 
 def test_a_reload_of_what_cannot_be_served_leaves_the_old_one(serve: Serve, folder: Path, pixels: np.ndarray) -> None:
@@ -193,7 +198,7 @@ def test_a_reload_of_what_cannot_be_served_leaves_the_old_one(serve: Serve, fold
     (folder / "family.json").unlink()
     with pytest.raises(InputError, match=r"family\.json"):
         service.reload()
-    assert service.submit(pixels, Want(degree=16)).result(SAFETY_S).degree == 16
+    assert service.submit(pixels, DegreeRequest(degree=16)).result(SAFETY_S).degree == 16
 
 
 def test_nothing_is_left_behind(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -27,7 +27,7 @@ from tests.ports import HOST, leased_ports
 from tests.waiting import SAFETY_S, eventually
 from tocom.export.artifacts import OnnxGraph
 from tocom.export.engine.build import build
-from tocom.export.family.steps import steps_of
+from tocom.export.family.steps import Graphs
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.load import load_source
 from tocom.export.source.options import CompileOptions
@@ -53,8 +53,8 @@ def _make_families(example: Path, root: Path) -> None:
     digits.mkdir()
     given = {"compensator": example / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
     source = load_source(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
-    with steps_of(source, WeightStore(digits, []), lambda degree, stage: None) as steps:
-        graphs = {degree: steps.graph(degree) for degree in DEGREES}
+    with Graphs(source, WeightStore(digits, []), lambda degree, stage: None) as lowered:
+        graphs = {degree: lowered.graph(degree, "onnxruntime") for degree in DEGREES}
     family = source.family
     for degree, graph in graphs.items():
         family = family.with_entry(_entry(graph, degree, "onnxruntime"))

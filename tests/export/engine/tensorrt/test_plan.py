@@ -88,7 +88,7 @@ def test_what_cannot_be_built_is_told(exported, typed_file):
 
 @pytest.mark.full
 def test_a_straightforward_export_of_token_merging_is_refused(make_vit, tmp_path):
-    """The witness that the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
+    """Why the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
