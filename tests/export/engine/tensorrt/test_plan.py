@@ -86,6 +86,7 @@ def test_what_cannot_be_built_is_told(exported, typed_file):
         build_plan(file, RTX, SMALL)
 
 
+@pytest.mark.full
 def test_a_straightforward_export_of_token_merging_is_refused(make_vit, tmp_path):
     """Why the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -120,12 +121,11 @@ def test_bad_options_are_refused(options, words, typed_file):
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory):
-    """The digits example at degree 8 as plans, by the command line."""
+def plans(small_example, tmp_path_factory):
+    """The example in miniature at degree 8 as plans, by the command line."""
     folder = tmp_path_factory.mktemp("plans")
-    root = Path(__file__).resolve().parents[4]
-    command = ["compile", "--model", f"{root}/examples/digits", "--degrees", "8", "--out", str(folder / "family")]
-    command += ["--compensator", f"{root}/examples/digits/compensator.safetensors", "--source-degree", "0"]
+    command = ["compile", "--model", str(small_example), "--degrees", "8", "--out", str(folder / "family")]
+    command += ["--compensator", f"{small_example}/compensator.safetensors", "--source-degree", "0"]
     return [*command, "--backend", RTX, "--precision", "fp16", "--batch", "1:8:32", "--target", "sm80,sm89,sm120"]
 
 
