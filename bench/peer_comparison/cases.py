@@ -30,8 +30,8 @@ from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import in_format
 from tocom.export.proof.polygraphy_tools import quiet
+from tocom.export.proof.reference import in_format
 from tocom.export.proof.validate import validate
 from tocom.runtime.engines.openvino_engine import precision_hint
 from tocom.vit import ReducedViT, schedule_for

@@ -14,8 +14,8 @@ import torch
 from bench.proof.models import Drawn, compensator_of, model_of
 from tocom.export.graph.fuse import fuse
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import TorchObserver, in_format, replay
 from tocom.export.proof.parts import compare_parts, logit_distance
+from tocom.export.proof.reference import TorchObserver, in_format, replay
 from tocom.export.source.images import default_images
 from tocom.reduction import reduction_named
 from tocom.vit import ReducedViT

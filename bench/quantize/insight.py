@@ -17,8 +17,8 @@ from tocom.calib.quantize.calibrate import Method
 from tocom.calib.quantize.network import observe, products_of
 from tocom.calib.quantize.ranges import PERCENTILE
 from tocom.calib.quantize.sensitivity import sensitivity
-from tocom.export.proof.decisions import judge_of
-from tocom.export.proof.observe import replay
+from tocom.export.proof.decisions import comparer_of
+from tocom.export.proof.reference import replay
 from tocom.vit import ReducedViT, schedule_for
 
 
@@ -80,7 +80,7 @@ def replayed(reference: ReducedViT, candidate: ReducedViT, pixels: Tensor, class
         those. And comparisons with the float network: `whole`, the quantized network as it is; `values`, with the
         float network's decisions; `forced`, the float network with the quantized network's decisions.
     """
-    judge, blocks = judge_of(reference.reduction), reference.deciding_blocks
+    judge, blocks = comparer_of(reference.reduction), reference.deciding_blocks
     equal = {"own": dict.fromkeys(blocks, 0), "local": dict.fromkeys(blocks, 0)}
     total = dict.fromkeys(blocks, 0)
     logits: dict[str, list[Tensor]] = {"reference": [], "whole": [], "values": [], "forced": []}

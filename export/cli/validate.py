@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tocom.export.artifacts import Engine, Report
-    from tocom.export.proof.validate_family import FamilyProof, ProofOptions, Proven
+    from tocom.export.proof.validate_family import FamilyValidation, ValidatedDegree, ValidateOptions
 
 _SIDE = (
     "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
@@ -95,16 +95,16 @@ def validate_command(
     _require_folder("--bisect", bisect)
     _require_report(report, image)
     from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
-    from tocom.export.proof.validate_family import ProofOptions, prove_family
+    from tocom.export.proof.validate_family import ValidateOptions, validate_family
     from tocom.export.source.options import CompileOptions
 
     files = CompileOptions(
         model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
         limit=limit, num_classes=num_classes, model_args=read_model_args(model_arg),
     )  # fmt: skip
-    options = ProofOptions(files, candidate, against, batch)
+    options = ValidateOptions(files, candidate, against, batch)
     with stages(len(wanted) or None) as notify:
-        proof = prove_family(options, notify)
+        proof = validate_family(options, notify)
     console = open_console()
     console.print(verdict_table(proof.reports, escape(f"validation of {engines}")))
     for line in fault_lines(proof.reports):
@@ -155,15 +155,14 @@ def _require_report(report: Path | None, image: Path | None) -> None:
         require_matplotlib()
 
 
-def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
+def _locate(degree: int, proven: ValidatedDegree, report: Report, candidate: str) -> None:
     """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
     from tocom.export.proof.bisect.operators import operators_of_block
-    from tocom.export.proof.observe import in_format
-    from tocom.export.proof.sides import Who, engine_of
-    from tocom.export.proof.validate import EXACT
+    from tocom.export.proof.reference import EXACT, in_format
+    from tocom.export.proof.sides import Side, engine_of
     from tocom.export.source.load import validation_batches
 
-    console, who = open_console(), Who.read(candidate)
+    console, who = open_console(), Side.read(candidate)
     if who.kind == "torch":
         return
     block = report.findings["first_fault"]["block"]
@@ -180,7 +179,7 @@ def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None
         console.print(f"r={degree}: {_recovery(degree, proven, engine)}")
 
 
-def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
+def _recovery(degree: int, proven: ValidatedDegree, engine: Engine) -> str:
     from tocom.export.proof.bisect.recovery import can_keep_blocks, recover, remaker
     from tocom.export.source.load import validation_batches
 
@@ -201,19 +200,19 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
     return f"made anew it fails too: {one_line(recovery.report.findings['faults'][0])}"
 
 
-def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
+def _write_report(folder: Path, image: Path | None, proof: FamilyValidation, options: ValidateOptions) -> None:
     """Writes the report, and says where."""
     from tocom.export.proof.report.about import About
     from tocom.export.proof.report.pictures import merge_pictures
     from tocom.export.proof.report.write import write_report
-    from tocom.export.proof.sides import Who, opened
+    from tocom.export.proof.sides import Side, open_side
     from tocom.runtime.preprocess import load_image, preprocess
 
     pictures = {}
     for degree, proven in proof.degrees.items() if image is not None else ():
         spec = proven.source.family.input
         pixels = preprocess(load_image(image), spec)[None]
-        with opened(Who.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
+        with open_side(Side.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
             pictures[degree] = merge_pictures(observer, proven.reference, pixels, spec)
     first, found = next(iter(proof.degrees.values())), next(iter(proof.reports.values())).findings
     family = first.source.family

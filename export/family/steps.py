@@ -18,7 +18,7 @@ from tocom.export.family.quantizer import Drop, Quantizer
 from tocom.export.graph.insert_qdq import forms, quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
-from tocom.export.proof.observe import proving_runner
+from tocom.export.proof.debug_copy import runner_of
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
 from tocom.export.source.options import QUANTIZED
@@ -131,7 +131,7 @@ class QuantizedSteps(Steps):
             if not report:
                 return report
             self._notify(degree, "comparing with float32")
-            with proving_runner(report.engine) as runner:
+            with runner_of(report.engine) as runner:
                 drop = self.quantizer.drop(degree, runner.infer)
             holds = allowed is None or drop.points <= allowed
             left = [name for name in self.quantizer.products if name not in kept.weights]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_UNKNOWN_TOKENS = 8  # times wider, where the very tokens that an engine decided on are not known
+_UNKNOWN_TOKENS = 8  # times wider, where the tokens that an engine decided on are not known
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Gates:
             not quantized, that of the format that the rest may compute in.
         part: Distance of one part's output (attention, merging, MLP, ...) from what the reference makes of its input:
             of the worst token.
-        middle: Likewise, of the token in the middle, which a code that flips or a saturated softmax rarely hits.
+        middle: Likewise, of the median token, which a code that flips or a saturated softmax rarely hits.
         merge: How much worse than the best a merge may be, in cosine.
         prune: How much worse a dropped token may be, in the logarithm of attention, as a share of its range.
-        typical: Error of the logits with decisions replayed: of the image in the middle. Counted in what one rounding
+        typical: Error of the logits with decisions replayed: of the median image. Counted in what one rounding
             behind every part does to the logits of the network at hand, or in the root of its depth times u, if that
             is more.
         largest: Likewise, of the worst image; the debug copy's logits may be as far from the engine's.
@@ -40,7 +40,7 @@ class Gates:
     largest: float
 
     def least_error(self, depth: int) -> float:
-        """What roundings behind the parts of so many blocks, the embedding and the head come to by chance."""
+        """What roundings behind the parts of that many blocks, the embedding and the head add up to by chance."""
         return self.unit_roundoff * math.sqrt(depth + 2)
 
 
@@ -58,10 +58,10 @@ GATES = {
 }
 
 
-def judged_as(backend: str, precision: str) -> str:
-    """The row of `GATES` for an engine: int8 rounds otherwise where the rest of the network is in half precision.
+def gates_row(backend: str, precision: str) -> str:
+    """The row of `GATES` for an engine: int8 has another one where the rest of the network is in half precision.
 
-    >>> judged_as("onnxruntime", "int8"), judged_as("openvino", "int8"), judged_as("openvino", "bf16")
+    >>> gates_row("onnxruntime", "int8"), gates_row("openvino", "int8"), gates_row("openvino", "bf16")
     ('int8', 'int8+half', 'bf16')
     """
     return "int8+half" if precision == "int8" and backend != "onnxruntime" else precision
@@ -73,7 +73,7 @@ def margin_allowed(precision: str, reduction: str, *, on_its_tokens: bool = True
     Args:
         precision: A row of `GATES`.
         reduction: Name of the reduction.
-        on_its_tokens: Whether the margin is that on the very tokens that the engine decided on.
+        on_its_tokens: Whether the margin was measured on the very tokens that the engine decided on.
 
     >>> round(margin_allowed("fp32", "merge"), 8)
     9.5e-07

@@ -304,9 +304,9 @@ def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> o
     if precision == "fp32":
         return plain_session(graph)
     from tocom.export.graph.emulate_half import rounded
-    from tocom.export.proof.observe import beside
+    from tocom.export.proof.debug_copy import temporary_graph
 
-    with beside(graph, rounded(proto)) as file:
+    with temporary_graph(graph, rounded(proto)) as file:
         return plain_session(file)
 
 
@@ -315,10 +315,10 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     from tocom.export.engine.build import as_engine, needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions
     from tocom.export.graph.lower import inline
-    from tocom.export.proof.observe import beside
+    from tocom.export.proof.debug_copy import temporary_graph
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto
-    file = stack.enter_context(beside(engine.source.file, variant))
+    file = stack.enter_context(temporary_graph(engine.source.file, variant))
     plan = stack.enter_context(as_engine(file, backend, {"options": PlanOptions().to_json()}))
     return stack.enter_context(open_engine(plan, backend, precision=engine.source.precision))
 

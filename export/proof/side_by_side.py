@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch.nn import functional
 
-from tocom.export.proof.decisions import judge_of
+from tocom.export.proof.decisions import comparer_of
 from tocom.export.proof.observe import Observer
 from tocom.export.proof.parts import logit_distance
 from tocom.vit import ReducedViT
@@ -77,7 +77,7 @@ def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches:
         reference: For what decisions look like.
         batches: Normalized images, float32 [B, 3, H, W].
     """
-    judge, pair = judge_of(reference.reduction), Pair(one.name, other.name)
+    comparer, pair = comparer_of(reference.reduction), Pair(one.name, other.name)
     for pixel_values in batches:
         seen, beside = one.observe(pixel_values), other.observe(pixel_values)
         logits, expected = seen.logits.double(), beside.logits.double()
@@ -85,9 +85,9 @@ def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches:
         for image, error in enumerate(errors):
             differing = []
             for block, chosen in sorted(seen.decisions.items()):
-                pair.decisions += judge.count(chosen)
-                pair.equal += judge.count_equal(beside.decisions[block], chosen, image)
-                if not judge.is_equal(beside.decisions[block], chosen, image):
+                pair.decisions += comparer.count(chosen)
+                pair.equal += comparer.count_equal(beside.decisions[block], chosen, image)
+                if not comparer.is_equal(beside.decisions[block], chosen, image):
                     differing.append(block)
             if differing:
                 first = differing[0]

@@ -20,14 +20,13 @@ from torch.nn import functional
 
 from tocom.export.artifacts import Engine, Report
 from tocom.export.graph.operators import point_name
-from tocom.export.proof.decisions import AnyDecision, judge_of
+from tocom.export.proof.decisions import AnyDecision, comparer_of
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.gates import GATES, margin_allowed
-from tocom.export.proof.observe import Observed, Observer, Replay, in_format, observer_of, replay
+from tocom.export.proof.observe import Observed, Observer, observer_of
 from tocom.export.proof.parts import compare_parts, distance, logit_distance
+from tocom.export.proof.reference import EXACT, Replay, in_format, replay
 from tocom.vit import ReducedViT
-
-EXACT = "fp64"
 
 
 def validate(
@@ -52,12 +51,12 @@ def validate(
         The report; false if a gate failed.
     """
     with observer_of(engine, reference, batch=batch) as observer:
-        findings = prove(observer, reference, batches, plain)
+        findings = validate_observer(observer, reference, batches, plain)
     found = {**findings.to_json(), "run": None if engine.unrunnable else engine.backend}
     return Report(engine=engine, passed=findings.passed, findings=found)
 
 
-def prove(
+def validate_observer(
     observer: Observer,
     reference: ReducedViT,
     batches: Iterator[np.ndarray],
@@ -105,7 +104,7 @@ def compare(
         plain: See `validate`.
     """
     observed, images = observer.observe(pixel_values), torch.from_numpy(pixel_values)
-    copied = observed.copy
+    copied = observed.debug_copy
     findings.images += len(images)
     if invalid := _blocks_with_none(observed, reference, len(images)) | _blocks_with_none(
         copied, reference, len(images)
@@ -146,9 +145,9 @@ def _alike(
     one: Mapping[int, AnyDecision], other: Mapping[int, AnyDecision], reference: ReducedViT, images: int
 ) -> set[int]:
     """The first blocks, up to one in which something else is decided of some image."""
-    judge, alike = judge_of(reference.reduction), set()
+    comparer, alike = comparer_of(reference.reduction), set()
     for block in sorted(one):
-        if not all(judge.is_equal(one[block], other[block], image) for image in range(images)):
+        if not all(comparer.is_equal(one[block], other[block], image) for image in range(images)):
             break
         alike.add(block)
     return alike
@@ -161,7 +160,7 @@ def _exact_signals(
 
     @functools.cache
     def on_its_tokens() -> Mapping[int, Tensor]:
-        return compare_parts(exact(), images, observed.copy).signals
+        return compare_parts(exact(), images, observed.debug_copy).signals
 
     @functools.cache
     def replayed() -> Mapping[int, Tensor]:
@@ -173,7 +172,7 @@ def _exact_signals(
 def _compare_copy(observed: Observed, forced: Replay, as_copied: Replay, findings: Findings) -> None:
     """The debug copy's logits beside the engine's, each less what follows from its own decisions."""
     dtype = forced.logits.dtype
-    expected = forced.logits + (observed.copy.logits.to(dtype) - as_copied.logits)
+    expected = forced.logits + (observed.debug_copy.logits.to(dtype) - as_copied.logits)
     findings.debug_copy_errors += logit_distance(observed.logits.to(dtype), expected).tolist()
 
 
@@ -211,11 +210,11 @@ def _compare_freely(
 
 def _blocks_with_none(observed: Observed, reference: ReducedViT, images: int) -> set[int]:
     """Blocks whose outputs are no decisions at all, for one image or another."""
-    judge, tokens = judge_of(reference.reduction), reference.schedule.tokens
+    comparer, tokens = comparer_of(reference.reduction), reference.schedule.tokens
     return {
         block
         for block, chosen in observed.decisions.items()
-        if not all(judge.is_valid(chosen, image, tokens[block]) for image in range(images))
+        if not all(comparer.is_valid(chosen, image, tokens[block]) for image in range(images))
     }
 
 
@@ -240,16 +239,16 @@ def compare_decisions(
         local: Block -> what the reference decides on the very same tokens, where they are known: one who decides
             likewise on these is explained.
     """
-    judge, local = judge_of(reference.reduction), local or {}
+    comparer, local = comparer_of(reference.reduction), local or {}
     for block, chosen in decisions.items():
         found = findings.block(block)
         for image in range(images):
-            found.decisions += judge.count(chosen)
-            found.equal += judge.count_equal(natural[block], chosen, image)
-            if judge.is_equal(local.get(block, natural[block]), chosen, image):
-                found.explained += not judge.is_equal(natural[block], chosen, image)
+            found.decisions += comparer.count(chosen)
+            found.equal += comparer.count_equal(natural[block], chosen, image)
+            if comparer.is_equal(local.get(block, natural[block]), chosen, image):
+                found.explained += not comparer.is_equal(natural[block], chosen, image)
                 continue
-            margin = judge.margin(exact_signal(block), chosen, image, reference.model)
+            margin = comparer.margin(exact_signal(block), chosen, image, reference.model)
             found.margin = max(found.margin, margin) if margin == margin else float("inf")
             known = block in local
             if margin <= margin_allowed(findings.precision, findings.reduction, on_its_tokens=known):

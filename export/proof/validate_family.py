@@ -14,10 +14,11 @@ from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import why_unrunnable
 from tocom.export.graph.lower import reference_model
 from tocom.export.graph.read_qdq import read_quantization
-from tocom.export.proof.observe import in_format, proving_runner
+from tocom.export.proof.debug_copy import runner_of
+from tocom.export.proof.reference import in_format
 from tocom.export.proof.side_by_side import compare_pair
-from tocom.export.proof.sides import ENGINES, EXACT, Who, opened
-from tocom.export.proof.validate import prove
+from tocom.export.proof.sides import ENGINES, REFERENCE, Side, open_side
+from tocom.export.proof.validate import validate_observer
 from tocom.export.source.load import Source, load_source, validation_batches
 from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.errors import InputError, one_line
@@ -26,7 +27,7 @@ from tocom.vit import ReducedViT
 
 
 @dataclass(frozen=True)
-class ProofOptions:
+class ValidateOptions:
     """What to prove.
 
     Attributes:
@@ -39,13 +40,13 @@ class ProofOptions:
 
     files: CompileOptions
     candidate: str = ENGINES
-    against: str = EXACT
+    against: str = REFERENCE
     batch: int | None = None
 
 
 @dataclass(frozen=True)
-class Proven:
-    """One degree of a family, opened for proving.
+class ValidatedDegree:
+    """One degree of a family, open_side for proving.
 
     Attributes:
         source: What the family was made from.
@@ -61,7 +62,7 @@ class Proven:
 
 
 @dataclass
-class FamilyProof:
+class FamilyValidation:
     """What was proven.
 
     Attributes:
@@ -70,10 +71,10 @@ class FamilyProof:
     """
 
     reports: dict[int, Report] = field(default_factory=dict)
-    degrees: dict[int, Proven] = field(default_factory=dict)
+    degrees: dict[int, ValidatedDegree] = field(default_factory=dict)
 
 
-def prove_family(options: ProofOptions, notify: Notify = lambda _degree, _stage: None) -> FamilyProof:
+def validate_family(options: ValidateOptions, notify: Notify = lambda _degree, _stage: None) -> FamilyValidation:
     """Proves the engines that a folder lists once more, against the reference made from the original files.
 
     Args:
@@ -82,9 +83,9 @@ def prove_family(options: ProofOptions, notify: Notify = lambda _degree, _stage:
 
     Raises:
         InputError: If the folder holds no such family, an engine file was altered, or a side of the comparison cannot
-            be opened.
+            be open_side.
     """
-    candidate, against = Who.read(options.candidate), Who.read(options.against)
+    candidate, against = Side.read(options.candidate), Side.read(options.against)
     listed = Family.read(options.files.out)
     degrees = options.files.degrees or tuple(entry.degree for entry in listed.engines)
     source = source_of(options.files, listed, degrees)
@@ -97,7 +98,7 @@ def prove_family(options: ProofOptions, notify: Notify = lambda _degree, _stage:
         if (other.options.reduction, other.schedules) != (source.options.reduction, source.schedules):
             raise InputError(f"{one_line(who.folder)} removes tokens otherwise than {one_line(options.files.out)}: "
                              "families that are compared have the same reduction and schedule.")  # fmt: skip
-    proof = FamilyProof()
+    proof = FamilyValidation()
     for degree in degrees:
         notify(degree, "validating")
         own = opened_degree(source, listed, degree)
@@ -108,12 +109,9 @@ def prove_family(options: ProofOptions, notify: Notify = lambda _degree, _stage:
     return proof
 
 
-def validate_family(options: CompileOptions, notify: Notify = lambda _degree, _stage: None) -> dict[int, Report]:
-    """The reports of `prove_family`, of the engines as listed."""
-    return prove_family(ProofOptions(options), notify).reports
-
-
-def _proven(one: Proven, candidate: Who, other: Proven, against: Who, options: ProofOptions) -> Report:
+def _proven(
+    one: ValidatedDegree, candidate: Side, other: ValidatedDegree, against: Side, options: ValidateOptions
+) -> Report:
     """Proves the candidate; what it is compared with too, unless that is the reference itself."""
     precision = against.precision if against.is_exact else "fp64"
     found = _findings(one, candidate, precision, options.batch)
@@ -121,8 +119,8 @@ def _proven(one: Proven, candidate: Who, other: Proven, against: Who, options: P
     if not against.is_exact:
         beside = _findings(other, against, precision, options.batch)
         with (
-            opened(candidate, one.engine, one.reference, options.batch) as ours,
-            opened(against, other.engine, other.reference, options.batch) as theirs,
+            open_side(candidate, one.engine, one.reference, options.batch) as ours,
+            open_side(against, other.engine, other.reference, options.batch) as theirs,
         ):
             pair = compare_pair(ours, theirs, one.reference, validation_batches(one.source))
         passed = passed and beside["passed"]
@@ -131,17 +129,17 @@ def _proven(one: Proven, candidate: Who, other: Proven, against: Who, options: P
     return Report(one.engine, passed, {**found, **({"accuracy": accuracy} if accuracy else {})})
 
 
-def _findings(proven: Proven, who: Who, precision: str, batch: int | None) -> dict[str, Any]:
+def _findings(proven: ValidatedDegree, who: Side, precision: str, batch: int | None) -> dict[str, Any]:
     reference = in_format(proven.reference, precision)
     plain = None if proven.plain is None else in_format(proven.plain, precision)
-    with opened(who, proven.engine, proven.reference, batch) as observer:
-        findings = prove(observer, reference, validation_batches(proven.source), plain)
+    with open_side(who, proven.engine, proven.reference, batch) as observer:
+        findings = validate_observer(observer, reference, validation_batches(proven.source), plain)
         name = observer.name
     run = None if who.kind != "torch" and proven.engine.unrunnable else name.partition(" ")[0]
     return {**findings.to_json(), "candidate": name, "reference": f"torch {precision}", "run": run}
 
 
-def _accuracy(proven: Proven, who: Who) -> dict[str, float | int]:
+def _accuracy(proven: ValidatedDegree, who: Side) -> dict[str, float | int]:
     """Top-1 of engine and reference on the labelled images, where there are any."""
     images = proven.source.images
     if images is None or images.labels is None or who.kind not in ("engines", "family"):
@@ -150,7 +148,7 @@ def _accuracy(proven: Proven, who: Who) -> dict[str, float | int]:
     def answer(pixels: np.ndarray) -> np.ndarray:
         return proven.reference(torch.from_numpy(pixels)).numpy()
 
-    with proving_runner(proven.engine) as runner, torch.inference_mode():
+    with runner_of(proven.engine) as runner, torch.inference_mode():
         return {"top1": images.top1(runner.infer), "reference_top1": images.top1(answer), "images": len(images)}
 
 
@@ -175,7 +173,7 @@ def _files_of(options: CompileOptions, folder: Path) -> CompileOptions:
     return replace(options, out=folder, compensator=options.compensator if compensated else None, source_degree=None)
 
 
-def opened_degree(source: Source, listed: Family, degree: int) -> Proven:
+def opened_degree(source: Source, listed: Family, degree: int) -> ValidatedDegree:
     """A listed engine, and the references that it is to be compared with.
 
     Raises:
@@ -197,8 +195,8 @@ def opened_degree(source: Source, listed: Family, degree: int) -> Proven:
     )
     plain = reference_model(source.loaded.model, source.schedules[degree], fused, source.reduction)
     if graph.precision not in QUANTIZED:
-        return Proven(source, engine, plain, None)
-    return Proven(source, engine, _quantized_reference(plain, graph), plain)
+        return ValidatedDegree(source, engine, plain, None)
+    return ValidatedDegree(source, engine, _quantized_reference(plain, graph), plain)
 
 
 def _quantized_reference(plain: ReducedViT, graph: OnnxGraph) -> ReducedViT:

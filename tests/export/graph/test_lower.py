@@ -12,8 +12,8 @@ import torch
 from tocom.export.engine.build import build
 from tocom.export.graph.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
-from tocom.export.proof.observe import debug_copy
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images
 from tocom.merging import match, merge

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
-from tocom.export.proof.observe import debug_copy
 from tocom.export.proof.report.pictures import group_indices, patch_groups
 from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.engines.base import open_engine
