@@ -43,11 +43,13 @@ from bench.plain_tome import PlainToMe
 from tocom.calib.quantize.calibrate import OBSERVED, Calibration, Method, calibrate
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
-from tocom.export.engine.measure_latency import slice_bound
-from tocom.export.graph.insert_qdq import Form, quantized_graph
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering, count_gmacs
+from tocom.export.graph.insert_qdq import quantized_graph
+from tocom.export.graph.lower import Lowering, count_gmacs
+from tocom.export.graph.slice_bound import slice_bound
+from tocom.export.graph.trace import INPUT, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.images import default_images
+from tocom.runtime.backends import QdqForm
 from tocom.runtime.degrees.latency import Latency, measure
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.runtime.files import write_atomically
@@ -167,7 +169,7 @@ class Bench:
         graph = self.lowering.lower(planned, made_of, name)
         if form != "fp32":
             quantization = self.calibration.quantization(self.model)
-            unsigned = Form(unsigned=form.endswith("unsigned"))
+            unsigned = QdqForm(unsigned=form.endswith("unsigned"))
             graph = quantized_graph(graph, self.model, quantization, self.store, f"quantized-{name}", unsigned)
         gc.collect()
         return graph

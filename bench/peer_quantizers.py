@@ -41,9 +41,12 @@ from tocom.compensator import Compensator
 from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import build
 from tocom.export.graph.fuse import fuse
-from tocom.export.graph.insert_qdq import forms, quantized_graph
-from tocom.export.graph.lower import INPUT, Lowering, inline
+from tocom.export.graph.inline import inline
+from tocom.export.graph.insert_qdq import quantized_graph
+from tocom.export.graph.lower import Lowering
+from tocom.export.graph.trace import INPUT
 from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.openvino_engine import precision_hint
 from tocom.runtime.files import write_atomically
@@ -140,7 +143,7 @@ def compare(name: str, task: str, model: nn.Module, compensator: Compensator, sh
             plain = lowering.lower(schedule_for(model, degree), fused, f"{degree}.onnx")
             quantization = calibration.quantization(references[degree].model)
             store = WeightStore(folder)
-            graph = quantized_graph(plain, model, quantization, store, f"int8-{degree}.onnx", forms("openvino"))
+            graph = quantized_graph(plain, model, quantization, store, f"int8-{degree}.onnx", BACKENDS["openvino"].qdq)
             engine = build(graph, backend="openvino", precision="int8")
             with open_engine(engine.file, "openvino", precision="int8") as runner:
                 ours = hits(runner.infer, pixels, labels)

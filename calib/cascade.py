@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence
+from tocom.runtime.degrees.cascade import Cascade, Stage, confidence
 from tocom.runtime.degrees.local_latency import Times
 from tocom.runtime.errors import InputError
 
@@ -81,13 +81,13 @@ class Costs:
     Attributes:
         alone: Degree -> cost of an image where the whole batch comes, as to the first stage.
         start: Degree -> cost of a call in a later stage, whatever its images.
-        each: Degree -> cost of each image of such a call.
+        per_image: Degree -> cost of each image of such a call.
         batch: Images that enter the cascade together.
     """
 
     alone: Mapping[int, float]
     start: Mapping[int, float]
-    each: Mapping[int, float]
+    per_image: Mapping[int, float]
     batch: int = 1
 
     @classmethod
@@ -111,14 +111,16 @@ class Costs:
             many: Degree -> times of a whole batch, with engines for any number.
             batch: Images of a whole batch.
         """
-        each = {degree: max(0.0, (many[degree].p50_ms - ones[degree].p50_ms) / max(1, batch - 1)) for degree in many}
-        start = {degree: max(0.0, many[degree].p50_ms - batch * each[degree]) for degree in many}
-        return cls({degree: times.p50_ms / batch for degree, times in whole.items()}, start, each, batch)
+        per_image = {
+            degree: max(0.0, (many[degree].p50_ms - ones[degree].p50_ms) / max(1, batch - 1)) for degree in many
+        }
+        start = {degree: max(0.0, many[degree].p50_ms - batch * per_image[degree]) for degree in many}
+        return cls({degree: times.p50_ms / batch for degree, times in whole.items()}, start, per_image, batch)
 
     def later(self, degree: int, share: float | np.ndarray) -> float | np.ndarray:
         """Mean cost per image that enters the cascade, where a share of them comes to a degree, each by itself."""
         called = 1 - (1 - np.asarray(share)) ** self.batch
-        return self.start[degree] * called / self.batch + self.each[degree] * share
+        return self.start[degree] * called / self.batch + self.per_image[degree] * share
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,13 @@ class Candidate:
     """A cascade or a single degree, as it did on the calibration images.
 
     Attributes:
-        plan: Its stages; a single degree has one.
+        cascade: Its stages; a single degree has one.
         accuracy: Top-1, a share.
         cost: Mean per image, in the unit of the costs it was found by.
         shares: Share of images that reach each stage.
     """
 
-    plan: CascadePlan
+    cascade: Cascade
     accuracy: float
     cost: float
     shares: tuple[float, ...]
@@ -166,11 +168,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         Within `TEMPERATURES`.
     """
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    own = shifted[np.arange(len(labels)), labels]
+    of_label = shifted[np.arange(len(labels)), labels]
 
     def loss(log_temperature: float) -> float:
         scale = math.exp(-log_temperature)
-        return float((np.log(np.exp(shifted * scale).sum(axis=1)) - own * scale).mean())
+        return float((np.log(np.exp(shifted * scale).sum(axis=1)) - of_label * scale).mean())
 
     low, high = map(math.log, TEMPERATURES)
     inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
@@ -210,8 +212,8 @@ def calibrate(
             kept |= True  # nothing is lost against itself, however few images say so
         kept = np.logical_and.accumulate(kept)
         cheapest = int(np.where(kept, tried.cost, np.inf).argmin())
-        found = best.get(len(chain) > 1)
-        if kept[cheapest] and (found is None or tried.cost[cheapest] < found.cost):
+        cheapest_yet = best.get(len(chain) > 1)
+        if kept[cheapest] and (cheapest_yet is None or tried.cost[cheapest] < cheapest_yet.cost):
             best[len(chain) > 1] = tried.candidate(chain, cheapest, len(labels))
         closest = int(tried.right.argmax())
         if nearest is None or tried.right[closest] / len(labels) > nearest.accuracy:
@@ -243,9 +245,9 @@ def most_accurate(
     for chain in _chains(stages):
         tried = _tried(chain, costs)
         if (tried.cost <= at).any():
-            found = tried.candidate(chain, int((tried.cost <= at).argmax()), len(labels))
-            if best is None or found.accuracy > best.accuracy:
-                best = found
+            candidate = tried.candidate(chain, int((tried.cost <= at).argmax()), len(labels))
+            if best is None or candidate.accuracy > best.accuracy:
+                best = candidate
     return best
 
 
@@ -293,8 +295,8 @@ def thresholds(sureness: np.ndarray) -> np.ndarray:
     levels = np.unique(sureness)
     between = np.unique(np.round((levels[1:] + levels[:-1]) / 2, 9))
     if len(between) > _GRID:
-        wanted = np.quantile(sureness, np.arange(1, _GRID + 1) / (_GRID + 1))
-        between = np.unique(between[np.clip(np.searchsorted(between, wanted), 0, len(between) - 1)])
+        levels = np.quantile(sureness, np.arange(1, _GRID + 1) / (_GRID + 1))
+        between = np.unique(between[np.clip(np.searchsorted(between, levels), 0, len(between) - 1)])
     return between[::-1] if len(between) else np.ones(1)
 
 
@@ -314,7 +316,7 @@ class _Tried:
         stages = [Stage(stage.degree, stage.temperature, threshold)
                   for stage, threshold in zip(chain, [*placed, 0.0], strict=True)]  # fmt: skip
         shares = tuple(float(share[at]) for share in self.shares)
-        return Candidate(CascadePlan(stages), float(self.right[at] / count), float(self.cost[at]), shares)
+        return Candidate(Cascade(stages), float(self.right[at] / count), float(self.cost[at]), shares)
 
 
 def _tried(chain: Sequence[_Scored], costs: Costs) -> _Tried:

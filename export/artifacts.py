@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tocom.export.proof.findings import Findings
 
 Notify = Callable[[int | None, str], None]
 """(degree, stage) as work goes on; degree is None for work on the whole family."""
@@ -63,7 +66,7 @@ class Engine:
 
     Attributes:
         file: What `runtime.engines.base.open_engine` opens.
-        backend: One of `runtime.engines.base.BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.
@@ -89,12 +92,12 @@ class Report:
     Attributes:
         engine: What was checked.
         passed: Whether every gate held.
-        findings: JSON-ready measurements behind the verdict.
+        findings: The measurements behind the verdict.
     """
 
     engine: Engine
     passed: bool
-    findings: Mapping[str, Any]
+    findings: Findings
 
     def __bool__(self) -> bool:
         return self.passed

@@ -94,7 +94,7 @@ class Prune(Reduction[Pruning]):
 
 
 MERGE, PRUNE = Merge(), Prune()
-REDUCTIONS: dict[str, Reduction] = {each.name: each for each in (MERGE, PRUNE)}
+REDUCTIONS: dict[str, Reduction] = {reduction.name: reduction for reduction in (MERGE, PRUNE)}
 
 
 def reduction_named(name: str) -> Reduction:

@@ -145,7 +145,7 @@ class ScheduleFamily:
             InputError: If the family does not fit the depth, or the degree is not a whole number of 0 or more.
         """
         MergeSchedule.constant(r, depth=depth, tokens=tokens, protected=protected)  # checks the degree
-        counts = tuple(math.floor(r * each) for each in self.per_degree(depth))
+        counts = tuple(math.floor(r * share) for share in self.per_degree(depth))
         return MergeSchedule(counts, tokens, protected)
 
 

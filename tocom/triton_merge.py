@@ -202,7 +202,7 @@ def _merge_rows(
     kept = tl.load(unm + image * count_unm + behind, mask=unmerged, other=0).to(tl.int32)
     token = tl.where(unmerged, kept, tl.where(receives, first_b + 2 * (behind - count_unm), rows))
     at = x + columns[None, :] * x_column
-    own = tl.load(at + token[:, None] * x_token, mask=exists[:, None] & in_width[None, :], other=0.0)
+    kept_token = tl.load(at + token[:, None] * x_token, mask=exists[:, None] & in_width[None, :], other=0.0)
     size = tl.load(token_size + token * size_token, mask=exists, other=1.0).to(tl.float32)
 
     # the tokens that merge into it, best match first
@@ -210,18 +210,18 @@ def _merge_rows(
     into = tl.load(dst + image * r + ranks, mask=ranks < r, other=-1).to(tl.int32)
     joins = (into[None, :] == token[:, None]) & receives[:, None]
     count = tl.sum(joins.to(tl.int32), axis=1)
-    total = own.to(tl.float32) * size[:, None]
+    total = kept_token.to(tl.float32) * size[:, None]
     last = tl.full([ROWS], -1, tl.int32)
     for _ in range(0, tl.max(count, axis=0)):
         last = tl.min(tl.where(joins & (ranks[None, :] > last[:, None]), ranks[None, :], BLOCK_R), axis=1)
-        found = last < r
-        source = tl.load(src + image * r + last, mask=found, other=0).to(tl.int32)
-        weight = tl.load(token_size + source * size_token, mask=found, other=0.0).to(tl.float32)
-        joining = tl.load(at + source[:, None] * x_token, mask=found[:, None] & in_width[None, :], other=0.0)
+        is_left = last < r
+        joining_token = tl.load(src + image * r + last, mask=is_left, other=0).to(tl.int32)
+        weight = tl.load(token_size + joining_token * size_token, mask=is_left, other=0.0).to(tl.float32)
+        joining = tl.load(at + joining_token[:, None] * x_token, mask=is_left[:, None] & in_width[None, :], other=0.0)
         total += joining.to(tl.float32) * weight[:, None]
         size += weight
 
-    mean = tl.where((count > 0)[:, None], total / size[:, None], own.to(tl.float32))
+    mean = tl.where((count > 0)[:, None], total / size[:, None], kept_token.to(tl.float32))
     row = image * remaining + rows
     tl.store(merged + row[:, None] * width + columns[None, :], mean.to(merged.dtype.element_ty),
              mask=exists[:, None] & in_width[None, :])  # fmt: skip

@@ -15,7 +15,7 @@ from bench.budgets.subjects import Subject
 from tocom.calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, most_accurate
 from tocom.calib.cascade_family import frontier, opened
 from tocom.calib.cascade_trial import in_batches, measure_times
-from tocom.runtime.degrees.cascade import CascadePlan, confidence, run, shares
+from tocom.runtime.degrees.cascade import Cascade, confidence, run, shares
 from tocom.runtime.degrees.choose import SAVES
 from tocom.runtime.degrees.local_latency import Times, local_latencies
 from tocom.runtime.manifest import Family
@@ -111,12 +111,12 @@ class Given:
 
 
 def answers(
-    plan: CascadePlan, logits: Mapping[int, np.ndarray], labels: np.ndarray
+    cascade: Cascade, logits: Mapping[int, np.ndarray], labels: np.ndarray
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Carries out a cascade on logits that are known.
 
     Args:
-        plan: The cascade.
+        cascade: The cascade.
         logits: Degree -> [n, classes].
         labels: int [n].
 
@@ -124,8 +124,8 @@ def answers(
         Where it is right, bool [n], and the share that reaches each stage.
     """
     places = np.arange(len(labels), dtype=np.float32)[:, None, None, None]
-    answer = run(plan, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], places)
-    return answer.logits.argmax(axis=1) == labels, shares(plan, answer.degrees)
+    answer = run(cascade, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], places)
+    return answer.logits.argmax(axis=1) == labels, shares(cascade, answer.degrees)
 
 
 def _logits(folder: Path, family: Family, degree: int, pixels: np.ndarray) -> np.ndarray:
@@ -169,11 +169,13 @@ def by_gmacs(given: Given, effort: Effort) -> list[dict[str, Any]]:
     rows = []
     for drop in effort.drops:
         found = calibrate(given.val, given.val_labels, Goal(max_drop=drop), costs)
-        single = found.single.plan.degrees[0]  # there is one: the lowest degree loses nothing against itself
+        single = found.single.cascade.degrees[0]  # there is one: the lowest degree loses nothing against itself
         row = {"drop": drop, "single": single, "single_cost": given.gmacs[single], "cascade": None, "pays": False}
         if (cascade := found.cascade) is not None:
-            right, reached = answers(cascade.plan, given.test, given.test_labels)
-            cost = sum(given.gmacs[degree] * share for degree, share in zip(cascade.plan.degrees, reached, strict=True))
+            right, reached = answers(cascade.cascade, given.test, given.test_labels)
+            cost = sum(
+                given.gmacs[degree] * share for degree, share in zip(cascade.cascade.degrees, reached, strict=True)
+            )
             row |= _held(given, cascade, right, reached, given.gmacs, cost)
             row["pays"] = cascade.cost <= (1 - SAVES) * found.single.cost
         rows.append(row)
@@ -186,8 +188,8 @@ def at_equal_cost(given: Given) -> list[dict[str, Any]]:
     rows = []
     for degree in sorted(given.gmacs, key=given.gmacs.get)[1:-1]:
         found = most_accurate(given.val, given.val_labels, costs, given.gmacs[degree])
-        right, reached = answers(found.plan, given.test, given.test_labels)
-        cost = sum(given.gmacs[stage] * share for stage, share in zip(found.plan.degrees, reached, strict=True))
+        right, reached = answers(found.cascade, given.test, given.test_labels)
+        cost = sum(given.gmacs[stage] * share for stage, share in zip(found.cascade.degrees, reached, strict=True))
         gains = 100 * (right.astype(float) - given.right[degree])
         rows.append({
             "degree": degree, "its_cost": given.gmacs[degree], "its_accuracy": 100 * float(given.right[degree].mean()),
@@ -216,8 +218,8 @@ def _held(
             rivals[kind] = {"name": rival.name, "cost": rival.cost, "accuracy": 100 * rival.accuracy, "gain": gain,
                             "gain_error": error}  # fmt: skip
     return {
-        "cascade": list(found.plan.degrees),
-        "thresholds": [stage.threshold for stage in found.plan.stages[:-1]],
+        "cascade": list(found.cascade.degrees),
+        "thresholds": [stage.threshold for stage in found.cascade.stages[:-1]],
         "shares": list(reached),
         "cost": cost,
         "accuracy": 100 * float(right.mean()),
@@ -243,7 +245,7 @@ def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], obj
             found = calibrate(given.val, given.val_labels, Goal(max_drop=drop), costs, degrees)
             row = {"batch": batch, "drop": drop, "times": _plain(whole), "cascade": None, "pays": False}
             if found.single is not None:
-                row |= {"single": found.single.plan.degrees[0], "single_predicted": found.single.cost}
+                row |= {"single": found.single.cascade.degrees[0], "single_predicted": found.single.cost}
             if found.cascade is not None:
                 tell(f"batch {batch}, drop {drop:g}")
                 row |= _timed(given, found.cascade, batch, pixels)
@@ -259,10 +261,10 @@ def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], obj
 def _timed(given: Given, found: Candidate, batch: int, pixels: np.ndarray) -> dict[str, Any]:
     batches = [pixels[chosen] for chosen in in_batches(range(len(pixels)), batch)]
     times = measure_times(
-        found.plan, sorted(given.test), functools.partial(opened, given.folder, given.family), batches
+        found.cascade, sorted(given.test), functools.partial(opened, given.folder, given.family), batches
     )
     cost_of = {degree: float(times[f"degree {degree}"].mean()) for degree in given.test}
-    right, reached = answers(found.plan, given.test, given.test_labels)
+    right, reached = answers(found.cascade, given.test, given.test_labels)
     return {
         **_held(given, found, right, reached, cost_of, float(times["cascade"].mean())),
         "cost_error": float(times["cascade"].std() / len(times["cascade"]) ** 0.5),
@@ -292,12 +294,12 @@ def promises(given: Given, effort: Effort) -> list[dict[str, Any]]:
             found = calibrate(fitted, given.val_labels[chosen], Goal(max_drop=drop), costs).cascade
             if found is not None:
                 left = {degree: each[others] for degree, each in given.val.items()}
-                alike.append(_lost(found.plan, left, given.val_labels[others], lowest))
-                test.append(_lost(found.plan, given.test, given.test_labels, lowest))
+                alike.append(_lost(found.cascade, left, given.val_labels[others], lowest))
+                test.append(_lost(found.cascade, given.test, given.test_labels, lowest))
         rows.append({"drop": drop, "draws": effort.draws, "alike": alike, "test": test})
     return rows
 
 
-def _lost(plan: CascadePlan, logits: Mapping[int, np.ndarray], labels: np.ndarray, lowest: int) -> float:
-    right, _ = answers(plan, logits, labels)
+def _lost(cascade: Cascade, logits: Mapping[int, np.ndarray], labels: np.ndarray, lowest: int) -> float:
+    right, _ = answers(cascade, logits, labels)
     return 100 * float((logits[lowest].argmax(axis=1) == labels).mean() - right.mean())

@@ -19,7 +19,8 @@ from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import choose_family_scales
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
-from tocom.runtime.manifest import FILE_NAME, Family
+from tocom.runtime.family_files import MANIFEST
+from tocom.runtime.manifest import Family
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE, EXPERIMENT = ROOT / "examples" / "digits", ROOT / "build" / "experiment" / "small"
@@ -69,7 +70,7 @@ class Subject:
             InputError: The experiment has not been run.
         """
         out = work / "engines" / self.name
-        if (out / FILE_NAME).exists() and {entry.degree for entry in Family.read(out).engines} == set(DEGREES):
+        if (out / MANIFEST).exists() and {entry.degree for entry in Family.read(out).engines} == set(DEGREES):
             return out
         options = {"out": out, "degrees": DEGREES, "source_degree": 0, "backend": _BACKEND}
         if self.seed is None:

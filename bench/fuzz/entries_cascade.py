@@ -15,7 +15,8 @@ from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
 from bench.fuzz.outcome import WRONG, FaultError
-from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan, Stage
+from tocom.runtime.degrees.cascade import Cascade, Stage
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
@@ -26,11 +27,11 @@ def _whole(given: Given, _: random.Random) -> bytes:
     family = Family.read(given.family(_BACKEND))
     stages = [Stage(degree, temperature, threshold, family.entry(degree).recipe)
               for degree, temperature, threshold in ((DEGREE, 1.5, 1.0), (0, 0.8, 0.0))]  # fmt: skip
-    return json.dumps(CascadePlan(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
+    return json.dumps(Cascade(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
 
 
 def _place(given: Given, folder: Path, content: bytes) -> None:
-    (copy_family(given, folder) / FILE_NAME).write_bytes(content)
+    (copy_family(given, folder) / CASCADE).write_bytes(content)
 
 
 def _run(given: Given, folder: Path) -> bool:

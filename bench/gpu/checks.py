@@ -6,7 +6,7 @@ library that is there with the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from bench.gpu.reasons import reason
 from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usable, plan_options
 from tocom.export.engine.build import build
-from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of, point_name
+from tocom.export.graph.trace import OUTPUT
 from tocom.export.proof.debug_copy import debug_outputs
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.observe import RunnerObserver
+from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import compare_decisions, validate, validate_observer
 from tocom.export.source.images import default_images
 from tocom.merging import Matching, merge
@@ -121,20 +122,20 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
     with _runners(subject, degree, who, precision) as (shipped, telling):
         observer = RunnerObserver(shipped, telling, reference, precision, name=who)
         findings = validate_observer(observer, reference, batches)
-    return _summary(findings.to_json())
+    return _summary(findings)
 
 
-def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(found: Findings) -> dict[str, Any]:
     """What a check tells of `Findings`."""
-    worst = found["gates"]["logits of the worst image"]
+    worst = found.gates["logits of the worst image"]
     return {
-        "verdict": PASSED if found["passed"] else FAILED,
-        "agreement": found["agreement"] if found["decisions"] else None,
-        "explained": found["explained"],
-        "unexplained": found["unexplained"],
-        "error": worst["found"],
-        "allowed": worst["allowed"],
-        "why": found["faults"][0] if found["faults"] else "",
+        "verdict": PASSED if found.passed else FAILED,
+        "agreement": found.agreement if found.decisions else None,
+        "explained": found.explained,
+        "unexplained": found.unexplained,
+        "error": worst.found,
+        "allowed": worst.allowed,
+        "why": str(found.faults[0]) if found.faults else "",
     }
 
 
@@ -232,15 +233,13 @@ def _compared_steps(reference: ReducedViT, batches: Iterator[np.ndarray]) -> dic
 
     Both see the same numbers, so that decisions are judged as those of float32 whatever the number format is.
     """
-    model, findings, error = reference.model, Findings(), 0.0
+    model, tally, error = reference.model, Tally(), 0.0
     (decide, _), (decide_by_triton, step_by_triton) = _plain(model), _by_triton(model)
 
     def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
         nonlocal error
         expected, chosen = _on_cpu(decide(signal, r)), _on_cpu(decide_by_triton(signal, r))
-        compare_decisions(
-            {block: chosen}, {block: expected}, len(x), reference, lambda _: signal.double().cpu(), findings
-        )
+        compare_decisions({block: chosen}, {block: expected}, len(x), reference, lambda _: signal.double().cpu(), tally)
         merged, merged_size = step_by_triton(block, x, token_size, signal, r)
         wide = [each.float().cpu() for each in (x, token_size, merged, merged_size)]
         tokens, sizes = merge(*wide[:2], chosen)
@@ -253,10 +252,10 @@ def _compared_steps(reference: ReducedViT, batches: Iterator[np.ndarray]) -> dic
         _logits(reference, step, pixel_values)
     allowed = torch.finfo(model.patch_embed.proj.weight.dtype).eps + _SUM_ERROR
     return {
-        "verdict": PASSED if error <= allowed and not findings.total("unexplained") else FAILED,
-        "agreement": findings.agreement,
-        "explained": findings.total("explained"),
-        "unexplained": findings.total("unexplained"),
+        "verdict": PASSED if error <= allowed and not tally.total("unexplained") else FAILED,
+        "agreement": tally.agreement,
+        "explained": tally.total("explained"),
+        "unexplained": tally.total("unexplained"),
         "error": error,
         "allowed": allowed,
     }

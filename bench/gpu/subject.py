@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph
-from tocom.export.engine.measure_latency import slice_bound
 from tocom.export.engine.tensorrt.plan import CURRENT, PlanOptions, library_of
 from tocom.export.graph.lower import Lowering, count_gmacs
+from tocom.export.graph.slice_bound import slice_bound
 from tocom.export.graph.weight_store import WeightStore
 from tocom.runtime.errors import GateError, InputError
 from tocom.vit import ReducedViT, ReduceStep, schedule_for

@@ -27,7 +27,8 @@ from bench.plain_tome import PlainToMe
 from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.graph.half_precision import precision_of, typed
-from tocom.export.graph.lower import INPUT, OUTPUT, Lowering
+from tocom.export.graph.lower import Lowering
+from tocom.export.graph.trace import INPUT, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.polygraphy_tools import quiet
@@ -173,7 +174,7 @@ class Bench:
 
     def proven(self, engine: Any, images: np.ndarray) -> dict[str, Any]:
         """What the proof says of a set."""
-        return summary(validate(engine, self.reference, batches(images)).findings)
+        return summary(validate(engine, self.reference, batches(images)).findings.to_json())
 
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:

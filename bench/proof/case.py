@@ -21,13 +21,14 @@ from tocom.calib.quantize.network import quantized_model
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.graph.fuse import fuse
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images
 from tocom.reduction import reduction_named
+from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT
 
 _SHA256 = "0" * 64
@@ -60,7 +61,7 @@ def check(drawn: Drawn) -> dict[str, Any]:
         subject = subject_of(drawn, model, Path(folder))
         engine = build(subject.graph, backend=drawn.backend, precision=drawn.precision)
         images = default_images((3, *model.patch_embed.img_size), seed=drawn.seed)
-        found = validate(engine, subject.reference, images, subject.plain).findings
+        found = validate(engine, subject.reference, images, subject.plain).findings.to_json()
     return {
         "drawn": asdict(drawn),
         "passed": found["passed"],
@@ -104,7 +105,7 @@ def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
     pixels = torch.cat([torch.from_numpy(batch) for batch in default_images((3, *model.patch_embed.img_size), 4)])
     own = copy.deepcopy(reference.model)
     quantization = calibrate([reference], pixels, Method(format=drawn.precision)).quantization(own)
-    graph = quantized_graph(plain, model, quantization, store, "model.onnx", forms(drawn.backend))
+    graph = quantized_graph(plain, model, quantization, store, "model.onnx", BACKENDS[drawn.backend].qdq)
     quantized = ReducedViT(quantized_model(own, quantization), schedule, reduction=reduction)
     return Subject(graph, quantized, reference)
 

@@ -27,13 +27,13 @@ from tocom.calib.distill.augmentation import Augmentation
 from tocom.calib.distill.cluster import Cluster
 from tocom.calib.distill.options import DistillOptions
 from tocom.calib.distill.pairs import BatchSource, ImagePairs
-from tocom.calib.distill.training import Listeners, Plan, Training
+from tocom.calib.distill.training import Listeners, Training, TrainingOverview
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.reduction import reduction_named
 from tocom.schedule import ScheduleFamily
 from tocom.vit import require_supported, schedule_for
 
-__all__ = ["DistillOptions", "Plan", "distill"]
+__all__ = ["DistillOptions", "TrainingOverview", "distill"]
 
 _DEFAULTS = DistillOptions()
 
@@ -47,7 +47,7 @@ def distill(
     options: DistillOptions = _DEFAULTS,
     state_folder: Path | None = None,
     restart: bool = False,
-    on_start: Callable[[Plan], None] | None = None,
+    on_start: Callable[[TrainingOverview], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     on_unreadable: Callable[[tuple[str, ...]], None] | None = None,
 ) -> Compensator:

@@ -89,7 +89,7 @@ class DistillOptions:
     @property
     def deciding(self) -> dict[str, object]:
         """The options that decide the result, but for the batch, which counts in total."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _MAY_CHANGE}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _MAY_CHANGE}
 
     def peak_lr(self, total_batch: int) -> float:
         """Learning rate after the warm-up, for a total batch."""

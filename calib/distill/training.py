@@ -26,7 +26,7 @@ from tocom.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingOverview:
     """What will be trained.
 
     Attributes:
@@ -52,7 +52,7 @@ class Plan:
 class Listeners:
     """Who is told what, in process 0."""
 
-    on_start: Callable[[Plan], None] | None = None
+    on_start: Callable[[TrainingOverview], None] | None = None
     on_step: Callable[[int, float], None] | None = None
     on_unreadable: Callable[[tuple[str, ...]], None] | None = None
 
@@ -61,20 +61,20 @@ class StopRequests:
     """Turns SIGINT and SIGTERM into a request to stop at the end of the step; the second one ends at once."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.requested = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._request) for each in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
-        self.made = True
+        self.requested = True
         signal.signal(number, self._before[number])
 
 
@@ -136,7 +136,7 @@ class Training:
             module, optimizer = cluster.fabric.setup(self._loss, self._adamw)
             self._take_up(folder, identity, restart)
             if listeners.on_start:
-                listeners.on_start(self._plan())
+                listeners.on_start(self._overview())
             if listeners.on_unreadable and self._unreadable:
                 listeners.on_unreadable(tuple(self._unreadable))
             if self._step < self._options.steps:
@@ -168,8 +168,8 @@ class Training:
             self._adamw.load_state_dict(state.optimizer)
             self._cluster.scaler.load_state_dict(state.scaler)
 
-    def _plan(self) -> Plan:
-        return Plan(
+    def _overview(self) -> TrainingOverview:
+        return TrainingOverview(
             options=self._options,
             info=self.compensator.info,
             parameters=sum(weight.numel() for weight in self.compensator.parameters()),
@@ -198,7 +198,7 @@ class Training:
                         raise KeyboardInterrupt if self._cluster.rank == 0 else SystemExit(130)
             except (RuntimeError, InputError):
                 # a request to stop may end the loaders of images before this process sees it
-                if stop.made and self._folder is not None:
+                if stop.requested and self._folder is not None:
                     self._folder.write(self._state())
                     raise KeyboardInterrupt from None
                 raise
@@ -228,7 +228,7 @@ class Training:
                 fabric.backward(loss)
             total = total + loss.detach()
             unreadable += loaded.unreadable
-        loss, replaced, stopping = self._cluster.mean(total, len(unreadable), stop.made)
+        loss, replaced, stopping = self._cluster.mean(total, len(unreadable), stop.requested)
         if not math.isfinite(loss):
             self._cluster.fail(f"the loss of step {self._step + 1} (degree {source} -> {target}) is {loss}. Training "
                                f"stopped{self._kept()}; try a lower learning rate or precision fp32.")  # fmt: skip
@@ -278,6 +278,6 @@ class Training:
         return f", the last good state is kept in {self._folder.file}" if kept else ""
 
     def _close(self) -> None:
-        for each in (self._log, self._folder):
-            if each is not None:
-                each.close()
+        for file in (self._log, self._folder):
+            if file is not None:
+                file.close()

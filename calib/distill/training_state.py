@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.files import write_atomically
@@ -53,10 +53,11 @@ class TrainingFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.file = folder, folder / "state.pt"
         self.identity = {name: repr(value) for name, value in {"state_format": _FORMAT, **identity}.items()}
-        self._lock = (folder / ".lock").open("w")
+        # a soft lock would outlive its process
+        self._lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False, thread_local=False)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock.acquire()
+        except Timeout:
             raise InputError(f"one training works in a folder at a time, but another does in {folder}.") from None
         if restart:
             for old in (self.file, folder / "log.csv", *folder.glob("events.out.tfevents.*")):
@@ -98,4 +99,4 @@ class TrainingFolder:
 
     def close(self) -> None:
         """Lets other processes in."""
-        self._lock.close()
+        self._lock.release()

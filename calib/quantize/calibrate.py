@@ -100,10 +100,10 @@ class Calibration:
         Args:
             model: The float timm model, with the weights of the degree; untouched.
         """
-        own = copy.deepcopy(model).requires_grad_(False)
-        migrate(own, self.migrations)
-        weights = {name: self._rounded(name, product.weight) for name, product in products_of(own).items()}
-        return Quantization(self.format, dict(own.state_dict()), dict(self.activations), weights)
+        model = copy.deepcopy(model).requires_grad_(False)
+        migrate(model, self.migrations)
+        weights = {name: self._rounded(name, product.weight) for name, product in products_of(model).items()}
+        return Quantization(self.format, dict(model.state_dict()), dict(self.activations), weights)
 
     def _rounded(self, name: str, weight: Tensor) -> QuantizedWeight:
         grid = self.format.weight
@@ -130,27 +130,27 @@ def calibrate(networks: Sequence[ReducedViT], pixels: Tensor, method: Method) ->
         InputError: If an image makes a number that is not finite.
     """
     seen = observe(networks, lambda network: products_of(network.model), pixels)
-    for name, each in seen.items():
-        if not each.largest.isfinite().all():
+    for name, observation in seen.items():
+        if not observation.largest.isfinite().all():
             raise InputError(f"calibration images must make finite numbers, what goes into {name} is not: one of them, "
                              "or a weight, holds NaN or infinity.")  # fmt: skip
     form = FORMATS[method.format]
     migrations: dict[str, Migration] = {}
-    own = copy.deepcopy(networks[0].model).requires_grad_(False)
+    model = copy.deepcopy(networks[0].model).requires_grad_(False)
     for step in _migrating(method, form):
-        found = step(own, seen)
-        migrate(own, found)
+        changes = step(model, seen)
+        migrate(model, changes)
         seen = {
-            name: each.changed(found[name].factor, found[name].shift) if name in found else each
-            for name, each in seen.items()
+            name: observation.changed(changes[name].factor, changes[name].shift) if name in changes else observation
+            for name, observation in seen.items()
         }
-        migrations = _composed(migrations, found)
+        migrations = _composed(migrations, changes)
     scales: dict[str, float] = {}
     if form.activation is not None:
-        scales = {name: scale_of(each, form.activation, method.range) for name, each in seen.items()}
+        scales = {name: scale_of(observation, form.activation, method.range) for name, observation in seen.items()}
     rows: dict[str, Tensor] = {}
     if method.rounding != "nearest":
-        rows = {name: _as_seen(each.rows, scales.get(name), form) for name, each in seen.items()}
+        rows = {name: _as_seen(observation.rows, scales.get(name), form) for name, observation in seen.items()}
     return Calibration(method, scales, migrations, rows)
 
 
@@ -208,14 +208,14 @@ def _migrating(
 def _composed(first: Mapping[str, Migration], then: Mapping[str, Migration]) -> dict[str, Migration]:
     """One change in place of two: ((x - s) / f - t) / g = (x - (s + f t)) / (f g)."""
     both = dict(first)
-    for name, each in then.items():
+    for name, after in then.items():
         before = first.get(name)
         if before is None:
-            both[name] = each
+            both[name] = after
             continue
         shifts = [] if before.shift is None else [before.shift]
-        shifts += [] if each.shift is None else [before.factor * each.shift]
-        both[name] = Migration(before.factor * each.factor, sum(shifts) if shifts else None)
+        shifts += [] if after.shift is None else [before.factor * after.shift]
+        both[name] = Migration(before.factor * after.factor, sum(shifts) if shifts else None)
     return both
 
 

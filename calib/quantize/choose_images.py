@@ -32,11 +32,11 @@ def features_of(reference: ReducedViT, pixels: Tensor, batch: int = 32) -> Tenso
     Returns:
         float32 [n, C].
     """
-    found: list[Tensor] = []
-    with looking({"head": reference.model.head}, lambda _name, x: found.append(x)):
+    features: list[Tensor] = []
+    with looking({"head": reference.model.head}, lambda _name, x: features.append(x)):
         for part in pixels.split(batch):
             reference(part)
-    return functional.normalize(torch.cat(found).float(), dim=-1)
+    return functional.normalize(torch.cat(features).float(), dim=-1)
 
 
 def choose(features: Tensor, count: int, seed: int = 0) -> list[int]:
@@ -94,21 +94,25 @@ def typicality(features: Tensor, seed: int = 0) -> Tensor:
     drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:_AMONG].sort().values
     among = features[drawn.to(features.device)]
     distance, neighbours = _neighbours(features, among, drawn)
-    own = distance.mean(dim=1)  # of every image to its neighbours
-    around = own[drawn.to(own.device)][neighbours].mean(dim=1)
-    return (around / own.clamp_min(torch.finfo(own.dtype).tiny)).where(own > 0, torch.ones_like(own)).clamp_max(1)
+    mean_distance = distance.mean(dim=1)  # of every image to its neighbours
+    around = mean_distance[drawn.to(mean_distance.device)][neighbours].mean(dim=1)
+    return (
+        (around / mean_distance.clamp_min(torch.finfo(mean_distance.dtype).tiny))
+        .where(mean_distance > 0, torch.ones_like(mean_distance))
+        .clamp_max(1)
+    )
 
 
 def _neighbours(features: Tensor, among: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Distances to the nearest other images [n, k], rising, and which of `among` they are [n, k]."""
     k = min(_NEIGHBOURS, len(among) - 1)
-    found = []
+    nearest = []
     for start in range(0, len(features), _ROWS):
         rows = features[start : start + _ROWS]
         distance = torch.cdist(rows, among, compute_mode="donot_use_mm_for_euclid_dist")
         itself = torch.arange(start, start + len(rows))[:, None] == drawn
-        found.append(distance.masked_fill(itself.to(distance.device), torch.inf).topk(k, largest=False))
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+        nearest.append(distance.masked_fill(itself.to(distance.device), torch.inf).topk(k, largest=False))
+    return torch.cat([part.values for part in nearest]), torch.cat([part.indices for part in nearest])
 
 
 def _distances_to(features: Tensor, position: int) -> Tensor:

@@ -54,8 +54,8 @@ class Format:
 
 
 FORMATS = {
-    each.name: each
-    for each in (
+    form.name: form
+    for form in (
         Format("int8", INT8_WEIGHTS, INT8),
         Format("fp8", FP8, FP8),
         Format("int8-weights", INT8_WEIGHTS, None),

@@ -1,7 +1,7 @@
 """Moving range from a product's input into its weight, without changing what the network computes.
 
 A product's input x becomes (x - shift) / factor, channel by channel, and the product's weight and bias take it back.
-The change of x goes into what makes it, its source: the affine of a layer norm; the values' rows of `attn.qkv`, since
+The change of x goes into what makes it, its origin: the affine of a layer norm; the values' rows of `attn.qkv`, since
 the shares in which attention mixes values sum to one; the half of a gated MLP's first product that is not the gate.
 """
 
@@ -38,7 +38,7 @@ class Migration:
         return torch.equal(self.shift, other.shift)
 
 
-def source_of(model: nn.Module, product: str) -> str | None:
+def origin_of(model: nn.Module, product: str) -> str | None:
     """What takes the change of a product's input: the name of a layer norm or of a product; None for nothing.
 
     Behind an activation function nothing can be taken, but by a norm that stands there, or by the factor that the
@@ -70,21 +70,21 @@ def source_of(model: nn.Module, product: str) -> str | None:
 
 def readers_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Source -> the products that read what it makes, which are to be changed alike; sources that there are."""
-    found: dict[str, tuple[str, ...]] = {}
+    readers: dict[str, tuple[str, ...]] = {}
     for product in products_of(model):
-        source = source_of(model, product)
-        if source is not None:
-            found[source] = (*found.get(source, ()), product)
-    return found
+        origin = origin_of(model, product)
+        if origin is not None:
+            readers[origin] = (*readers.get(origin, ()), product)
+    return readers
 
 
 def takes_shift(model: nn.Module, product: str) -> bool:
-    """Whether a product's input can be shifted: it and its source have a bias, and no gate stands between them."""
-    source = source_of(model, product)
-    if source is None or None in (model.get_submodule(product).bias, model.get_submodule(source).bias):
+    """Whether a product's input can be shifted: it and its origin have a bias, and no gate stands between them."""
+    origin = origin_of(model, product)
+    if origin is None or None in (model.get_submodule(product).bias, model.get_submodule(origin).bias):
         return False
     if product.endswith(".fc2"):
-        return isinstance(model.get_submodule(source), nn.LayerNorm)
+        return isinstance(model.get_submodule(origin), nn.LayerNorm)
     return not product.endswith(".proj") or model.get_submodule(product.rpartition(".")[0]).gate is None
 
 
@@ -94,15 +94,15 @@ def migrate(model: nn.Module, migrations: Mapping[str, Migration]) -> None:
 
     Args:
         model: A timm VisionTransformer.
-        migrations: Product -> its change. Products that read the same source must be changed alike, all of them.
+        migrations: Product -> its change. Products that read the same origin must be changed alike, all of them.
 
     Raises:
         ValueError: If `require_possible` raises it; the model is then unchanged.
     """
-    for source, products in require_possible(model, migrations).items():
+    for origin, products in require_possible(model, migrations).items():
         for name in products:
             _take_back(model.get_submodule(name), migrations[name])
-        _change(model, source, migrations[products[0]])
+        _change(model, origin, migrations[products[0]])
 
 
 def require_possible(model: nn.Module, migrations: Mapping[str, Migration]) -> dict[str, tuple[str, ...]]:
@@ -112,19 +112,19 @@ def require_possible(model: nn.Module, migrations: Mapping[str, Migration]) -> d
         Source that is changed -> the products that read it.
 
     Raises:
-        ValueError: If nothing takes the change of a product's input, products of one source are changed differently,
+        ValueError: If nothing takes the change of a product's input, products of one origin are changed differently,
             or a shift has no bias to go into.
     """
-    readers = {source: names for source, names in readers_of(model).items() if not migrations.keys().isdisjoint(names)}
+    readers = {origin: names for origin, names in readers_of(model).items() if not migrations.keys().isdisjoint(names)}
     for name in migrations.keys() - {name for names in readers.values() for name in names}:
         raise ValueError(f"nothing takes the change of {name}'s input")
-    for source, products in readers.items():
+    for origin, products in readers.items():
         first = next(migrations[name] for name in products if name in migrations)
         if not all(first.equals(migrations.get(name)) for name in products):
-            raise ValueError(f"{', '.join(products)} read {source} and must be changed alike, all of them")
+            raise ValueError(f"{', '.join(products)} read {origin} and must be changed alike, all of them")
         for name in products:
             if migrations[name].shift is not None and not takes_shift(model, name):
-                raise ValueError(f"between {source} and {name} nothing can be shifted: no bias, or a gate")
+                raise ValueError(f"between {origin} and {name} nothing can be shifted: no bias, or a gate")
     return readers
 
 
@@ -135,20 +135,20 @@ def _take_back(product: nn.Linear, migration: Migration) -> None:
 
 
 def _change(model: nn.Module, name: str, migration: Migration) -> None:
-    source, rows = model.get_submodule(name), _rows_of(model, name)
-    if source.bias is not None:
+    origin, rows = model.get_submodule(name), _rows_of(model, name)
+    if origin.bias is not None:
         if migration.shift is not None:
-            source.bias[rows] -= migration.shift
-        source.bias[rows] /= migration.factor
-    source.weight[rows] /= migration.factor[:, None] if isinstance(source, nn.Linear) else migration.factor
+            origin.bias[rows] -= migration.shift
+        origin.bias[rows] /= migration.factor
+    origin.weight[rows] /= migration.factor[:, None] if isinstance(origin, nn.Linear) else migration.factor
 
 
 def _rows_of(model: nn.Module, name: str) -> slice:
-    """The rows of a source that take the change."""
-    source, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    """The rows of an origin that take the change."""
+    origin, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if name.endswith(".attn.qkv"):
-        return slice(2 * source.out_features // 3, None)
-    if isinstance(owner, GluMlp) and isinstance(source, nn.Linear):
-        half = source.out_features // 2
+        return slice(2 * origin.out_features // 3, None)
+    if isinstance(owner, GluMlp) and isinstance(origin, nn.Linear):
+        half = origin.out_features // 2
         return slice(half) if owner.gate_last else slice(half, None)
     return slice(None)

@@ -103,17 +103,17 @@ def products_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 def quantized_model(model: nn.Module, quantization: Quantization) -> nn.Module:
     """A copy of a timm model that computes as a quantized engine does."""
-    own = copy.deepcopy(model)
-    own.load_state_dict(dict(quantization.state))
+    model = copy.deepcopy(model)
+    model.load_state_dict(dict(quantization.state))
     for name, weight in quantization.weights.items():
         parent, _, attribute = name.rpartition(".")
-        bias = own.get_submodule(name).bias
+        bias = model.get_submodule(name).bias
         scale = quantization.activations.get(name, 1.0)
         product = QuantizedLinear(
             weight, None if bias is None else bias.detach(), quantization.format.activation, scale
         )
-        setattr(own.get_submodule(parent), attribute, product)
-    return own.eval().requires_grad_(False)
+        setattr(model.get_submodule(parent), attribute, product)
+    return model.eval().requires_grad_(False)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
@@ -144,7 +144,7 @@ class Observation:
     def changed(self, factor: Tensor, shift: Tensor | None = None) -> Observation:
         """What would have been seen had every input been (x - shift) / factor, [C] each."""
         shift = torch.zeros_like(factor) if shift is None else shift
-        ends = torch.stack([(each - shift) / factor for each in (self.low, self.high)])
+        ends = torch.stack([(end - shift) / factor for end in (self.low, self.high)])
         return Observation((self.rows - shift) / factor, ends.amin(dim=0), ends.amax(dim=0))
 
 
@@ -179,12 +179,12 @@ def observe(
         Product -> what was seen, over all networks.
     """
     draw = torch.Generator().manual_seed(seed)
-    found: dict[str, _Collector] = {}
+    collectors: dict[str, _Collector] = {}
 
     looks = len(networks) * -(-len(pixels) // batch)
 
     def look(name: str, x: Tensor) -> None:
-        collector = found.setdefault(name, _Collector())
+        collector = collectors.setdefault(name, _Collector())
         tokens = x.reshape(-1, x.shape[-1])
         low, high = tokens.amin(dim=0), tokens.amax(dim=0)
         collector.low = low if collector.low is None else torch.minimum(collector.low, low)
@@ -196,7 +196,7 @@ def observe(
         with looking(products(network), look):
             for start in range(0, len(pixels), batch):
                 network(pixels[start : start + batch])
-    return {name: Observation(torch.cat(each.rows), each.low, each.high) for name, each in found.items()}
+    return {name: Observation(torch.cat(seen.rows), seen.low, seen.high) for name, seen in collectors.items()}
 
 
 @contextmanager

@@ -81,38 +81,38 @@ def reconstruct(
     """
     course = _Course(steps, batch, global_weight, signal_weight, learning_rate, learn_activations)
     work = _Reconstruction(model, schedule, reduction, quantization, pixels, course, seed)
-    found = [quantization]
+    candidates = [quantization]
     depth = len(model.blocks)
     for block in range(depth):
 
-        def told(done: int, before: int = block * steps) -> None:
+        def progress(done: int, before: int = block * steps) -> None:
             if tell is not None:
                 tell(before + done, depth * steps)
 
-        learnt = work.learn(block, found[-1], told)
-        if learnt is not found[-1]:
-            found.append(learnt)
-    return min(found, key=work.divergence)  # the first of equals
+        learnt = work.learn(block, candidates[-1], progress)
+        if learnt is not candidates[-1]:
+            candidates.append(learnt)
+    return min(candidates, key=work.divergence)  # the first of equals
 
 
-def learnable_rounding(weight: Tensor, given: QuantizedWeight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def learnable_rounding(weight: Tensor, start: QuantizedWeight, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """The two codes that a weight may get, and where it lies between them.
 
-    They are the grid's numbers below and above the weight. A code that was given, and is neither, stays one of the two:
+    They are the grid's numbers below and above the weight. A code to begin with that is neither stays one of the two:
     the other is then its neighbour towards the weight.
 
     Args:
         weight: Float, [out, in].
-        given: Its codes and scales.
+        start: Its codes and scales.
         grid: Of the codes.
 
     Returns:
         Lower codes, upper codes, and the weight's share of the way from lower to upper, 0..1; [out, in] each.
     """
     levels = _levels(grid).to(weight.device)
-    exact = weight / given.scale[:, None]
-    at = torch.searchsorted(levels, given.codes.contiguous())
-    at = torch.where(given.codes > exact, at - 1, at).clamp(0, len(levels) - 2)
+    exact = weight / start.scale[:, None]
+    at = torch.searchsorted(levels, start.codes.contiguous())
+    at = torch.where(start.codes > exact, at - 1, at).clamp(0, len(levels) - 2)
     lower, upper = levels[at], levels[at + 1]
     return lower, upper, ((exact - lower) / (upper - lower)).clamp(0, 1)
 
@@ -131,17 +131,17 @@ class LearntLinear(nn.Module):
     Args:
         weight: What is rounded, float32 [out, in].
         bias: [out] or None.
-        given: The codes to begin with.
+        start: The codes to begin with.
         form: Format of both factors.
         scale: Of the input.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, given: QuantizedWeight, form: Format, scale: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, start: QuantizedWeight, form: Format, scale: float) -> None:
         super().__init__()
         self.format = form
         self.bias = bias
-        self.weight_scale = given.scale
-        self.lower, self.upper, share = learnable_rounding(weight, given, form.weight)
+        self.weight_scale = start.scale
+        self.lower, self.upper, share = learnable_rounding(weight, start, form.weight)
         share = share.clamp(_UNDECIDED, 1 - _UNDECIDED)
         self.rounding = nn.Parameter(torch.logit((share - _LOW) / (_HIGH - _LOW)))
         self.scale = scale
@@ -229,31 +229,31 @@ class _Reconstruction:
         self.course, self.pixels = course, pixels
         self.draw = torch.Generator().manual_seed(seed)
         self.logits, self.decisions = recorded(self.float, pixels, course.batch)
-        self.wanted = self.x = torch.cat([self.float.embed(part) for part in pixels.split(course.batch)])
+        self.float_x = self.x = torch.cat([self.float.embed(part) for part in pixels.split(course.batch)])
         self.token_size = self.x.new_ones(*self.x.shape[:2], 1)
-        self.target = self.signal = self.wanted  # what the block that is learnt makes of them in float
+        self.target = self.signal = self.float_x  # what the block that is learnt makes of them in float
 
-    def learn(self, block: int, given: Quantization, told: Callable[[int], None]) -> Quantization:
+    def learn(self, block: int, start: Quantization, tell: Callable[[int], None]) -> Quantization:
         """Learns one block, and takes the images through it.
 
         Returns:
-            What was given where nothing was learnt that is better.
+            The quantization that it starts from where nothing was learnt that is better.
         """
         with torch.no_grad():
-            self.target, _, self.signal = self._through(self.float, block, self.wanted)
-        names = [name for name in given.weights if name.startswith(f"blocks.{block}.")]
+            self.target, _, self.signal = self._through(self.float, block, self.float_x)
+        names = [name for name in start.weights if name.startswith(f"blocks.{block}.")]
         if names:
             before = self._errors(block)
-            learnt = self._descend(block, names, given, before, told)
+            learnt = self._descend(block, names, start, before, tell)
             self._put(learnt, names)
             after = self._errors(block)
             if self._total(after, before) < self._total(before, before):
-                given = learnt
-            self._put(given, names)
+                start = learnt
+            self._put(start, names)
         with torch.no_grad():
             self.x, self.token_size, _ = self._through(self.narrow, block, self.x)
-        self.wanted = self.target
-        return given
+        self.float_x = self.target
+        return start
 
     @torch.no_grad()
     def divergence(self, quantization: Quantization) -> float:
@@ -261,24 +261,24 @@ class _Reconstruction:
         narrow = ReducedViT(
             quantized_model(self.float.model, quantization), self.float.schedule, reduction=self.float.reduction
         )
-        found = torch.cat([narrow(part) for part in self.pixels.split(self.course.batch)])
-        error = float(divergence(self.logits, found))
+        logits = torch.cat([narrow(part) for part in self.pixels.split(self.course.batch)])
+        error = float(divergence(self.logits, logits))
         return error if math.isfinite(error) else math.inf
 
     def _descend(
-        self, block: int, names: Sequence[str], given: Quantization, before: Tensor, told: Callable[[int], None]
+        self, block: int, names: Sequence[str], start: Quantization, before: Tensor, tell: Callable[[int], None]
     ) -> Quantization:
         course, model = self.course, self.narrow.model
         products = {}
         for name in names:
-            bias, scale = model.get_submodule(name).bias, given.activations.get(name, 1.0)
+            bias, scale = model.get_submodule(name).bias, start.activations.get(name, 1.0)
             weight = self.float.model.get_submodule(name).weight
-            products[name] = LearntLinear(weight, bias, given.weights[name], given.format, scale)
+            products[name] = LearntLinear(weight, bias, start.weights[name], start.format, scale)
             _replace(model, name, products[name])
         learnt = products.values()
-        groups = [{"params": [each.rounding for each in learnt], "lr": course.learning_rate}]
+        groups = [{"params": [product.rounding for product in learnt], "lr": course.learning_rate}]
         if course.learn_activations:
-            scales = [products[name].log_change for name in names if name in given.activations]
+            scales = [products[name].log_change for name in names if name in start.activations]
             groups.append({"params": scales, "lr": course.learning_rate * _SCALE_RATE})
         optimizer = torch.optim.Adam(groups)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, course.steps)
@@ -289,11 +289,11 @@ class _Reconstruction:
             loss.backward()
             optimizer.step()
             decay.step()
-            told(step + 1)
+            tell(step + 1)
         decided = {name: product.decided() for name, product in products.items()}
         weights = {name: weight for name, (weight, _) in decided.items()}
-        scales = {name: scale for name, (_, scale) in decided.items() if name in given.activations}
-        return replace(given, weights={**given.weights, **weights}, activations={**given.activations, **scales})
+        scales = {name: scale for name, (_, scale) in decided.items() if name in start.activations}
+        return replace(start, weights={**start.weights, **weights}, activations={**start.activations, **scales})
 
     def _total(self, errors: Tensor, before: Tensor) -> Tensor:
         """The errors relative to those before, weighed."""
@@ -322,8 +322,8 @@ class _Reconstruction:
         if self.course.global_weight:
             whole = divergence(self.logits[chosen], self.float.answer(block + 1, x, token_size, decisions))
         if self.course.signal_weight and block in self.float.deciding_blocks:
-            wanted = functional.normalize(self.signal[chosen], dim=-1)
-            deciding = functional.mse_loss(functional.normalize(signal, dim=-1), wanted)
+            target_signal = functional.normalize(self.signal[chosen], dim=-1)
+            deciding = functional.mse_loss(functional.normalize(signal, dim=-1), target_signal)
         return torch.stack([local, whole, deciding])
 
     def _through(self, network: _BlockByBlock, block: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,7 +331,9 @@ class _Reconstruction:
         every = torch.arange(len(x), device=x.device).split(self.course.batch)
         done = []
         for part in every:
-            decisions = {index: _of_images(each, part) for index, each in self.decisions.items() if index == block}
+            decisions = {
+                index: _of_images(decision, part) for index, decision in self.decisions.items() if index == block
+            }
             done.append(network.through(block, x[part], self.token_size[part], decisions))
         x, token_size, signal = map(torch.cat, zip(*done, strict=True))
         return x, token_size, signal
@@ -359,21 +361,23 @@ def recorded(reference: ReducedViT, pixels: Tensor, batch: int) -> tuple[Tensor,
     Returns:
         Logits [n, classes]; and block -> its `tocom.merging.Matching` or `tocom.pruning.Pruning` of all images.
     """
-    found: dict[int, list[Any]] = {}
+    decisions: dict[int, list[Any]] = {}
 
     def step(block: int, x: Tensor, token_size: Tensor, signal: Tensor, r: int) -> tuple[Tensor, Tensor]:
         decision = reference.reduction.decide(signal, r, reference.model)
-        found.setdefault(block, []).append(decision)
+        decisions.setdefault(block, []).append(decision)
         return reference.reduction.apply(x, token_size, signal, decision)
 
     logits = torch.cat([reference(part, step) for part in pixels.split(batch)])
-    return logits, {block: _changed(parts[0], lambda *each: torch.cat(each), *parts) for block, parts in found.items()}
+    return logits, {
+        block: _changed(parts[0], lambda *positions: torch.cat(positions), *parts) for block, parts in decisions.items()
+    }
 
 
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(wanted || found) of the predictions of logits [B, classes], mean over the images."""
+def divergence(expected: Tensor, logits: Tensor) -> Tensor:
+    """KL(expected || logits) of the predictions of logits [B, classes], mean over the images."""
     return functional.kl_div(
-        found.log_softmax(dim=-1), wanted.log_softmax(dim=-1), log_target=True, reduction="batchmean"
+        logits.log_softmax(dim=-1), expected.log_softmax(dim=-1), log_target=True, reduction="batchmean"
     )
 
 
@@ -383,8 +387,8 @@ def _of_images(decision: Any, chosen: Tensor) -> Any:
 
 def _changed(decision: Any, change: Callable[..., Tensor], *of: Any) -> Any:
     """The decision with all positions, [B, ...] each, changed."""
-    names = [each.name for each in fields(decision) if isinstance(getattr(decision, each.name), Tensor)]
-    return replace(decision, **{name: change(*(getattr(each, name) for each in of)) for name in names})
+    names = [field.name for field in fields(decision) if isinstance(getattr(decision, field.name), Tensor)]
+    return replace(decision, **{name: change(*(getattr(part, name) for part in of)) for name in names})
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -38,17 +38,17 @@ def reparameterize(model: nn.Module, seen: Mapping[str, Observation], clip: bool
     Returns:
         Product -> its change, for all products that read a layer norm with an affine.
     """
-    found: dict[str, Migration] = {}
-    for source, products in readers_of(model).items():
-        if not isinstance(model.get_submodule(source), nn.LayerNorm):
+    migrations: dict[str, Migration] = {}
+    for origin, products in readers_of(model).items():
+        if not isinstance(model.get_submodule(origin), nn.LayerNorm):
             continue
         low, high = _ends(seen[products[0]], CLIPPED if clip else 0.0)
         shift = (low + high) / 2 if all(takes_shift(model, name) for name in products) else None
         width = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
         mean = width.mean()
         factor = (width / mean).clamp_min(_LEAST) if mean > 0 else torch.ones_like(width)
-        found |= dict.fromkeys(products, Migration(factor, shift))
-    return found
+        migrations |= dict.fromkeys(products, Migration(factor, shift))
+    return migrations
 
 
 def _ends(seen: Observation, clipped: float) -> tuple[Tensor, Tensor]:

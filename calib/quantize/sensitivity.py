@@ -46,10 +46,10 @@ def sensitivity(
         return torch.cat(parts).log_softmax(dim=1)
 
     expected = log_probabilities(quantization.without(names))
-    found = {}
+    losses = {}
     for done, name in enumerate(names):
         alone = log_probabilities(quantization.without([other for other in names if other != name]))
-        found[name] = float(functional.kl_div(alone, expected, reduction="batchmean", log_target=True))
+        losses[name] = float(functional.kl_div(alone, expected, reduction="batchmean", log_target=True))
         if tell is not None:
             tell(done + 1, len(names))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(sorted(losses.items(), key=lambda item: -item[1]))

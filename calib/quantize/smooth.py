@@ -1,7 +1,7 @@
 """Factors that make a product's input easier to quantize at the expense of its weight, or of nothing.
 
 Both functions compute; `migrations.migrate` applies, and `Observation.changed` tells what would have been seen then.
-Where the source is a product (the values' rows of `attn.qkv` ahead of `attn.proj`), its rows are divided and their
+Where the origin is a product (the values' rows of `attn.qkv` ahead of `attn.proj`), its rows are divided and their
 scales with them, which costs nothing.
 """
 
@@ -33,7 +33,7 @@ _JUST_BELOW = 1 - 2.0**-20  # keeps float32's rounding of a widened number from 
 def smooth(
     model: nn.Module, seen: Mapping[str, Observation], format: Format, range_method: str = "minmax"
 ) -> dict[str, Migration]:
-    """SmoothQuant's migration (Xiao et al. 2023, equation 4), with an alpha for every source.
+    """SmoothQuant's migration (Xiao et al. 2023, equation 4), with an alpha for every origin.
 
     factor_j = max|x_j|^alpha / max|W_j|^(1 - alpha), W being the weights of all products that read x, and of all
     factors their geometric mean taken out. Of `ALPHAS` and no change at all, the one with the least squared error of
@@ -130,8 +130,8 @@ def product_error(
 def _chosen(
     model: nn.Module, seen: Mapping[str, Observation], candidates: Candidates, format: Format, range_method: str
 ) -> dict[str, Migration]:
-    """For every source the factor of the least error, and nothing where that is no change."""
-    found: dict[str, Migration] = {}
+    """For every origin the factor of the least error, and nothing where that is no change."""
+    migrations: dict[str, Migration] = {}
     for products in readers_of(model).values():
         weight = torch.cat([model.get_submodule(name).weight for name in products])
         observed = seen[products[0]]
@@ -141,8 +141,8 @@ def _chosen(
             if error < least:
                 best, least = factor, error
         if best is not None:
-            found |= dict.fromkeys(products, Migration(best))
-    return found
+            migrations |= dict.fromkeys(products, Migration(best))
+    return migrations
 
 
 def _kept_from_zero(largest: Tensor) -> Tensor:

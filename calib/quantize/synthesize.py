@@ -60,7 +60,7 @@ def synthesize(
         raise InputError(f"the number of images to synthesize must be 1 or more, got {count}.")
     black, white = _ends(model)
     low, high = (
-        (own if given is None else given.float()).reshape(-1, 1, 1) for given, own in ((low, black), (high, white))
+        (default if end is None else end.float()).reshape(-1, 1, 1) for end, default in ((low, black), (high, white))
     )
     draw = torch.Generator().manual_seed(seed)
     labels = torch.cat(
@@ -70,11 +70,11 @@ def synthesize(
     noise = low + (high - low) * (0.25 + 0.5 * torch.rand(count, *size, generator=draw))
     done = []
     rounds = -(-count // batch)
-    for index, (pixels, wanted) in enumerate(zip(noise.split(batch), labels.split(batch), strict=True)):
+    for index, (pixels, classes) in enumerate(zip(noise.split(batch), labels.split(batch), strict=True)):
         pixels = pixels.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([pixels], lr=_LEARNING_RATE)
         for step in range(steps):
-            (gradient,) = torch.autograd.grad(objective(model, pixels, wanted).sum(), pixels)
+            (gradient,) = torch.autograd.grad(objective(model, pixels, classes).sum(), pixels)
             pixels.grad = gradient
             optimizer.step()
             with torch.no_grad():

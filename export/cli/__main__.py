@@ -47,6 +47,7 @@ from tocom.export.cli.options import (
 from tocom.export.cli.serve import serve_command
 from tocom.export.cli.serve_ray import serve_ray_command
 from tocom.export.cli.validate import validate_command
+from tocom.runtime.backends import BACKENDS, precisions_in_words
 from tocom.runtime.errors import GateError, one_line
 
 # Heavy imports (torch, timm) lie in the commands that need them: `tocom --help` and `tocom infer` answer at once.
@@ -79,15 +80,15 @@ def compile_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="Number format: fp32, fp16 (onnxruntime, tensorrt), bf16 (openvino, tensorrt), or quantized: int8, "
-            "and for tensorrt fp8, int8-weights. `tocom quantize` says more about the latter."
+            help=f"Number format, with the backends that run it: {precisions_in_words()}. `tocom quantize` says more "
+            "about the quantized ones."
         ),
     ] = "fp32",
     backend: Annotated[
         str,
         typer.Option(
-            help="Engine library: onnxruntime, openvino, tensorrt or tensorrt-rtx (TensorRT for RTX, whose plans are "
-            "also built without a GPU); auto takes the fastest one that runs here.",
+            help=f"Engine library: {', '.join(BACKENDS)} (TensorRT for RTX, whose plans are also built without a GPU); "
+            "auto takes the fastest one that runs here.",
             envvar="TOCOM_BACKEND",
         ),
     ] = "auto",

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from tocom.export.cli.console import open_console
 from tocom.export.cli.options import FamilyFolder, Limit
-from tocom.runtime.degrees.cascade import FILE_NAME
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
@@ -42,7 +42,7 @@ def cascade_command(
 ) -> None:
     """Find the cascade that keeps an accuracy at the least mean cost: a high degree first, a lower one if unsure.
 
-    One half of the images calibrates, the other half is reported. The plan goes to cascade.json in the family's folder;
+    One half of the images calibrates, the other half is reported. It goes to cascade.json in the family's folder;
     `tocom infer --cascade` runs it. Where no cascade is cheaper than a single degree that keeps the same, this says so,
     and there is no cascade.json afterwards.
 
@@ -71,22 +71,22 @@ def cascade_command(
             engines, family, given, CascadeOptions(goal, batch, seed),
             lambda text, done, total: progress.update(task, description=text, completed=done, total=total),
         )  # fmt: skip
-        if found.plan is None:
-            (engines / FILE_NAME).unlink(missing_ok=True)  # one that was found earlier pays no more
+        if found.cascade is None:
+            (engines / CASCADE).unlink(missing_ok=True)  # one that was found earlier pays no more
         else:
-            found.plan.write(engines)
+            found.cascade.write(engines)
     if json_file is not None:
         write_atomically(json_file, (json.dumps(_as_json(found), indent=1) + "\n").encode())
     console = open_console()
     if found.trial is not None:
         console.print(cascade_table(found.trial))
-    if found.plan is None:
+    if found.cascade is None:
         console.print(_no_cascade(found))
         return
     console.print(_stages(found))
     if (note := better_single(found.trial)) is not None:
         console.print(f"[yellow]note[/]: {note}")
-    console.print(f"[green]wrote[/] {escape(one_line(engines / FILE_NAME))}   try: tocom infer --engines "
+    console.print(f"[green]wrote[/] {escape(one_line(engines / CASCADE))}   try: tocom infer --engines "
                   f"{escape(one_line(engines))} --cascade IMAGE...")  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _cells(row: Row, name: str) -> tuple[str, ...]:
 
 
 def _stages(found: FoundCascade) -> str:
-    (*inner, last) = found.plan.stages
+    (*inner, last) = found.cascade.stages
     told = [f"degree {stage.degree} answers from a confidence of {stage.threshold:.3f} on (temperature "
             f"{stage.temperature:.3f})" for stage in inner]  # fmt: skip
     return f"{', then '.join(told)}, degree {last.degree} the rest; calibrated on {found.images} images"
@@ -145,14 +145,14 @@ def _no_cascade(found: FoundCascade) -> str:
                 "is written")  # fmt: skip
     measured = ""
     if found.trial is not None:
-        of_single = next(row for row in found.trial.singles if row.degrees == single.plan.degrees)
+        of_single = next(row for row in found.trial.singles if row.degrees == single.cascade.degrees)
         measured = f" (measured: {found.trial.cascade.ms:.3f} and {of_single.ms:.3f} ms)"
     return (f"no cascade pays on this machine: the cheapest that keeps it, {_told(cascade)}, takes {cascade.cost:.3f} "
             f"ms per image, {_told(single)} alone {single.cost:.3f} ms{measured}. No cascade is written")  # fmt: skip
 
 
 def _told(candidate: Candidate) -> str:
-    degrees = candidate.plan.degrees
+    degrees = candidate.cascade.degrees
     return f"degree {degrees[0]}" if len(degrees) == 1 else f"degrees {', '.join(map(str, degrees))}"
 
 
@@ -164,7 +164,7 @@ def _as_json(found: FoundCascade) -> dict[str, object]:
             rival = found.trial.best_single(cost)
             trial[f"best_single_by_{cost}"] = None if rival is None else rival.degrees[0]
     return {
-        "plan": None if found.plan is None else found.plan.to_json(),
+        "plan": None if found.cascade is None else found.cascade.to_json(),
         "calibrated_on": found.images,
         "cascade": None if found.calibration.cascade is None else asdict(found.calibration.cascade),
         "single": None if found.calibration.single is None else asdict(found.calibration.single),

@@ -21,6 +21,7 @@ from tocom.export.cli.options import (
     read_model_args,
 )
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import SCALES
 
 # Heavy imports (torch, timm) lie in the commands that need them, as everywhere in this room.
 
@@ -77,7 +78,7 @@ def choose_scale_command(
         console.print(f"degree {source_degree} is the source degree: nothing is compensated there, no scale to choose")
     if chosen.degrees:
         console.print(scale_table(chosen.choices, chosen.degrees))
-        wrote = escape(str(out / "scales.json"))
+        wrote = escape(str(out / SCALES))
         console.print(f"[green]wrote[/] {wrote}   `tocom compile` without --scale takes it")
 
 

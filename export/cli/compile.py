@@ -29,8 +29,11 @@ from tocom.export.cli.options import (
     read_model_args,
     read_plan_options,
 )
+from tocom.runtime.backends import AUTO, BACKENDS
+from tocom.runtime.family_files import MANIFEST
 
 if TYPE_CHECKING:
+    from tocom.export.proof.findings import Findings
     from tocom.export.source.options import CompileOptions
 
 
@@ -52,7 +55,7 @@ def quantize_command(
     ] = "int8",
     backend: Annotated[
         str,
-        typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto.", envvar="TOCOM_BACKEND"),
+        typer.Option(help=f"{', '.join(BACKENDS)}, or {AUTO}.", envvar="TOCOM_BACKEND"),
     ] = "auto",
     max_drop: MaxDrop = None,
     calibration_images: Annotated[int, typer.Option(help="Images of the folder to calibrate on.")] = 128,
@@ -145,16 +148,16 @@ def run_compile(options: CompileOptions) -> None:
                      f"tocom validate --candidate {options.backend}:{options.precision} --bisect DIR")  # fmt: skip
         raise typer.Exit(1)
     out = options.out
-    wrote = f"{out / 'family.json'}   try: python runtime/infer.py --engines {out} IMAGE..."
+    wrote = f"{out / MANIFEST}   try: python runtime/infer.py --engines {out} IMAGE..."
     console.print(f"[green]wrote[/] {escape(wrote)}")
 
 
-def _verdict(found: dict[str, object]) -> str:
-    quantization = found.get("quantization")
+def _verdict(findings: Findings) -> str:
+    quantization = findings.quantization
     if quantization is not None:
-        what = "points of top-1" if quantization["drop_of"] == "top1" else "percent of answers"
+        what = "points of top-1" if quantization.drop_of == "top1" else "percent of answers"
         return (
-            f"loses {quantization['drop']:.2f} {what} on {quantization['drop_images']} images even with "
-            f"{len(quantization['float_products'])} products in float, may lose {quantization['max_drop']:g}"
+            f"loses {quantization.drop:.2f} {what} on {quantization.drop_images} images even with "
+            f"{len(quantization.float_products)} products in float, may lose {quantization.max_drop:g}"
         )
-    return f"failed validation: {found['faults'][0]}"
+    return f"failed validation: {findings.faults[0]}"

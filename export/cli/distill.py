@@ -16,7 +16,7 @@ from tocom.export.cli.options import Checkpoint, Model, ModelArgs, NumClasses, R
 from tocom.runtime.errors import InputError
 
 if TYPE_CHECKING:  # torch lies behind it, and `tocom --help` answers at once
-    from tocom.calib.distill.training import Plan
+    from tocom.calib.distill.training import TrainingOverview
 
 _LINE_EVERY = 50  # steps, where the output is no terminal
 _NAMED = 3  # unreadable images told by name
@@ -112,7 +112,7 @@ class _Telling:
     def __init__(self, images: int, out: Path) -> None:
         self.images, self.out = images, out
         self.unreadable: list[str] = []
-        self.plan: Plan | None = None
+        self.plan: TrainingOverview | None = None
         self._console = open_console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn())  # fmt: skip
@@ -127,7 +127,7 @@ class _Telling:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def start(self, plan: Plan) -> None:
+    def start(self, plan: TrainingOverview) -> None:
         """What will be trained."""
         self.plan, options, division = plan, plan.options, plan.division
         many = "es" if division.processes > 1 else ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
-from tocom.runtime.engines.base import available
+from tocom.runtime.backends import BACKENDS, Backend, available
+from tocom.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,19 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Looks at every engine library, without loading an engine."""
     findings = [Finding(f"engine {status.name}", status.usable, status.detail) for status in available()]
-    findings.append(_plans())
+    findings += [_plans(row) for row in BACKENDS.values() if row.builds_without_device]
     findings.append(_cuda())
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "onnx", "onnxscript"))
     findings.append(Finding("compiler", True, f"{libraries}, Python {platform.python_version()}"))
     return findings
 
 
-def _plans() -> Finding:
+def _plans(backend: Backend) -> Finding:
     name = "plans for NVIDIA GPUs"
     try:
-        return Finding(name, True, f"tensorrt-rtx {version('tensorrt-rtx-cu13')} builds them here; running needs a GPU")
-    except PackageNotFoundError:
-        return Finding(name, False, "not installed: pip install 'tocom[tensorrt-rtx]'")
+        return Finding(name, True, f"{backend.name} {backend.version()} builds them here; running needs a GPU")
+    except InputError:
+        return Finding(name, False, f"not installed: pip install 'tocom[{backend.extra}]'")
 
 
 def _cuda() -> Finding:

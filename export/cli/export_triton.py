@@ -90,7 +90,7 @@ def _inlined(graph: Path) -> bytes:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from tocom.export.graph.lower import inline
+    from tocom.export.graph.inline import inline
 
     try:
         return inline(onnx.load(graph, load_external_data=False)).SerializeToString()

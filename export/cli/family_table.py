@@ -10,7 +10,8 @@ from rich.table import Table
 
 from tocom.calib.scales_file import ScaleChoices, Trial
 from tocom.runtime.errors import InputError, one_line, readable
-from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.runtime.family_files import MANIFEST
+from tocom.runtime.manifest import EngineEntry, Family
 
 _MIB = 1 << 20
 _ABOUT_TIMES = (
@@ -37,7 +38,7 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         return _family_table(family, folder, degrees)
     except _UNNOTED as error:
         raise InputError(
-            f"{one_line(folder / FILE_NAME)} notes of an engine what no compile does ({type(error).__name__}: "
+            f"{one_line(folder / MANIFEST)} notes of an engine what no compile does ({type(error).__name__}: "
             f"{readable(error)}): compile the family again"
         ) from error
 

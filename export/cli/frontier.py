@@ -13,10 +13,11 @@ from rich.table import Table
 from tocom.export.cli.console import open_console, stages
 from tocom.export.cli.options import FamilyFolder, Picture
 from tocom.runtime.checked_json import Json
-from tocom.runtime.degrees.cascade import FILE_NAME, CascadePlan
+from tocom.runtime.degrees.cascade import Cascade
 from tocom.runtime.degrees.choose import Point, points
 from tocom.runtime.degrees.local_latency import local_latencies, this_machine
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import CASCADE
 from tocom.runtime.manifest import Family
 
 
@@ -55,14 +56,14 @@ class CascadeFigures:
         Raises:
             InputError: The file is broken, or was made for other engines.
         """
-        if not (folder / FILE_NAME).exists():
+        if not (folder / CASCADE).exists():
             return None
-        plan = CascadePlan.read(folder, family)
-        if not plan.found:
+        cascade = Cascade.read(folder, family)
+        if not cascade.found:
             return None
-        found = Json(plan.found, f"{one_line(folder / FILE_NAME)}: found")
+        found = Json(cascade.found, f"{one_line(folder / CASCADE)}: found")
         return cls(
-            degrees=plan.degrees,
+            degrees=cascade.degrees,
             batch=found.key("batch").integer(minimum=1),
             ms=found.key("ms_per_image").number(),
             gmacs=found.key("gmacs").number(),

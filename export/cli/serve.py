@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 import shutil
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +19,7 @@ from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tocom.serving.mlserver.app import ServerOptions
-    from tocom.serving.service.generation import ServeOptions
+    from tocom.serving.service.options import ServeOptions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -94,8 +96,7 @@ def serve_command(
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
     from tocom.serving.protocol.http_guard import HttpLimits
-    from tocom.serving.service.generation import ServeOptions
-    from tocom.serving.service.scheduler import Limits
+    from tocom.serving.service.options import Limits, ServeOptions
 
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):
         _require_free(host, option, number)
@@ -118,6 +119,8 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     from tocom.serving.service.service import Service
 
     limit_arenas()
+    # while engines are opened: the first process of a container has no default
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     metrics, console = ServiceMetrics(), open_console()
     scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
     try:

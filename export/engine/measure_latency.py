@@ -7,18 +7,14 @@ engine takes beyond it is the price of deciding and merging.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx
-from onnx import helper, numpy_helper
-
 from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine
-from tocom.export.graph.operators import DOMAIN
+from tocom.export.graph.slice_bound import slice_bound
 from tocom.runtime.degrees.choose import SAVES
 from tocom.runtime.degrees.latency import Latency, measure
 from tocom.runtime.degrees.local_latency import this_machine
@@ -29,7 +25,6 @@ BATCHES = (1, 8)
 
 _SECONDS, _ROUNDS = 2.0, 5
 _TOGETHER = 4  # degrees that are open beside 0, each with its slice bound: all of a large family would fill the memory
-_ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
 
 def measured(
@@ -46,7 +41,7 @@ def measured(
         rival_of: Degree -> the engine that a quantized one competes with, in the same precision as without it.
         batches: Images per call.
     """
-    found = {entry.degree: entry for entry in entries}
+    measured_entries = {entry.degree: entry for entry in entries}
     (base,) = [entry for entry in entries if entry.degree == 0]
     others = [entry for entry in entries if entry.degree]
     rivals = {entry.degree: rival for entry in entries if (rival := rival_of(entry.degree)) is not None}
@@ -57,13 +52,13 @@ def measured(
         for group, times in runs:
             scale = typical / times["0"].p50  # a slow minute slows degree 0 of its group as well
             for degree in [0, *(entry.degree for entry in group)]:
-                found[degree] = _with_times(found[degree], batch, times, scale)
-    return list(found.values())
+                measured_entries[degree] = _with_times(measured_entries[degree], batch, times, scale)
+    return list(measured_entries.values())
 
 
 def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], scale: float) -> EngineEntry:
-    own, bound = times[str(entry.degree)], times.get(_bound_of(entry.degree))
-    figures = {"p50": round(own.p50 * scale, 4), "p99": round(own.p99 * scale, 4)}
+    latency, bound = times[str(entry.degree)], times.get(_bound_of(entry.degree))
+    figures = {"p50": round(latency.p50 * scale, 4), "p99": round(latency.p99 * scale, 4)}
     if bound is not None:
         figures["slice_bound"] = round(bound.p50 * scale, 4)
     if (rival := times.get(_rival_of(entry.degree))) is not None:
@@ -71,7 +66,7 @@ def _with_times(entry: EngineEntry, batch: int, times: Mapping[str, Latency], sc
     return replace(
         entry,
         latency_ms={**entry.latency_ms, str(batch): figures},
-        pays={**entry.pays, str(batch): entry.degree == 0 or own.p50 <= (1 - SAVES) * times["0"].p50},
+        pays={**entry.pays, str(batch): entry.degree == 0 or latency.p50 <= (1 - SAVES) * times["0"].p50},
         machine=this_machine(),
     )
 
@@ -102,39 +97,3 @@ def _bound_of(degree: int) -> str:
 
 def _rival_of(degree: int) -> str:
     return f"unquantized {degree}"
-
-
-@contextmanager
-def slice_bound(graph: Path) -> Iterator[Path]:
-    """A copy of a graph that drops the last r tokens where the graph reduces them; removed afterwards."""
-    proto = onnx.load(graph, load_external_data=False)
-    reductions = [node for node in proto.graph.node if node.domain == DOMAIN]
-    constants = {_ZERO: 0, _ONE: 1} | {_end_of(node): -_removed(node) for node in reductions}
-    nodes = [part for node in proto.graph.node for part in (_slices(node) if node.domain == DOMAIN else [node])]
-    proto.graph.initializer.extend(
-        numpy_helper.from_array(np.array([value], np.int64), name) for name, value in constants.items()
-    )
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    del proto.functions[:]
-    file = graph.with_name(f".{graph.stem}.slice.onnx")  # its weight files are found relative to it
-    try:
-        file.write_bytes(proto.SerializeToString())
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _removed(node: onnx.NodeProto) -> int:
-    return next(attribute.i for attribute in node.attribute if attribute.name == "r")
-
-
-def _end_of(node: onnx.NodeProto) -> str:
-    return f"slice_bound.end.{_removed(node)}"
-
-
-def _slices(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    return [
-        helper.make_node("Slice", [node.input[index], _ZERO, _end_of(node), _ONE], [node.output[index]])
-        for index in (0, 1)  # tokens and their sizes
-    ]

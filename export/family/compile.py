@@ -1,4 +1,4 @@
-"""The pipeline: a checkpoint and a compensator -> a family of proven engines, one per degree, in one folder.
+"""The pipeline: a checkpoint and a compensator -> a family of validated engines, one per degree, in one folder.
 
 A degree is listed in family.json only once its engine has passed validation, and every file it needs is complete before
 that; files are named after what they were made from and never rewritten. So whatever interrupts a compile, the listed
@@ -7,7 +7,6 @@ degrees run, and the same command finishes the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,29 +15,20 @@ import torch
 
 from tocom.calib.labelled import LabelledImages
 from tocom.export.artifacts import Notify, Report
-from tocom.export.engine.build import AUTO, backends_for, graph_precision
 from tocom.export.engine.measure_latency import BATCHES, measured
-from tocom.export.family.choose_backend import fastest, listed_backend
+from tocom.export.family.choose_backend import choose_backend
 from tocom.export.family.lock import locked
+from tocom.export.family.quantized_steps import QuantizedGraphs
 from tocom.export.family.scales import at_chosen_scales
-from tocom.export.family.steps import Steps, steps_of
+from tocom.export.family.steps import Graphs, Steps
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
-from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.runtime.family_files import MANIFEST, may_be_deleted
+from tocom.runtime.manifest import EngineEntry, Family
 from tocom.vit import ReducedViT
-
-_DEGREE = r"r\d+-[0-9a-f]{12}"
-_PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
-_BESIDE_PLAN = (
-    r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
-)
-_FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
-_VARIANT = rf"\.{_DEGREE}(\.inlined)?\.([a-z0-9_]{{8}}\.)?(debug|slice|plan)\.(onnx|plan)"
-_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|{_VARIANT}"
-_OURS = re.compile(rf"{_FILES}|{_PASSING}")
 
 
 def _silent(_degree: int | None, _stage: str) -> None:
@@ -68,54 +58,74 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
         OSError: If the folder cannot be written or is full; what is listed stays usable.
     """
     notify(None, "loading")
-    source = at_chosen_scales(load_source(options))
+    inputs = at_chosen_scales(load_source(options))
     with locked(options.out):
-        family = _listed(source)
+        family = _listed(inputs)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
-        with steps_of(source, store, notify) as steps:
-            steps, proven = _with_backend(steps, family, notify)
-            source = steps.source
-            reused = _finished(source, family)
-            failed: dict[int, Report] = {}
-            for degree in source.schedules:
-                if degree in reused:
-                    notify(degree, "reused")
-                    continue
-                report = proven.pop(degree) if degree in proven else steps.proven(degree)
-                if not report:
-                    failed[degree] = report
-                    notify(degree, "FAILED")
-                    continue
-                family = family.with_entry(_entry(source, degree, report))
-                family.write(options.out)
-                notify(degree, "done")
+        with (QuantizedGraphs if options.precision in QUANTIZED else Graphs)(inputs, store, notify) as graphs:
+            backend = choose_backend(graphs, family)
+            steps = graphs.steps(backend.name)
+            reused = _finished(steps, family)
+            family, failed = _compiled(steps, family, backend.report, notify)
             family = _measure(steps, family, notify)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
 
 
-def _listed(source: Source) -> Family:
+def _compiled(
+    steps: Steps, family: Family, report_of_highest: Report | None, notify: Notify
+) -> tuple[Family, dict[int, Report]]:
+    """Makes the degrees that are not finished, and lists those that pass.
+
+    Args:
+        steps: What is compiled.
+        family: As listed so far.
+        report_of_highest: On the engine of the highest degree, where it was made to choose the backend.
+        notify: Told of every degree.
+
+    Returns:
+        The family as listed then, and the reports of the degrees that did not pass.
+    """
+    schedules, finished = steps.inputs.schedules, _finished(steps, family)
+    reports = {} if report_of_highest is None else {max(schedules): report_of_highest}
+    failed: dict[int, Report] = {}
+    for degree in schedules:
+        if degree in finished:
+            notify(degree, "reused")
+            continue
+        report = reports.pop(degree) if degree in reports else steps.validated(degree)
+        if not report:
+            failed[degree] = report
+            notify(degree, "FAILED")
+            continue
+        family = family.with_entry(_entry(steps, degree, report))
+        family.write(steps.inputs.options.out)
+        notify(degree, "done")
+    return family, failed
+
+
+def _listed(inputs: Source) -> Family:
     """The family in the folder to go on with: its engines whose files are whole.
 
     Raises:
         InputError: If the folder holds another family, or a broken one, that is not to be replaced.
     """
-    out = source.options.out
-    if not (out / FILE_NAME).exists():
-        return source.family
+    out = inputs.options.out
+    if not (out / MANIFEST).exists():
+        return inputs.family
     try:
         listed = Family.read(out)
     except InputError:
-        if not source.options.replace:
+        if not inputs.options.replace:
             raise
-        return source.family
-    if replace(listed, engines=()) != source.family:
-        if not source.options.replace:
+        return inputs.family
+    if replace(listed, engines=()) != inputs.family:
+        if not inputs.options.replace:
             raise InputError(f"{out} holds the family of another checkpoint, compensator, source degree, "
                              "schedule or reduction "
                              f"({listed.model}). Choose another --out, or --replace it.")  # fmt: skip
-        return source.family
+        return inputs.family
     kept = []
     for entry in listed.engines:
         try:
@@ -126,42 +136,22 @@ def _listed(source: Source) -> Family:
     return replace(listed, engines=tuple(kept))
 
 
-def _finished(source: Source, family: Family) -> list[int]:
-    """The wanted degrees that a family has, made from the same things."""
+def _finished(steps: Steps, family: Family) -> list[int]:
+    """The degrees asked for that a family has, made from the same things."""
+    inputs = steps.inputs
     return [
         entry.degree
         for entry in family.engines
-        if entry.degree in source.schedules and entry.recipe == source.recipe(entry.degree)
+        if entry.degree in inputs.schedules and entry.recipe == inputs.recipe(entry.degree, steps.backend)
     ]
 
 
-def _with_backend(steps: Steps, family: Family, notify: Notify) -> tuple[Steps, dict[int, Report]]:
-    """The steps with a backend chosen, and what was proven for that."""
-    source = steps.source
-    precision = source.options.precision
-    if source.options.backend != AUTO:
-        return steps, {}
-    names = backends_for(AUTO, precision)
-    backend = names[0] if len(names) == 1 else listed_backend(source, family)
-    if backend is not None:
-        return steps.with_backend(backend), {}
-    degree = max(source.schedules)
-    formats = {graph_precision(name, precision): name for name in names}
-    lowered = {each: steps.graph(degree, name) for each, name in formats.items()}
-    graphs = {name: lowered[graph_precision(name, precision)] for name in names}
-    notify(degree, f"choosing a backend: {' or '.join(names)}")
-    graph = next(iter(graphs.values()))
-    report = fastest(source, graphs, steps.reference(graph), steps.plain_reference(graph))
-    # of a quantized engine, what it loses is still to be seen
-    return steps.with_backend(report.engine.backend), {} if precision in QUANTIZED else {degree: report}
-
-
-def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
+def _entry(steps: Steps, degree: int, report: Report) -> EngineEntry:
     engine, graph = report.engine, report.engine.source
     return EngineEntry(
         degree=degree,
         scale=graph.source.delta_scale,
-        schedule=source.schedules[degree].removed,
+        schedule=steps.inputs.schedules[degree].removed,
         tokens=graph.tokens,
         gmacs=round(graph.gmacs, 6),
         backend=engine.backend,
@@ -169,8 +159,8 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
         onnx=graph.file.name,
         engine=engine.file.name,
         sha256=engine.files,
-        recipe=source.recipe(degree),
-        validation=report.findings,
+        recipe=steps.inputs.recipe(degree, steps.backend),
+        validation=report.findings.to_json(),
         latency_ms={},
         accuracy={},
         native=engine.native,
@@ -180,33 +170,33 @@ def _entry(source: Source, degree: int, report: Report) -> EngineEntry:
 
 def _measure(steps: Steps, family: Family, notify: Notify) -> Family:
     """Fills in latencies, all degrees side by side, and top-1 where there are labels; keeps what is known already."""
-    source = steps.source
-    wanted = [entry for entry in family.engines if entry.degree in source.schedules]
-    if any(entry.validation.get("run", entry.backend) is None for entry in wanted):
+    inputs = steps.inputs
+    compiled = [entry for entry in family.engines if entry.degree in inputs.schedules]
+    if any(entry.validation.get("run", entry.backend) is None for entry in compiled):
         return family  # plans for other machines
-    if any(str(batch) not in entry.pays for entry in wanted for batch in BATCHES):
+    if any(str(batch) not in entry.pays for entry in compiled for batch in BATCHES):
         notify(None, "measuring latency")
-        for entry in measured(wanted, source.options.out, steps.rival):
+        for entry in measured(compiled, inputs.options.out, steps.rival):
             family = family.with_entry(entry)
-    images = source.images
+    images = inputs.images
     if images is not None and images.labels is not None:
-        for entry in [entry for entry in family.engines if entry.degree in source.schedules]:
+        for entry in [entry for entry in family.engines if entry.degree in inputs.schedules]:
             if entry.validation.get("labelled_images") != images.fingerprint:
                 notify(entry.degree, f"top-1 on {len(images)} images")
                 validation = {**entry.validation, "labelled_images": images.fingerprint}
-                accuracy = _accuracy(source, entry, images)
+                accuracy = _accuracy(inputs, entry, images)
                 family = family.with_entry(replace(entry, accuracy=accuracy, validation=validation))
     return family
 
 
-def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
+def _accuracy(inputs: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
     top1 = entry.validation.get("quantization", {}).get("top1")  # measured already, for what it may lose
     if top1 is None:
-        with open_engine(source.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
+        with open_engine(inputs.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:
             top1 = images.top1(runner.infer)
     plain = None
-    if source.compensator is not None:
-        reference = ReducedViT(source.loaded.model, source.schedules[entry.degree], reduction=source.reduction)
+    if inputs.compensator is not None:
+        reference = ReducedViT(inputs.loaded.model, inputs.schedules[entry.degree], reduction=inputs.reduction)
         with torch.inference_mode():
             plain = images.top1(lambda pixels: reference(torch.from_numpy(pixels)).numpy())
     return {"top1": top1, "top1_without_compensator": plain, "images": len(images)}
@@ -214,9 +204,8 @@ def _accuracy(source: Source, entry: EngineEntry, images: LabelledImages) -> dic
 
 def _sweep(out: Path) -> None:
     """Removes what earlier compiles left and no engine listed on disk needs; nobody else's files."""
-    listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
+    listed = Family.read(out).engines if (out / MANIFEST).exists() else ()
     needed = {name for entry in listed for name in entry.sha256}
     for file in out.iterdir():
-        of_plan = re.fullmatch(rf"({_PLAN}){_BESIDE_PLAN}", file.name)
-        if (of_plan[1] if of_plan else file.name) not in needed and _OURS.fullmatch(file.name):
+        if may_be_deleted(file.name, needed):
             file.unlink()

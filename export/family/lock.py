@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import LOCK
 
 
 @contextmanager
@@ -19,10 +21,14 @@ def locked(out: Path) -> Iterator[None]:
         OSError: If the folder cannot be made or written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with Path(out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another compile or choose-scale is writing into {out}: wait for it, or choose another "
-                             "--out.") from error  # fmt: skip
+    lock = FileLock(out / LOCK, blocking=False, fallback_to_soft=False)  # a soft lock would outlive its process
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another compile or choose-scale is writing into {out}: wait for it, or choose another --out."
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()

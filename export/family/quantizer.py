@@ -22,6 +22,7 @@ from tocom.calib.quantize.sensitivity import sensitivity
 from tocom.export.graph.lower import count_gmacs
 from tocom.export.source.load import made_for
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import calibration_name
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -57,18 +58,18 @@ class Drop:
 
 
 class Quantizer:
-    """Calibrates the degrees of one source: once for all of them, or one by one.
+    """Calibrates the degrees of one network: once for all of them, or one by one.
 
     Args:
-        source: What is compiled, in a quantized precision.
+        inputs: What is compiled, in a quantized precision.
         folder: Where a calibration that can be used again is kept.
         tell: Told, in one line, what goes on.
     """
 
-    def __init__(self, source: Source, folder: Path, tell: Callable[[str], None]) -> None:
-        self._source, self._folder, self._tell = source, folder, tell
-        self._options = source.options.quantize
-        self._method = replace(self._options.method, format=source.options.precision)
+    def __init__(self, inputs: Source, folder: Path, tell: Callable[[str], None]) -> None:
+        self._inputs, self._folder, self._tell = inputs, folder, tell
+        self._options = inputs.options.quantize
+        self._method = replace(self._options.method, format=inputs.options.precision)
         self._calibrations: dict[int | None, Calibration] = {}
         self._quantizations: dict[int, Quantization] = {}
         self._pixels: Tensor | None = None
@@ -78,21 +79,25 @@ class Quantizer:
     @property
     def products(self) -> list[str]:
         """Names of what can be quantized."""
-        return list(products_of(self._source.loaded.model))
+        return list(products_of(self._inputs.loaded.model))
 
     def network(self, degree: int, quantization: Quantization | None = None) -> ReducedViT:
         """The reference of a degree, float or quantized."""
-        source = self._source
-        model = self._model(degree) if quantization is None else quantized_model(source.loaded.model, quantization)
-        return ReducedViT(model, self._schedule(degree), reduction=source.reduction).eval()
+        inputs = self._inputs
+        model = self._model(degree) if quantization is None else quantized_model(inputs.loaded.model, quantization)
+        return ReducedViT(model, self._schedule(degree), reduction=inputs.reduction).eval()
 
     def quantization(self, degree: int) -> Quantization:
         """How a degree is quantized, with every product that is not to be kept in float."""
         if degree not in self._quantizations:
             calibration = self.calibration(degree)
             pixels = self.pixels() if calibration.method.reconstruct else torch.empty(0)
-            found = quantize(self._model(degree), self._schedule(degree), calibration, pixels, self._source.reduction)
-            self._quantizations = {degree: found.without(self._options.keep_float)}  # one at a time: they are large
+            quantization = quantize(
+                self._model(degree), self._schedule(degree), calibration, pixels, self._inputs.reduction
+            )
+            self._quantizations = {
+                degree: quantization.without(self._options.keep_float)
+            }  # one at a time: they are large
         return self._quantizations[degree]
 
     def calibration(self, degree: int) -> Calibration:
@@ -115,12 +120,12 @@ class Quantizer:
             degree: Which.
             infer: float32 [B, 3, H, W] -> logits [B, classes].
         """
-        images = self._source.images
+        images = self._inputs.images
         if images is not None and images.labels is not None:
             if degree not in self._float_top1:
                 self._float_top1[degree] = images.top1(self._float(degree))
-            plain, found = self._float_top1[degree], images.top1(infer)
-            return Drop(100 * (plain - found), plain, found, len(images))
+            float_top1, top1 = self._float_top1[degree], images.top1(infer)
+            return Drop(100 * (float_top1 - top1), float_top1, top1, len(images))
         pixels = self.pixels().numpy() if images is None else images.pixels(range(len(images)))
         parts = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
         plain = self._float(degree)
@@ -130,7 +135,7 @@ class Quantizer:
     @property
     def allowed_drop(self) -> float | None:
         """The drop that a degree may have; None for any."""
-        images = self._source.images
+        images = self._inputs.images
         labelled = images is not None and images.labels is not None
         if self._options.max_drop is not None and not labelled:
             self._warn("--max-drop without labelled images (--images with one folder per class): it limits the share "
@@ -139,22 +144,22 @@ class Quantizer:
 
     def sensitivity(self, degree: int) -> dict[str, float]:
         """What each product's quantization alone does at a degree, the worst first."""
-        source, pixels = self._source, self.pixels()
+        inputs, pixels = self._inputs, self.pixels()
         some = pixels[:: -(-len(pixels) // _FOR_SENSITIVITY)]
         quantization = self.quantization(degree)
-        return sensitivity(source.loaded.model, self._schedule(degree), quantization, some, source.reduction,
+        return sensitivity(inputs.loaded.model, self._schedule(degree), quantization, some, inputs.reduction,
                            self._progress("measuring products"))  # fmt: skip
 
     def _calibrated(self, degree: int | None) -> Calibration:
-        network = made_for(self._source)
+        network = made_for(self._inputs)
         if self._options.is_file:
-            return read_calibration(self._options.calibration, network, self._source.loaded.model)
+            return read_calibration(self._options.calibration, network, self._inputs.loaded.model)
         recipe = json.dumps([self._options.recipe(), network, degree, self._method.format], sort_keys=True)
-        file = self._folder / f"calibration-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
+        file = self._folder / calibration_name(hashlib.sha256(recipe.encode()).hexdigest())
         if file.exists():
-            return read_calibration(file, network, self._source.loaded.model)
+            return read_calibration(file, network, self._inputs.loaded.model)
         degrees = self._observed() if degree is None else (degree,)
-        calibration = calibrate([self.network(each) for each in degrees], self.pixels(), self._method)
+        calibration = calibrate([self.network(observed) for observed in degrees], self.pixels(), self._method)
         if not calibration.rows and not self._method.reconstruct:
             write_calibration(file, calibration, network)
         return calibration
@@ -171,18 +176,18 @@ class Quantizer:
         return tuple(room)
 
     def _model(self, degree: int) -> torch.nn.Module:
-        source = self._source
-        own = copy.deepcopy(source.loaded.model)
-        scale = source.scales.get(degree)
-        if source.compensator is not None and scale is None:
-            options = source.options
-            scale = source.compensator.between(options.source_degree, degree, options.delta_scale).delta_scale
-        own.load_state_dict(dict(source.fused(degree, scale).weights))
-        return own.eval().requires_grad_(False)
+        inputs = self._inputs
+        model = copy.deepcopy(inputs.loaded.model)
+        scale = inputs.scales.get(degree)
+        if inputs.compensator is not None and scale is None:
+            options = inputs.options
+            scale = inputs.compensator.between(options.source_degree, degree, options.delta_scale).delta_scale
+        model.load_state_dict(dict(inputs.fused(degree, scale).weights))
+        return model.eval().requires_grad_(False)
 
     def _schedule(self, degree: int) -> MergeSchedule:
-        source = self._source
-        return schedule_for(source.loaded.model, degree, ScheduleFamily(source.family.schedule))
+        inputs = self._inputs
+        return schedule_for(inputs.loaded.model, degree, ScheduleFamily(inputs.family.schedule))
 
     def _float(self, degree: int) -> Callable[[np.ndarray], np.ndarray]:
         network = self.network(degree)
@@ -195,10 +200,10 @@ class Quantizer:
 
     def _read(self) -> Tensor:
         method = self._method
-        folder, spec = self._options.calibration, self._source.family.input
+        folder, spec = self._options.calibration, self._inputs.family.input
         limit = method.images * (_CANDIDATES if method.choice == "diverse" else 1)
-        found = LabelledImages.below(folder, spec, None, self._source.family.classes, limit)
-        pixels = torch.from_numpy(found.pixels(range(len(found))))
+        images = LabelledImages.below(folder, spec, None, self._inputs.family.classes, limit)
+        pixels = torch.from_numpy(images.pixels(range(len(images))))
         if method.choice == "diverse" and len(pixels) > method.images:
             from tocom.calib.quantize.choose_images import choose, features_of
 
@@ -214,7 +219,7 @@ class Quantizer:
 
         self._warn(f"calibrating on {SYNTHESIZED} images made from the network itself: give --calibration FOLDER, "
                    "some dozens of real ones are better")  # fmt: skip
-        spec = self._source.family.input
+        spec = self._inputs.family.input
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         network = self.network(0)
         steps = max(_FEWEST_STEPS, min(_STEPS, int(_GMACS / count_gmacs(network))))

@@ -33,8 +33,8 @@ def fuse(weights: Mapping[str, Tensor], compensation: Compensation) -> dict[str,
     for block in range(compensation.compensator.info.depth):
         name = f"blocks.{block}.attn.qkv.weight"
         if name not in weights or weights[name].shape != (3 * width, width):
-            found = list(weights[name].shape) if name in weights else "none"
-            raise InputError(f"fusing needs {name} of shape {[3 * width, width]}, got {found}.")
+            shape = list(weights[name].shape) if name in weights else "none"
+            raise InputError(f"fusing needs {name} of shape {[3 * width, width]}, got {shape}.")
         qkv = weights[name].double().clone()
         rows = {"q": slice(0, width), "v": slice(2 * width, 3 * width)}
         for which, part in rows.items():

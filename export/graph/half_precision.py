@@ -16,11 +16,13 @@ half. Scales are chosen so that float16 holds them exactly; bfloat16 does not, a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
+from tocom.export.graph.graph_pass import apply
 from tocom.export.graph.operators import DOMAIN, point_name
 
 FLOAT = ir.DataType.FLOAT
@@ -34,6 +36,66 @@ _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _EXACT_SCALES = ir.DataType.FLOAT16  # of the narrow formats the one that holds every scale
 
 
+class HalfPrecision(InPlacePass):
+    """Sets the format of everything that depends on the input, and puts casts between.
+
+    Args:
+        precision: A key of `HALF`.
+        float_blocks: Blocks that stay float32.
+    """
+
+    def __init__(self, precision: str, float_blocks: Collection[int] = ()) -> None:
+        self._precision, self._float_blocks = precision, float_blocks
+
+    def requires(self, model: ir.Model) -> None:
+        """A float32 graph, with nothing cast to half.
+
+        Raises:
+            PreconditionError: If it is not so.
+        """
+        _require_float_ends(model.graph, PreconditionError)
+        for node in model.graph:
+            if node.op_type == "Cast" and node.attributes["to"].as_int() in map(int, HALF.values()):
+                raise PreconditionError(f"the graph must be float32, {node.name} casts to half")
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        wide_residual = self._precision in WIDE_RESIDUAL
+        kept = self._kept(model.graph)
+        _Typing(model, HALF[self._precision], wide_residual=wide_residual, kept=kept).apply()
+        parts = (model.graph, *model.functions.values())
+        opset = max(OPSET[self._precision], *(part.opset_imports[""] for part in parts))  # int4 is later than float16
+        for part in parts:
+            part.opset_imports[""] = opset
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Inputs and outputs are float32.
+
+        Products read half, but for those that stay wide; operators get half tokens at most, with all else in float32;
+        the opset knows the format.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        _require_float_ends(model.graph, PostconditionError)
+        if model.graph.opset_imports[""] < OPSET[self._precision]:
+            raise PostconditionError(f"{self._precision} needs opset {OPSET[self._precision]}")
+        half, wide = HALF[self._precision], {*_signal_nodes(model.graph), *self._kept(model.graph)}
+        images = _made_of(model.graph, model.graph.inputs, any)  # the rest is made of weights alone
+        sizes = [node.outputs[1] for node in model.graph if node.domain == DOMAIN]
+        wide |= _made_of(model.graph, sizes, all)
+        for node in model.graph:
+            if node.domain == DOMAIN and any(value.dtype == half for value in node.inputs[1:]):
+                raise PostconditionError(f"{node.name} must get sizes and signal in float32")
+            is_half = node.op_type in _PRODUCTS and node in images and node not in wide
+            if is_half and any(value is not None and value.dtype == FLOAT for value in node.inputs):
+                raise PostconditionError(f"{node.name} must read {self._precision} alone")
+
+    def _kept(self, graph: ir.Graph) -> set[ir.Node]:
+        return {node for block in self._float_blocks for node in nodes_of_block(graph, block)}
+
+
 def typed(proto: onnx.ModelProto, precision: str, float_blocks: Collection[int] = ()) -> onnx.ModelProto:
     """A copy of a float32 graph in a narrow format; its inputs and outputs stay float32.
 
@@ -42,28 +104,19 @@ def typed(proto: onnx.ModelProto, precision: str, float_blocks: Collection[int] 
         precision: One of `FORMATS`; float32 is returned as it is.
         float_blocks: Blocks that stay float32.
     """
-    if precision == "fp32":
-        return proto
-    model = ir.from_proto(proto)
-    kept = {node for block in float_blocks for node in nodes_of_block(model.graph, block)}
-    _Typing(model, HALF[precision], wide_residual=precision in WIDE_RESIDUAL, kept=kept).apply()
-    parts = (model.graph, *model.functions.values())
-    opset = max(OPSET[precision], *(part.opset_imports[""] for part in parts))  # int4 is later than float16
-    for part in parts:
-        part.opset_imports[""] = opset
-    return ir.to_proto(model)
+    return proto if precision == "fp32" else apply(HalfPrecision(precision, float_blocks), proto)
 
 
 def precision_of(proto: onnx.ModelProto) -> str:
     """The format of a graph's products by what stands in the graph, not by what was asked for."""
-    found = {
+    types = {
         attribute.i
         for node in proto.graph.node
         if node.op_type == "Cast"
         for attribute in node.attribute
         if attribute.name == "to"
     }
-    return next((name for name, dtype in HALF.items() if int(dtype) in found), "fp32")
+    return next((name for name, dtype in HALF.items() if int(dtype) in types), "fp32")
 
 
 class _Typing:
@@ -74,7 +127,7 @@ class _Typing:
         self._types: dict[ir.Value, ir.DataType] = {}  # of the floats that depend on the input
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._sizes: set[ir.Value] = set()  # token sizes, and what is made of them alone
-        self._wide = {*_judging_nodes(model.graph), *kept}  # nodes that compute in float32
+        self._wide = {*_signal_nodes(model.graph), *kept}  # nodes that compute in float32
 
     def apply(self) -> None:
         for value in self._graph.inputs:
@@ -174,13 +227,13 @@ def nodes_of_block(graph: ir.Graph, block: int) -> set[ir.Node]:
     for node in graph:  # in order, so that what a node reads was seen before it
         if any(value is not None and value.producer() in behind for value in node.inputs):
             behind.add(node)
-    found, waiting = set(), [leaving.producer()]
+    between, waiting = set(), [leaving.producer()]
     while waiting:
         node = waiting.pop()
-        if node in behind and node is not entering.producer() and node not in found:
-            found.add(node)
+        if node in behind and node is not entering.producer() and node not in between:
+            between.add(node)
             waiting += [value.producer() for value in node.inputs if value is not None]
-    return found
+    return between
 
 
 def cast_of(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
@@ -191,12 +244,30 @@ def cast_of(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     return cast
 
 
-def _judging_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that nothing but the operators' signal is made of: what tokens are judged by."""
-    found: set[ir.Node] = set()
+def _require_float_ends(graph: ir.Graph, error: type[Exception]) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype not in (None, FLOAT):  # a debug copy's further outputs may have no type yet
+            raise error(f"inputs and outputs must be float32, {value.name} is {value.dtype}")
+
+
+def _made_of(graph: ir.Graph, values: Iterable[ir.Value], how_many: Callable[[Iterable[bool]], bool]) -> set[ir.Node]:
+    """Nodes that read, of what no weight decides, any or all from these values or from what is made of them."""
+    moving, derived, nodes = set(graph.inputs), set(values), set()
+    for node in graph:
+        read = moving.intersection(node.inputs)
+        moving.update(node.outputs if read else ())
+        if read and how_many(value in derived for value in read):
+            derived.update(node.outputs)
+            nodes.add(node)
+    return nodes
+
+
+def _signal_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes that nothing but the operators' signal is made of: what tokens are chosen by."""
+    nodes: set[ir.Node] = set()
     for node in reversed(list(graph)):
         readers = [(reader, index) for value in node.outputs for reader, index in value.uses()]
-        judged = [reader in found or (reader.domain == DOMAIN and index == 2) for reader, index in readers]
-        if readers and all(judged):
-            found.add(node)
-    return found
+        of_signal = [reader in nodes or (reader.domain == DOMAIN and index == 2) for reader, index in readers]
+        if readers and all(of_signal):
+            nodes.add(node)
+    return nodes

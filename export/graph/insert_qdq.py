@@ -11,13 +11,14 @@ common; and what is traced once serves every degree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
@@ -25,30 +26,19 @@ from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import OnnxGraph
 from tocom.export.graph.half_precision import precision_of, typed
+from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.backends import QdqForm
 from tocom.runtime.files import sha256_file, write_atomically
 
 _CODES = {"INT8": np.dtype(np.int8), "FLOAT8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn), "INT4": ml_dtypes.int4}
 _OPSETS = {"int4-weights": 21}  # the first that has the format
 _UNSIGNED_ZERO = 128
-
-
-@dataclass(frozen=True)
-class Form:
-    """How one library takes quantized graphs.
-
-    Attributes:
-        rest: Number format of everything else that stands in the graph.
-        unsigned: Whether inputs are uint8 with 128 for zero, which stands for the same numbers as int8: ONNX Runtime's
-            kernels are fast for that.
-    """
-
-    rest: str = "fp32"
-    unsigned: bool = False
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 def quantized_graph(
-    plain: OnnxGraph, model: nn.Module, quantization: Quantization, store: WeightStore, name: str, form: Form
+    plain: OnnxGraph, model: nn.Module, quantization: Quantization, store: WeightStore, name: str, form: QdqForm
 ) -> OnnxGraph:
     """The graph of a degree with its products quantized.
 
@@ -60,9 +50,10 @@ def quantized_graph(
         name: File name of the graph, within the store's folder.
         form: How the engine library takes it.
     """
-    quantized_model = quantized(ir.load(plain.file), model, plain.source.weights, quantization, unsigned=form.unsigned)
-    weight_files = store.place(quantized_model)
-    proto = typed(ir.to_proto(quantized_model), form.rest)
+    insert_qdq = InsertQDQ(model, plain.source.weights, quantization, unsigned=form.unsigned)
+    quantized = insert_qdq(ir.load(plain.file)).model
+    weight_files = store.place(quantized)
+    proto = typed(ir.to_proto(quantized), form.rest)
     file = store.folder / name
     write_atomically(file, proto.SerializeToString())
     onnx.checker.check_model(file)
@@ -74,28 +65,64 @@ def quantized_graph(
     )
 
 
-def quantized(
-    graph: ir.Model,
-    model: nn.Module,
-    plain: Mapping[str, Tensor],
-    quantization: Quantization,
-    *,
-    unsigned: bool = False,
-) -> ir.Model:
-    """A float32 graph with its products quantized, in place.
+class InsertQDQ(InPlacePass):
+    """Quantizes the products of a float32 graph, of the degree that the quantization is for.
 
     Args:
-        graph: As `tocom.export.graph.lower` makes it, of the degree that the quantization is for.
         model: The timm model that it was made from; its weights are not looked at.
         plain: The weights that stand in the graph, by the model's names.
         quantization: What becomes of its products.
-        unsigned: See `Form`.
+        unsigned: See `tocom.runtime.backends.QdqForm`.
     """
-    _Insertion(graph.graph, model, plain, quantization, unsigned).apply()
-    RemoveUnusedNodesPass()(graph)
-    for part in (graph.graph, *graph.functions.values()):
-        part.opset_imports[""] = max(part.opset_imports[""], _OPSETS.get(quantization.format.name, 0))
-    return graph
+
+    def __init__(
+        self, model: nn.Module, plain: Mapping[str, Tensor], quantization: Quantization, *, unsigned: bool = False
+    ) -> None:
+        self._model, self._plain, self._quantization, self._unsigned = model, plain, quantization, unsigned
+
+    def requires(self, model: ir.Model) -> None:
+        """Nothing in the graph is quantized, and every product that is to be stands in it by its name.
+
+        Raises:
+            PreconditionError: If it is not so.
+        """
+        if quantized := [node.name for node in model.graph if node.op_type in _QDQ]:
+            raise PreconditionError(f"a graph must not be quantized twice, has {quantized[0]}")
+        names = {node.name for node in model.graph}
+        if missing := [name for _, name in self._products() if name not in names]:
+            raise PreconditionError(f"the graph must have every product that is to be quantized, has no {missing[0]}")
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        _Insertion(model.graph, self._model, self._plain, self._quantization, self._unsigned).apply()
+        RemoveUnusedNodesPass()(model)
+        opset = _OPSETS.get(self._quantization.format.name, 0)
+        for part in (model.graph, *model.functions.values()):
+            part.opset_imports[""] = max(part.opset_imports[""], opset)
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Products read what is dequantized.
+
+        Their weights all, their inputs where they have a scale; and what operators read never is.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        nodes = {node.name: node for node in model.graph}
+        for module, name in self._products():
+            indices = (0, 1) if module in self._quantization.activations else (1,)
+            if not all(_is_dequantized(nodes[name].inputs[index]) for index in indices):
+                raise PostconditionError(f"{name} must be quantized")
+        for node in model.graph:
+            if node.domain == DOMAIN and any(map(_is_dequantized, node.inputs)):
+                raise PostconditionError(f"{node.name} must read nothing that is quantized")
+
+    def _products(self) -> Iterator[tuple[str, str]]:
+        """What is to be quantized: the model's product, and the name of its node, of which `attn.qkv` has three."""
+        for module in self._quantization.weights:
+            for name, _, _ in parts_of(self._model, module):
+                yield module, f"{name}.MatMul"
 
 
 def format_of(proto: onnx.ModelProto) -> str:
@@ -105,15 +132,15 @@ def format_of(proto: onnx.ModelProto) -> str:
 
 def quantized_format_of(proto: onnx.ModelProto) -> str | None:
     """The format that a graph's products are quantized to, by what stands in the graph; None where none is."""
-    types = {each.name: each.data_type for each in proto.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     stored = {ir.DataType(types[node.input[0]]).name for node in proto.graph.node
               if node.op_type == "DequantizeLinear" and node.input[0] in types}  # fmt: skip
     activations = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
     return next(
         (
-            each.name
-            for each in FORMATS.values()
-            if {each.weight.name} == stored and (each.activation is not None) == activations
+            known.name
+            for known in FORMATS.values()
+            if {known.weight.name} == stored and (known.activation is not None) == activations
         ),
         None,
     )
@@ -208,6 +235,11 @@ class _Insertion:
         return value
 
 
+def _is_dequantized(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
 def parts_of(model: nn.Module, module: str) -> list[tuple[str, slice, float]]:
     """Products in the graph that a product of the model is: their names, rows and factors (`.split_qkv`)."""
     block, _, part = module.rpartition(".")
@@ -217,22 +249,6 @@ def parts_of(model: nn.Module, module: str) -> list[tuple[str, slice, float]]:
     width = attn.qkv.out_features // 3
     scale = attn.scale if isinstance(attn.q_norm, nn.Identity) else 1.0
     return [
-        (f"{block}.{each}", slice(index * width, (index + 1) * width), scale if each == "q" else 1.0)
-        for index, each in enumerate("qkv")
+        (f"{block}.{letter}", slice(index * width, (index + 1) * width), scale if letter == "q" else 1.0)
+        for index, letter in enumerate("qkv")
     ]
-
-
-def forms(backend: str) -> Form:
-    """How a backend takes quantized graphs.
-
-    OpenVINO has the rest in the format that it is told by a hint, TensorRT in what stands in the graph.
-    """
-    return _FORMS[backend]
-
-
-_FORMS: Mapping[str, Form] = {
-    "onnxruntime": Form(unsigned=True),
-    "openvino": Form(),
-    "tensorrt": Form(rest="fp16"),
-    "tensorrt-rtx": Form(rest="fp16"),
-}

@@ -83,8 +83,8 @@ def projections(model: nn.Module, plain: nn.Module, fused: FusedCheckpoint) -> n
     compensation = fused.compensation
     if compensation is not None and not compensation.gate.any():
         compensation = None
-    source = model if compensation is None else plain
+    base = model if compensation is None else plain
     return nn.ModuleList(
-        Projection(block.attn, source.blocks[index].attn.qkv.weight, index, compensation)
+        Projection(block.attn, base.blocks[index].attn.qkv.weight, index, compensation)
         for index, block in enumerate(model.blocks)
     )

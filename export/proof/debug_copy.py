@@ -13,10 +13,11 @@ import onnx
 
 from tocom.export.artifacts import Engine
 from tocom.export.engine.build import as_engine, needs_inlining
-from tocom.export.graph.emulate_half import rounded
-from tocom.export.graph.lower import inline
+from tocom.export.graph.emulate_half import emulate_half
+from tocom.export.graph.inline import inline
 from tocom.export.graph.operators import DOMAIN, POINTS
 from tocom.runtime.engines.base import EngineRunner, open_engine
+from tocom.runtime.family_files import debug_affixes
 
 POINT = re.compile(rf"block\.\d+\.({'|'.join(POINTS)})")
 _INSIDE_NATIVE = ("attended", "signal")  # never stand outside a native operator: asking for them would undo it
@@ -41,7 +42,7 @@ def debug_copy(engine: Engine, more: Iterable[str] = (), *, points: bool = True)
         graph.graph.output.append(known.get(name, unknown))
     backend, precision = engine.backend, engine.precision
     if engine.unrunnable:
-        graph, backend, precision = rounded(graph), "onnxruntime", "fp32"
+        graph, backend, precision = emulate_half(graph), "onnxruntime", "fp32"
     elif needs_inlining(graph, backend):
         graph = inline(graph)
     with (
@@ -85,7 +86,8 @@ def debug_outputs(graph: onnx.ModelProto, *, native: bool, points: bool = True) 
 @contextmanager
 def temporary_graph(graph: Path, variant: onnx.ModelProto) -> Iterator[Path]:
     """A file with a variant of a graph, in the same folder, because weight files are found relative to it."""
-    handle, name = tempfile.mkstemp(prefix=f".{graph.stem}.", suffix=".debug.onnx", dir=graph.parent)
+    prefix, suffix = debug_affixes(graph)
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=graph.parent)
     os.close(handle)
     file = Path(name)
     try:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of
+from tocom.export.graph.trace import OUTPUT
 from tocom.merging import Matching, cosine_scores, first_positions
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Decision, Reduction

@@ -1,13 +1,13 @@
-"""What comparing an engine with the reference found, and whether that is within the gates of `.gates`."""
+"""What validating an engine found: a report's contents, typed; JSON only at the edge.
+
+The manifest has it as `validation`, report.json as `findings`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import mean, median
 from typing import Any
-
-from tocom.export.proof.gates import GATES, margin_allowed
-from tocom.export.proof.parts import in_order
 
 
 @dataclass
@@ -60,147 +60,205 @@ class Fault:
         return f"{place}: {self.found:.1e}, allowed {self.allowed:.1e}"
 
 
-@dataclass
-class Findings:
-    """What was compared, over all images so far. Errors of logits are shares of the largest logit where it exceeds 1.
+@dataclass(frozen=True)
+class GateFinding:
+    """What was measured of the network as a whole, and what it may be."""
+
+    found: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class FreeFindings:
+    """What a user sees: the engine beside the reference that decides by itself.
 
     Attributes:
-        precision: What the engine computes in: rounding is judged by it.
-        reduction: Name of the reduction, by which margins are judged.
-        depth: Blocks of the network.
-        images: How many.
-        blocks: By block.
-        max_logit_error: Largest difference of a logit, decisions replayed.
-        max_logit: Largest logit of the reference.
-        logit_errors: The largest of every image, as shares.
-        shaken: What one rounding behind every part does to the logits of every image, likewise, in the reference.
-        quantization_errors: What quantizing changes, likewise: the reference's logits against float32, decisions
-            replayed; empty for an engine that is not quantized.
-        top1_equal: Images with the same class, decisions replayed.
-        debug_copy_errors: How far the debug copy's logits are from the engine's, of every image.
-        free_top1_equal: Images with the same class where the reference decides by itself.
-        cosines: Of the logits, where the reference decides by itself, of every image.
-        divergences: KL(reference || engine) of the classes' probabilities, likewise, nats.
+        top1_agreement: Share of images with the same class.
+        cosine: The lowest of the logits of an image.
+        kl: KL(reference || engine) of the classes' probabilities, nats, mean over images.
     """
 
-    precision: str = "fp32"
-    reduction: str = "merge"
-    depth: int = 1
-    images: int = 0
-    blocks: dict[int, BlockFindings] = field(default_factory=dict)
-    max_logit_error: float = 0.0
-    max_logit: float = 0.0
-    logit_errors: list[float] = field(default_factory=list)
-    shaken: list[float] = field(default_factory=list)
-    quantization_errors: list[float] = field(default_factory=list)
-    top1_equal: int = 0
-    debug_copy_errors: list[float] = field(default_factory=list)
-    free_top1_equal: int = 0
-    cosines: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
+    top1_agreement: float | None
+    cosine: float | None
+    kl: float | None
 
-    def block(self, index: int) -> BlockFindings:
-        """Of one block, to be added to."""
-        return self.blocks.setdefault(index, BlockFindings())
 
-    def total(self, name: str) -> int:
-        """A count of `BlockFindings` over all blocks."""
-        return sum(getattr(block, name) for block in self.blocks.values())
+@dataclass(frozen=True)
+class PairFindings:
+    """What two engines of the same network differ in, over all images.
 
-    @property
-    def margin_allowed(self) -> float:
-        """How much worse than the best a decision may be by rounding."""
-        return margin_allowed(self.precision, self.reduction)
+    Attributes:
+        one: Name.
+        other: Name.
+        images: How many.
+        agreement: Share of decisions that are the same in both.
+        images_alike: Images in which everything is decided alike.
+        first_difference: Block -> images that decide otherwise there first.
+        logit_error_alike: The largest distance of logits of images decided alike; None where there are none.
+        logit_error_otherwise: Likewise, of the others.
+        top1_agreement: Share of images with the same class.
+        cosine: The lowest of the logits of an image.
+        kl: KL(other || one), nats, mean over images.
+    """
 
-    @property
-    def agreement(self) -> float:
-        """Share of decisions (who merges into whom, who is dropped) equal to the reference's; 1 where nothing goes."""
-        decisions = self.total("decisions")
-        return self.total("equal") / decisions if decisions else 1.0
-
-    @property
-    def largest_margin(self) -> float:
-        """How much worse than the best any decision is."""
-        return max((block.margin for block in self.blocks.values()), default=0.0)
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Gates that do not hold: those of parts first, in the order of the network."""
-        gates = GATES[self.precision]
-        part_allowed, middle_allowed = gates.part * gates.unit_roundoff, gates.middle * gates.unit_roundoff
-        local: dict[tuple[int, str], Fault] = {}
-        for index, block in self.blocks.items():
-            for part, error in block.parts.items():
-                middle = block.middles.get(part, 0.0)
-                if not error <= part_allowed:
-                    local[index, part] = Fault(index, part, error, part_allowed)
-                elif not middle <= middle_allowed:
-                    local[index, part] = Fault(index, part, middle, middle_allowed, "token in the middle")
-            if block.unexplained:
-                local[index, "decision"] = Fault(index, "decision", block.margin, self.margin_allowed)
-        return [local[each] for each in in_order(local)] + [
-            Fault(None, part, found, allowed) for part, found, allowed in self._whole() if not found <= allowed
-        ]
-
-    def _whole(self) -> list[tuple[str, float, float]]:
-        """What is judged of the network as a whole: found, allowed."""
-        gates, least = GATES[self.precision], GATES[self.precision].least_error(self.depth)
-        expected = [max(least, each) for each in self.shaken] or [least]
-        return [
-            ("logits of the worst image", *_worst(self.logit_errors, expected, gates.largest)),
-            ("logits of the image in the middle", self.typical_logit_error, gates.typical * median(expected)),
-            ("debug copy", *_worst(self.debug_copy_errors, expected, gates.largest)),
-        ]
-
-    @property
-    def typical_logit_error(self) -> float:
-        """Of the image in the middle."""
-        return median(self.logit_errors) if self.logit_errors else 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether every gate holds."""
-        return not self.faults
+    one: str
+    other: str
+    images: int
+    agreement: float
+    images_alike: int
+    first_difference: Mapping[int, int]
+    logit_error_alike: float | None
+    logit_error_otherwise: float | None
+    top1_agreement: float
+    cosine: float
+    kl: float
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest and for machines."""
-        faults = self.faults
-        return {
-            "passed": not faults,
-            "precision": self.precision,
-            "images": self.images,
-            "decisions": self.total("decisions"),
-            "agreement": self.agreement,
-            "explained": self.total("explained"),
-            "unexplained": self.total("unexplained"),
-            "largest_margin": self.largest_margin,
-            "margin_allowed": self.margin_allowed,
-            "max_logit_error": self.max_logit_error,
-            "typical_logit_error": self.typical_logit_error,
-            "typical_quantization_error": median(self.quantization_errors) if self.quantization_errors else None,
-            "max_logit": self.max_logit,
-            "debug_copy_error": max(self.debug_copy_errors, default=0.0),
-            "shaken": median(self.shaken) if self.shaken else None,
-            "top1_agreement": self.top1_equal / self.images if self.images else 1.0,
-            "free": {
-                "top1_agreement": self.free_top1_equal / len(self.cosines) if self.cosines else None,
-                "cosine": min(self.cosines, default=None),
-                "kl": mean(self.divergences) if self.divergences else None,
-            },
-            "faults": [str(fault) for fault in faults],
-            "first_fault": asdict(faults[0]) if faults else None,
-            "blocks_with_unexplained": [index for index, block in sorted(self.blocks.items()) if block.unexplained],
-            "gates": {part: {"found": found, "allowed": allowed} for part, found, allowed in self._whole()},
-            "part_allowed": GATES[self.precision].part * GATES[self.precision].unit_roundoff,
-            "middle_allowed": GATES[self.precision].middle * GATES[self.precision].unit_roundoff,
-            "blocks": {str(index): asdict(block) for index, block in sorted(self.blocks.items())},
+        """For machines."""
+        blocks = {str(block): images for block, images in self.first_difference.items()}
+        return asdict(self) | {"first_difference": blocks}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 of engine and reference on labelled images, shares in 0..1."""
+
+    top1: float
+    reference_top1: float
+    images: int
+
+
+@dataclass(frozen=True)
+class QuantizationFindings:
+    """What a quantized engine loses against the float network, and what it keeps in float for that.
+
+    Attributes:
+        format: Of the quantized products.
+        products: How many are quantized.
+        float_products: Names of those that are not.
+        drop: Points of top-1; without labels, percent of images that are classified otherwise.
+        drop_of: "top1" or "agreement".
+        drop_images: How many images were looked at.
+        float_top1: Top-1 of the float network; None without labels.
+        top1: Of the engine; None without labels.
+        max_drop: What it may lose; None for anything.
+        sensitivity: Product -> what quantizing it alone does; empty where that was not measured.
+    """
+
+    format: str
+    products: int
+    float_products: list[str]
+    drop: float
+    drop_of: str
+    drop_images: int
+    float_top1: float | None
+    top1: float | None
+    max_drop: float | None
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was compared, over all images. Errors of logits are shares of the largest logit where it exceeds 1.
+
+    Attributes:
+        passed: Whether every gate holds.
+        precision: What the engine computes in: rounding is allowed for by it.
+        images: How many.
+        decisions: About single tokens.
+        agreement: Share of decisions equal to the reference's; 1 where nothing goes.
+        explained: Images that a block decides otherwise, as well as the best to within rounding.
+        unexplained: Images that a block decides worse than that.
+        largest_margin: How much worse than the best any decision is.
+        margin_allowed: How much worse it may be by rounding.
+        max_logit_error: Largest difference of a logit, decisions replayed.
+        typical_logit_error: Of the image in the middle, a share.
+        typical_quantization_error: What quantizing changes, likewise; None for an engine that is not quantized.
+        max_logit: Largest logit of the reference.
+        debug_copy_error: How far the debug copy's logits are from the engine's, at most.
+        shaken: What one rounding behind every part does to the logits of the image in the middle, in the reference.
+        top1_agreement: Share of images with the same class, decisions replayed.
+        free: Beside the reference that decides by itself.
+        faults: Gates that do not hold, in the order of the network.
+        gates: What of the network as a whole -> measured and allowed.
+        part_allowed: What a part's worst token may be off.
+        middle_allowed: Likewise, the token in the middle.
+        blocks: By block.
+        candidate: Name of what was validated; None where it is the engine itself.
+        reference: Name of what it was compared with, likewise.
+        run: The library that ran it; None where its graph was emulated instead.
+        float_blocks: Blocks that were kept in float32; None for quantized engines.
+        quantization: Of a quantized engine.
+        against: Of the other engine, where two were compared.
+        pair: The two beside each other.
+        accuracy: On labelled images, where it was measured.
+    """
+
+    passed: bool
+    precision: str
+    images: int
+    decisions: int
+    agreement: float
+    explained: int
+    unexplained: int
+    largest_margin: float
+    margin_allowed: float
+    max_logit_error: float
+    typical_logit_error: float
+    typical_quantization_error: float | None
+    max_logit: float
+    debug_copy_error: float
+    shaken: float | None
+    top1_agreement: float
+    free: FreeFindings
+    faults: tuple[Fault, ...]
+    gates: Mapping[str, GateFinding]
+    part_allowed: float
+    middle_allowed: float
+    blocks: Mapping[int, BlockFindings]
+    candidate: str | None = None
+    reference: str | None = None
+    run: str | None = None
+    float_blocks: tuple[int, ...] | None = None
+    quantization: QuantizationFindings | None = None
+    against: Findings | None = None
+    pair: PairFindings | None = None
+    accuracy: Accuracy | None = None
+
+    @property
+    def blocks_with_unexplained(self) -> list[int]:
+        """Blocks that decide worse than rounding explains."""
+        return [index for index, block in self.blocks.items() if block.unexplained]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest and for machines; of the last six, what was not measured is left out."""
+        written: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        written |= {
+            "free": asdict(self.free),
+            "faults": [str(fault) for fault in self.faults],
+            "first_fault": asdict(self.faults[0]) if self.faults else None,
+            "blocks_with_unexplained": self.blocks_with_unexplained,
+            "gates": {name: asdict(gate) for name, gate in self.gates.items()},
+            "part_allowed": self.part_allowed,
+            "middle_allowed": self.middle_allowed,
+            "blocks": {str(index): asdict(block) for index, block in self.blocks.items()},
         }
+        if self.candidate is not None:
+            written |= {"candidate": self.candidate, "reference": self.reference}
+        written["run"] = self.run
+        if self.float_blocks is not None:
+            written["float_blocks"] = list(self.float_blocks)
+        if self.quantization is not None:
+            written["quantization"] = asdict(self.quantization)
+        if self.against is not None and self.pair is not None:
+            written |= {"against": self.against.to_json(), "pair": self.pair.to_json()}
+        if self.accuracy is not None:
+            written["accuracy"] = asdict(self.accuracy)
+        return written
 
 
-def _worst(errors: list[float], expected: list[float], times: float) -> tuple[float, float]:
-    """The error of the image that is furthest off for what is expected of it, and what it may be."""
-    if not errors:
-        return 0.0, times * min(expected)
-    expected = expected if len(expected) == len(errors) else [min(expected)] * len(errors)
-    error, usual = max(zip(errors, expected, strict=True), key=lambda each: each[0] / each[1])
-    return error, times * usual
+_PLAIN = (
+    "passed", "precision", "images", "decisions", "agreement", "explained", "unexplained", "largest_margin",
+    "margin_allowed", "max_logit_error", "typical_logit_error", "typical_quantization_error", "max_logit",
+    "debug_copy_error", "shaken", "top1_agreement",
+)  # fmt: skip

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tocom.runtime.backends import named
+
 _UNKNOWN_TOKENS = 8  # times wider, where the tokens that an engine decided on are not known
 
 
@@ -22,10 +24,10 @@ class Gates:
             not quantized, that of the format that the rest may compute in.
         part: Distance of one part's output (attention, merging, MLP, ...) from what the reference makes of its input:
             of the worst token.
-        middle: Likewise, of the median token, which a code that flips or a saturated softmax rarely hits.
+        middle: Likewise, of the token in the middle, which a code that flips or a saturated softmax rarely hits.
         merge: How much worse than the best a merge may be, in cosine.
         prune: How much worse a dropped token may be, in the logarithm of attention, as a share of its range.
-        typical: Error of the logits with decisions replayed: of the median image. Counted in what one rounding
+        typical: Error of the logits with decisions replayed: of the image in the middle. Counted in what one rounding
             behind every part does to the logits of the network at hand, or in the root of its depth times u, if that
             is more.
         largest: Likewise, of the worst image; the debug copy's logits may be as far from the engine's.
@@ -64,7 +66,7 @@ def gates_row(backend: str, precision: str) -> str:
     >>> gates_row("onnxruntime", "int8"), gates_row("openvino", "int8"), gates_row("openvino", "bf16")
     ('int8', 'int8+half', 'bf16')
     """
-    return "int8+half" if precision == "int8" and backend != "onnxruntime" else precision
+    return named(backend).checked_as(precision)
 
 
 def margin_allowed(precision: str, reduction: str, *, on_its_tokens: bool = True) -> float:

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from tocom.export.artifacts import Engine
-from tocom.export.graph.lower import OUTPUT
 from tocom.export.graph.operators import operator_of
+from tocom.export.graph.trace import OUTPUT
 from tocom.export.proof.debug_copy import POINT, debug_copy
 from tocom.export.proof.decisions import AnyDecision, decisions_of
 from tocom.export.proof.gates import gates_row
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.vit import ReducedViT
-
-_FUSES_BY_OUTPUTS = ("openvino",)  # with more outputs, less is fused, and half precision rounds elsewhere
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,6 @@ def observer_of(engine: Engine, reference: ReducedViT, *, batch: int | None = No
         with ExitStack() as stack:
             runner = open_engine(engine.file, engine.backend, precision=engine.precision, batch=batch)
             shipped, deciding = stack.enter_context(runner), None
-            if engine.backend in _FUSES_BY_OUTPUTS and engine.precision != "fp32" and not engine.native:
+            if BACKENDS[engine.backend].fuses_by_outputs and engine.precision != "fp32" and not engine.native:
                 deciding = stack.enter_context(debug_copy(engine, points=False))
             yield RunnerObserver(shipped, debug, reference, engine.precision, deciding=deciding)

@@ -18,15 +18,15 @@ from typing import Literal
 import onnx
 
 from tocom.export.artifacts import Engine
-from tocom.export.engine.build import PLANNED, graph_precision, needs_inlining, runs_natively
+from tocom.export.engine.build import graph_precision, needs_inlining, runs_natively
 from tocom.export.graph.half_precision import HALF, typed
-from tocom.export.graph.lower import inline
+from tocom.export.graph.inline import inline
 from tocom.export.proof.debug_copy import temporary_graph
 from tocom.export.proof.observe import Observer, observer_of
 from tocom.export.proof.reference import DTYPES, TorchObserver
-from tocom.runtime.engines.base import BACKENDS, precisions
+from tocom.runtime.backends import BACKENDS, engine_module
 from tocom.runtime.errors import InputError, one_line
-from tocom.runtime.manifest import FILE_NAME
+from tocom.runtime.family_files import MANIFEST
 from tocom.vit import ReducedViT
 
 ENGINES, REFERENCE = "engines", "torch:fp64"
@@ -67,10 +67,12 @@ class Side:
             return cls("torch", precision=precision)
         if name in BACKENDS:
             precision = precision or "fp32"
-            if precision not in precisions(name):
-                raise InputError(f"{name} computes in {', '.join(precisions(name))}, got {one_line(precision)}.")
+            known = BACKENDS[name].precisions
+            if precision not in known:
+                raise InputError(f"{name} computes in {', '.join(known)}, got {one_line(precision)}.")
+            engine_module(name)  # refuses one that is not installed
             return cls("graph", backend=name, precision=precision)
-        if (Path(text) / FILE_NAME).is_file():
+        if (Path(text) / MANIFEST).is_file():
             return cls("family", folder=Path(text))
         libraries = ", ".join(BACKENDS)
         raise InputError(f"what is compared must be {ENGINES}, torch:FORMAT, BACKEND:PRECISION ({libraries}) or the "
@@ -140,5 +142,5 @@ def engine_of(side: Side, engine: Engine) -> Iterator[Engine]:
                 files=graph.files,
                 source=typed_graph,
                 native=runs_natively(proto, side.backend),
-                unrunnable="validated by its graph" if side.backend in PLANNED else None,
+                unrunnable="validated by its graph" if BACKENDS[side.backend].builds_plans else None,
             )

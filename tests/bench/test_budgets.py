@@ -16,7 +16,7 @@ from bench.budgets.page import write_page
 from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
 from bench.budgets.tables import Gain, cascades, task_of
-from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.degrees.cascade import Cascade, Stage
 from tocom.runtime.errors import InputError
 
 
@@ -67,7 +67,7 @@ def test_the_calibration_error_is_the_papers():
 
 def test_answers_carry_out_a_cascade():
     logits = {8: np.array([[9, 0], [1, 0], [0, 1]], np.float32), 0: np.array([[0, 1], [0, 1], [0, 1]], np.float32)}
-    plan = CascadePlan((Stage(8, 1.0, 0.9), Stage(0, 1.0, 0.0)))
+    plan = Cascade((Stage(8, 1.0, 0.9), Stage(0, 1.0, 0.0)))
     right, reached = answers(plan, logits, np.array([0, 1, 0]))
     assert right.tolist() == [True, True, False] and reached == (1.0, pytest.approx(2 / 3))
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tocom.calib.cascade_trial import compare, halves, in_batches, measure_times
-from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.degrees.cascade import Cascade, Stage
 
-PLAN = CascadePlan((Stage(8, 1.0, 0.8), Stage(0, 1.0, 0.0)))
+PLAN = Cascade((Stage(8, 1.0, 0.8), Stage(0, 1.0, 0.0)))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -65,7 +65,7 @@ def test_the_best_single_degree_costs_no_more():
     labels = np.zeros(4, int)
     logits = {degree: np.array([[1, 0]] * (4 - degree // 8) + [[0, 1]] * (degree // 8), np.float32)
               for degree in (0, 8, 16)}  # fmt: skip
-    plan = CascadePlan((Stage(16, 1.0, 0.99), Stage(0, 1.0, 0.0)))
+    plan = Cascade((Stage(16, 1.0, 0.99), Stage(0, 1.0, 0.0)))
     times = {"cascade": np.ones(1), "degree 0": 3 * np.ones(1), "degree 8": np.ones(1), "degree 16": 0.5 * np.ones(1)}
     trial = compare(plan, logits, labels, times, {0: 3.0, 8: 5.0, 16: 4.5}, 1)
     assert trial.best_single("ms").degrees == (8,) and trial.best_single("gmacs").degrees == (0,)

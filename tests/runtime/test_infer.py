@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tocom.runtime import infer
+from tocom.runtime import infer, predictor
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import Family
 
@@ -165,7 +165,7 @@ def test_help_has_examples(capsys):
 
 
 def test_a_family_that_is_not_usable_gives_one_line(run, photos, family_folder, colour_graph, entry_of, tmp_path):
-    assert "make engines" in run(photos, engines=tmp_path)[2][0]
+    assert "tocom compile" in run(photos, engines=tmp_path)[2][0]
     family = Family.read(family_folder)
     colour_graph(family_folder / "r02/model.onnx", side=9)
     status, out, err = run(photos)
@@ -195,7 +195,7 @@ def test_an_interrupt_is_not_a_traceback(run, photos, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "load_image", interrupt)
+    monkeypatch.setattr(predictor, "load_image", interrupt)
     assert run(photos)[0] == 130
 
 

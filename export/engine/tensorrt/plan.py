@@ -7,9 +7,7 @@ Quantized weights stay codes and scales, from which the library chooses its kern
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import re
 import tempfile
 import time
@@ -25,17 +23,20 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from tocom.export.engine.tensorrt.four_bit import put_in_blocks
-from tocom.export.graph.lower import INPUT, inline
+from tocom.export.engine.tensorrt.four_bit import PutScalesInBlocks
+from tocom.export.graph.graph_pass import apply
+from tocom.export.graph.inline import inline
+from tocom.export.graph.trace import INPUT
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import flat_of
 from tocom.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
 _FP8_FROM = "sm89"  # the first that has products of 8-bit floats
 CURRENT = "current"  # the GPU of the machine that builds
@@ -111,7 +112,7 @@ def library_of(backend: str) -> ModuleType:
         InputError: If it is not installed.
     """
     try:
-        return importlib.import_module(LIBRARIES[backend])
+        return importlib.import_module(BACKENDS[backend].library)
     except ImportError as error:
         raise InputError(f"backend {backend} cannot build plans here: {one_line(error)}") from error
 
@@ -270,7 +271,7 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
         folder: Where the copy and its weights are put.
         own_kernels: Whether merging becomes nodes of our plugins.
     """
-    flat = graph.with_name(f".{graph.stem.lstrip('.')}.plan.onnx")  # its weights are found beside it
+    flat = flat_of(graph)  # its weights are found beside it
     try:
         flat.write_bytes(_without_functions(graph, own_kernels=own_kernels).SerializeToString())
         model = ir.load(flat)
@@ -281,7 +282,7 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
             output_size_limit=_UNLIMITED,
             should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None,
         )
-        put_in_blocks(model)
+        PutScalesInBlocks()(model)
         ir.save(model, folder / "graph.onnx", external_data="weights.bin")
     finally:
         flat.unlink(missing_ok=True)
@@ -292,9 +293,9 @@ def _without_functions(graph: Path, *, own_kernels: bool) -> onnx.ModelProto:
     proto = onnx.load(graph, load_external_data=False)
     if not own_kernels:
         return inline(proto)
-    from tocom.export.engine.tensorrt.plugin import with_plugins, without_functions  # needs Triton
+    from tocom.export.engine.tensorrt.plugin import LeavePlugins, WithPlugins  # needs Triton
 
-    return without_functions(with_plugins(proto))
+    return apply(LeavePlugins(), apply(WithPlugins(), proto))
 
 
 def refitted(plan: bytes, graph: Path, backend: str) -> bytes:
@@ -345,8 +346,3 @@ def layer_information(plan: bytes, backend: str) -> str:
             raise InputError(f"{backend} does not load the plan: {_last(messages)}")
         inspector: trt.EngineInspector = engine.create_engine_inspector()
         return inspector.get_engine_information(library.LayerInformationFormat.JSON)
-
-
-def plan_name(graph: Path, recipe: dict[str, Any]) -> str:
-    """File name of the plan that is built from a graph in one way."""
-    return f"{graph.stem}.{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.plan"

@@ -10,7 +10,7 @@ in. Merging takes two launches, so a node becomes two, TokenMergeDecide and Toke
 not in the function of the one: NVIDIA's parser does not pass a function's attributes on to a function that it calls.
 
 Not verified: that TensorRT builds and runs this, which takes its libraries and a GPU. What is verified stands in
-tests/export/plans/test_plugin.py: the parser of TensorRT for RTX takes a node for the plugin of its name; the
+tests/export/engine/tensorrt/test_plugin.py: the parser of TensorRT for RTX takes a node for the plugin of its name; the
 declarations run in the Python code of `tensorrt.plugin` 10.16 and 11.4; the kernels compile, and launched in Triton's
 interpreter as the plugins have it they compute what the reference does. Taken on trust: that TensorRT's tensors begin
 at multiples of 16 bytes, and that it launches a kernel that takes no numbers.
@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx.inliner
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from tocom import triton_merge
+from tocom.export.graph.graph_pass import ProtoPass, copy_of, integers_of, reductions_of
 from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.operators.merge import MergeOperator
 from tocom.merging import first_positions
@@ -48,59 +50,96 @@ _SIGNATURES = {
 }
 
 
-def with_plugins(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which merging is two nodes that name their plugins, each with a function for who has none.
+class WithPlugins(ProtoPass):
+    """Merging becomes two nodes that name their plugins, each with a function for who has none.
 
-    Args:
-        graph: As `tocom.export.graph.lower` writes it, in any number format; weights may lie outside.
-
-    Returns:
-        The copy. Nodes that the plugins do not serve stay as they are: those that merge nothing, and those of more
-        tokens than one program decides.
+    Nodes that the plugins do not serve stay as they are: those that merge nothing, and those of more tokens than one
+    program decides.
     """
-    graph = onnx.ModelProto.FromString(graph.SerializeToString())
-    nodes = [part for node in graph.graph.node for part in (_parts(node) if _is_served(node) else [node])]
-    if len(nodes) > len(graph.graph.node):
-        merge = next(each for each in graph.functions if (each.domain, each.name) == (DOMAIN, MergeOperator.name))
-        graph.functions.extend(_part_of(merge, name) for name in _SIGNATURES)
-        if not any((node.domain, node.op_type) == (DOMAIN, MergeOperator.name) for node in nodes):
-            graph.functions.remove(merge)
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.graph.node[:]
-        graph.graph.node.extend(nodes)
-    return graph
+
+    def requires(self, model: onnx.ModelProto) -> None:
+        """Merging has its function in the model, as in every graph of this project.
+
+        Raises:
+            PreconditionError: If it is not so.
+        """
+        if any(map(_is_merging, model.graph.node)) and _merge_function(model) is None:
+            raise PreconditionError(f"{MergeOperator.name} must have its function in the model")
+
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        """See the class."""
+        copy = copy_of(model)
+        nodes = [part for node in model.graph.node for part in (_parts(node) if _is_served(node) else [node])]
+        if len(nodes) == len(model.graph.node):
+            return PassResult(copy, modified=False)
+        merge = _merge_function(copy)
+        copy.functions.extend(_part_of(merge, name) for name in _SIGNATURES)
+        if not any(map(_is_merging, nodes)):
+            copy.functions.remove(merge)
+        del copy.graph.node[:]
+        copy.graph.node.extend(nodes)
+        return PassResult(copy, modified=True)
+
+    def ensures(self, model: onnx.ModelProto) -> None:
+        """What plugins serve is theirs, and their nodes have a function each.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        if left := [node.name for node in model.graph.node if _is_served(node)]:
+            raise PostconditionError(f"plugins must do what they serve, {left} is not theirs")
+        functions = {function.name for function in model.functions}
+        if missing := {node.op_type for node in reductions_of(model)} & _SIGNATURES.keys() - functions:
+            raise PostconditionError(f"plugins' nodes must have a function each, {sorted(missing)} have none")
 
 
-def without_functions(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for a parser that has the plugins: it must take them, as their functions are gone; others are inlined.
+class LeavePlugins(ProtoPass):
+    """For a parser that has the plugins: it must take them, as their functions go; others are inlined."""
 
-    Args:
-        graph: As `with_plugins` returns it.
-    """
-    kept = [(DOMAIN, name) for name in _SIGNATURES]
-    graph = onnx.inliner.inline_selected_functions(graph, kept, exclude=True)
-    del graph.functions[:]
-    return graph
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        """See the class."""
+        kept = [(DOMAIN, name) for name in _SIGNATURES]
+        flat = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
+        del flat.functions[:]
+        return PassResult(flat, modified=bool(model.functions))
+
+    def ensures(self, model: onnx.ModelProto) -> None:
+        """No functions are left, and no operators but the plugins'.
+
+        Raises:
+            PostconditionError: If it is not so.
+        """
+        if left := {node.op_type for node in reductions_of(model)} - _SIGNATURES.keys():
+            raise PostconditionError(f"operators without a plugin must be inlined, {sorted(left)} are not")
+
+
+def _is_merging(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, MergeOperator.name)
+
+
+def _merge_function(model: onnx.ModelProto) -> onnx.FunctionProto | None:
+    named = (DOMAIN, MergeOperator.name)
+    return next((function for function in model.functions if (function.domain, function.name) == named), None)
 
 
 def _is_served(node: onnx.NodeProto) -> bool:
-    if (node.domain, node.op_type) != (DOMAIN, MergeOperator.name):
+    if not _is_merging(node):
         return False
-    given = {attribute.name: attribute.i for attribute in node.attribute}
-    return given["r"] > 0 and max(counts_of(given["tokens"], given["protected"])) <= triton_merge._ONE_PROGRAM
+    numbers = integers_of(node)
+    return numbers["r"] > 0 and max(counts_of(numbers["tokens"], numbers["protected"])) <= triton_merge._ONE_PROGRAM
 
 
 def _parts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """The two nodes that do what the one does; its values keep their names."""
     x, token_size, metric = node.input
     merged, merged_size, *decisions = node.output
-    given = {attribute.name: attribute.i for attribute in node.attribute}
+    attributes = integers_of(node)
     parts = []
     for name, inputs, outputs in (
         (DECIDE, [metric], decisions),
         (APPLY, [x, token_size, *decisions], [merged, merged_size]),
     ):
-        numbers = {attribute: given[attribute] for attribute in _ATTRIBUTES[name]}
+        numbers = {attribute: attributes[attribute] for attribute in _ATTRIBUTES[name]}
         named = {"plugin_namespace": NAMESPACE, "plugin_version": PLUGIN_VERSION}
         text = {_TEXT: " ".join(map(str, numbers.values()))}
         where = {"name": f"{node.name}.{name}", "domain": DOMAIN}
@@ -190,14 +229,19 @@ class Launch:
         signature = {name: pointers.get(name, "constexpr") for name in names}
         aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))}
         target = GPUTarget("cuda", capability, 32) if capability else None
-        source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
-        binary = triton.compile(source, target=target, options={**self.options, "ptx_version": PTX_VERSION})
-        made = binary.metadata
-        if made.global_scratch_size or made.profile_scratch_size or made.num_ctas > 1 or made.shared > 48 << 10:
-            raise AssertionError(f"{made.name} cannot be launched by TensorRT: {made}")
-        name = f"{made.name}_{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
-        ptx = _less_scratch(binary.asm["ptx"], made.name, len(pointers)).replace(made.name, name)
-        return Kernel(name, ptx, 32 * made.num_warps, made.shared)
+        kernel_source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
+        binary = triton.compile(kernel_source, target=target, options={**self.options, "ptx_version": PTX_VERSION})
+        compiled = binary.metadata
+        if (
+            compiled.global_scratch_size
+            or compiled.profile_scratch_size
+            or compiled.num_ctas > 1
+            or compiled.shared > 48 << 10
+        ):
+            raise AssertionError(f"{compiled.name} cannot be launched by TensorRT: {compiled}")
+        name = f"{compiled.name}_{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+        ptx = _less_scratch(binary.asm["ptx"], compiled.name, len(pointers)).replace(compiled.name, name)
+        return Kernel(name, ptx, 32 * compiled.num_warps, compiled.shared)
 
 
 def _less_scratch(ptx: str, name: str, count: int) -> str:
@@ -209,10 +253,10 @@ def _less_scratch(ptx: str, name: str, count: int) -> str:
     declared = re.search(rf"(\.entry {name}\()(.*?)(\))", ptx, re.DOTALL)
     parameters = declared[2].split(",") if declared else []
     scratch = [f"{name}_param_{index}" for index in (count, count + 1)]
-    if [each.split()[-1] for each in parameters[count:]] != scratch:
+    if [parameter.split()[-1] for parameter in parameters[count:]] != scratch:
         raise AssertionError(f"{name} must have {count} parameters and two for scratch memory, has {parameters}")
     shorter = ptx.replace(declared[0], f"{declared[1]}{','.join(parameters[:count])}\n{declared[3]}")
-    if any(re.search(rf"\b{each}\b", shorter) for each in scratch):
+    if any(re.search(rf"\b{parameter}\b", shorter) for parameter in scratch):
         raise AssertionError(f"{name} uses scratch memory")
     return shorter
 

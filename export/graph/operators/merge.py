@@ -87,7 +87,7 @@ class MergeOperator(Operator):
         choice.op_type = "Identity"
         choice.input[:] = [chosen]
         for node in reversed(function.node):
-            read = {name for each in function.node for name in each.input}.union(function.output)
+            read = {name for reader in function.node for name in reader.input}.union(function.output)
             if not read & set(node.output):
                 function.node.remove(node)
         return function

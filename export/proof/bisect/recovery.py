@@ -6,7 +6,7 @@ then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.engine.build import build
 from tocom.export.engine.tensorrt.plan import PlanOptions
 from tocom.export.graph.half_precision import HALF
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering
 from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.findings import Findings
 from tocom.export.proof.reference import EXACT, in_format
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source
+from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT
 
 Remake = Callable[[tuple[int, ...]], Report]
@@ -72,18 +74,18 @@ def can_keep_blocks(engine: Engine) -> bool:
     return engine.source.precision in (*HALF, *FORMATS)
 
 
-def _next(found: Mapping[str, Any], kept: tuple[int, ...]) -> int | None:
+def _next(found: Findings, kept: tuple[int, ...]) -> int | None:
     """The first block at fault that is not kept yet; where none is, the one whose parts are furthest off."""
     wrong: dict[int, float] = {}
-    for name, block in found["blocks"].items():
-        if int(name) not in kept and block["parts"]:
-            wrong[int(name)] = float(np.nan_to_num(max(block["parts"].values()), nan=np.inf))
+    for index, block in found.blocks.items():
+        if index not in kept and block.parts:
+            wrong[index] = float(np.nan_to_num(max(block.parts.values()), nan=np.inf))
     first = [
         block
         for block in sorted(wrong)
-        if not wrong[block] <= found["part_allowed"]
-        or not max(found["blocks"][str(block)]["middles"].values(), default=0.0) <= found["middle_allowed"]
-        or found["blocks"][str(block)]["unexplained"]
+        if not wrong[block] <= found.part_allowed
+        or not max(found.blocks[block].middles.values(), default=0.0) <= found.middle_allowed
+        or found.blocks[block].unexplained
     ]
     if first:
         return first[0]
@@ -132,7 +134,7 @@ def _quantized(
 ) -> OnnxGraph:
     if not own.weights:
         return base
-    return quantized_graph(base, source.loaded.model, own, WeightStore(folder), _name(kept), forms(backend))
+    return quantized_graph(base, source.loaded.model, own, WeightStore(folder), _name(kept), BACKENDS[backend].qdq)
 
 
 def _name(kept: tuple[int, ...]) -> str:

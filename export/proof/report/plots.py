@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tocom.export.proof.findings import BlockFindings, Findings
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
 from tocom.export.proof.report.panels import panels
@@ -61,13 +62,13 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def block_figure(found: Mapping[str, Any]) -> Figure:
+def block_figure(found: Findings) -> Figure:
     """Agreement, errors of parts, margins and errors of outputs of every block of one degree.
 
     Where nothing is decided there are no plots of decisions.
 
     Args:
-        found: Findings of the degree (`tocom.export.proof.findings.Findings.to_json`).
+        found: Findings of the degree of validating it.
     """
     with _styled():
         from matplotlib.figure import Figure
@@ -77,21 +78,21 @@ def block_figure(found: Mapping[str, Any]) -> Figure:
         edge = 0.36 / figure.get_figheight()  # inches
         figure.subplots_adjust(left=0.072, right=0.99, top=1 - edge, bottom=1.4 * edge, wspace=0.16, hspace=0.42)
         for draw, axes in zip(draws, figure.subplots(len(draws) // 2, 2).flat, strict=True):
-            _block_axis(axes, [int(block) for block in found["blocks"]])
+            _block_axis(axes, list(found.blocks))
             draw(axes, found)
         return figure
 
 
-def _deciding(found: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+def _deciding(found: Findings) -> dict[int, BlockFindings]:
     """The blocks in which something is decided."""
-    return {int(block): each for block, each in found["blocks"].items() if each["decisions"] or each["unexplained"]}
+    return {block: each for block, each in found.blocks.items() if each.decisions or each.unexplained}
 
 
-def _agreement(axes: Axes, found: Mapping[str, Any]) -> None:
+def _agreement(axes: Axes, found: Findings) -> None:
     """Bars that hang from 100%: how much is decided otherwise, and how many images do."""
     axes.set(title="Decisions equal to the reference's", ylabel="agreement, %")
     deciding = _deciding(found)
-    shares = {block: 100 * each["equal"] / max(1, each["decisions"]) for block, each in deciding.items()}
+    shares = {block: 100 * each.equal / max(1, each.decisions) for block, each in deciding.items()}
     deepest = max(1.0, 100 - min(shares.values()))
     axes.set_ylim(100 - 1.4 * deepest, 100 + 0.12 * deepest)
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
@@ -101,8 +102,8 @@ def _agreement(axes: Axes, found: Mapping[str, Any]) -> None:
             axes.bar(block, shares[block] - 100, 0.62, bottom=100, color=_verdict(each))
         else:
             axes.plot(block, 100, "o", markersize=6, color=_verdict(each), zorder=3)
-        words = [f"{each['explained']}"] if each["explained"] else []
-        words += [f"{each['unexplained']}!"] if each["unexplained"] else []
+        words = [f"{each.explained}"] if each.explained else []
+        words += [f"{each.unexplained}!"] if each.unexplained else []
         axes.annotate(" + ".join(words), (block, shares[block]), (0, -5), textcoords="offset points", ha="center",
                       va="top", fontsize=8, color=_verdict(each), fontweight="bold")  # fmt: skip
     axes.axhline(100, color=_INK, linewidth=0.8)
@@ -110,26 +111,26 @@ def _agreement(axes: Axes, found: Mapping[str, Any]) -> None:
                    "n! unexplained": ("s", _FAULT)}, loc="lower left", ncols=3)  # fmt: skip
 
 
-def _verdict(block: Mapping[str, Any]) -> str:
+def _verdict(block: BlockFindings) -> str:
     """The colour of a block's decisions."""
-    return _FAULT if block["unexplained"] else _EXPLAINED if block["explained"] else _EQUAL
+    return _FAULT if block.unexplained else _EXPLAINED if block.explained else _EQUAL
 
 
-def _parts(axes: Axes, found: Mapping[str, Any]) -> None:
+def _parts(axes: Axes, found: Findings) -> None:
     """Every part of every block by itself, and the gate."""
-    unit, gate = _unit(found), found["part_allowed"] / _unit(found)
+    unit, gate = _unit(found), found.part_allowed / _unit(found)
     axes.set(title="Error of each part, on the candidate's own input", ylabel="error, u", yscale="log")
-    told = [part for part in PARTS if any(part in each["parts"] for each in found["blocks"].values())]
-    errors = [error / unit for each in found["blocks"].values() for error in each["parts"].values()]
+    told = [part for part in PARTS if any(part in each.parts for each in found.blocks.values())]
+    errors = [error / unit for each in found.blocks.values() for error in each.parts.values()]
     top = _top([*errors, gate])
     for place, part in enumerate(told):
         marker, colour = _LOOKS[part]
         shift = 0.62 * ((place + 0.5) / len(told) - 0.5)
-        for block, each in found["blocks"].items():
-            if part in each["parts"]:
-                at, shown = int(block) + shift, _shown(axes, int(block) + shift, each["parts"][part] / unit, top)
+        for block, each in found.blocks.items():
+            if part in each.parts:
+                at, shown = int(block) + shift, _shown(axes, int(block) + shift, each.parts[part] / unit, top)
                 axes.plot(at, shown, marker, color=colour, markersize=5, alpha=0.9)
-                if not each["parts"][part] <= found["part_allowed"]:
+                if not each.parts[part] <= found.part_allowed:
                     axes.plot(at, shown, "o", markersize=12, markerfacecolor="none", markeredgecolor=_FAULT,
                               markeredgewidth=1.8)  # fmt: skip
     _gate(axes, gate)
@@ -137,11 +138,11 @@ def _parts(axes: Axes, found: Mapping[str, Any]) -> None:
     _legend(axes, {part: _LOOKS[part] for part in told}, loc="lower left", ncols=6, columnspacing=0.9)
 
 
-def _margins(axes: Axes, found: Mapping[str, Any]) -> None:
+def _margins(axes: Axes, found: Findings) -> None:
     """How much worse than the best the worst decision is, and the gate."""
-    unit, gate = _unit(found), found["margin_allowed"] / _unit(found)
+    unit, gate = _unit(found), found.margin_allowed / _unit(found)
     axes.set(title="Margin of the decisions that differ", ylabel="worse than the best by, u")
-    margins = {block: each["margin"] / unit for block, each in _deciding(found).items()}
+    margins = {block: each.margin / unit for block, each in _deciding(found).items()}
     top = _top([*margins.values(), gate])
     if top > 2 * gate:
         axes.set_yscale("symlog", linthresh=gate, linscale=0.6)
@@ -151,26 +152,26 @@ def _margins(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_ylim(-0.05 * gate, 4 * top if top > 2 * gate else 1.25 * gate)
     axes.yaxis.set_major_formatter(_plain)
     for block, each in _deciding(found).items():
-        value = _shown(axes, block, margins[block], top) if each["margin"] else 0.0
+        value = _shown(axes, block, margins[block], top) if each.margin else 0.0
         axes.vlines(block, 0, value, color=_verdict(each), linewidth=2.4)
         axes.plot(block, value, "o", color=_verdict(each), markersize=6)
     _gate(axes, gate)
 
 
-def _outputs(axes: Axes, found: Mapping[str, Any]) -> None:
+def _outputs(axes: Axes, found: Findings) -> None:
     """The tokens that leave every block, and the logits with their gates, decisions replayed."""
     unit = _unit(found)
     axes.set(title="Error of what leaves each block, decisions replayed", ylabel="error, u", yscale="log")
-    errors = {int(block): each["output_error"] / unit for block, each in found["blocks"].items()
-              if each["output_error"] is not None}  # fmt: skip
-    logits = [(each["found"] / unit, each["allowed"] / unit)
-              for name, each in sorted(found["gates"].items()) if name.startswith("logits")]  # fmt: skip
+    errors = {int(block): each.output_error / unit for block, each in found.blocks.items()
+              if each.output_error is not None}  # fmt: skip
+    logits = [(each.found / unit, each.allowed / unit)
+              for name, each in sorted(found.gates.items()) if name.startswith("logits")]  # fmt: skip
     values = [*errors.values(), *(value for each in logits for value in each)]
     top = _top(values)
     shown = [_shown(axes, block, error, top) for block, error in errors.items()]
     if shown:
         axes.plot(list(errors), shown, "-o", color=_OUTPUT, markersize=5, linewidth=1.4, label="tokens")
-    behind = max((int(block) for block in found["blocks"]), default=0) + 1
+    behind = max((int(block) for block in found.blocks), default=0) + 1
     for place, (error, allowed) in enumerate(logits):  # of the image in the middle, then of the worst
         at, hidden = behind + 0.7 * place, "_" * place  # an underscore keeps out of the legend
         axes.plot(at, _shown(axes, at, error, top), "D", color=_EQUAL if error <= allowed else _FAULT, markersize=6,
@@ -184,8 +185,8 @@ def _outputs(axes: Axes, found: Mapping[str, Any]) -> None:
         axes.legend(loc="lower left", ncols=3)
 
 
-def _unit(found: Mapping[str, Any]) -> float:
-    return GATES[found["precision"]].unit_roundoff
+def _unit(found: Findings) -> float:
+    return GATES[found.precision].unit_roundoff
 
 
 def _top(values: Sequence[float]) -> float:

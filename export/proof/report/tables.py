@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tocom.export.artifacts import Report
+from tocom.export.proof.findings import Fault, Findings
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
 
@@ -74,20 +75,26 @@ _MEANINGS = {
 }
 
 
-def faults_of(report: Report) -> list[str]:
-    """Every gate that does not hold, in words; of what it was compared with too, where that is an engine."""
-    found = report.findings
-    beside = found.get("against") or {}
-    other = beside.get("candidate", "what it is compared with")
-    faults = [*found["faults"], *(f"{other}, {fault}" for fault in beside.get("faults", ()))]
-    return faults if faults or report else ["a gate that is not among these findings"]
+class FaultInWords(NamedTuple):
+    """A gate that does not hold: which, and what that says about the candidate (empty where nothing is known)."""
+
+    text: str
+    meaning: str = ""
 
 
-def meaning_of(fault: str) -> str:
+def faults_of(report: Report) -> list[FaultInWords]:
+    """Every gate that does not hold; of what it was compared with too, where that is an engine."""
+    findings = report.findings
+    faults = [FaultInWords(str(fault), meaning_of(fault)) for fault in findings.faults]
+    if findings.against is not None:
+        other = findings.against.candidate or "what it is compared with"
+        faults += [FaultInWords(f"{other}, {fault}", meaning_of(fault)) for fault in findings.against.faults]
+    return faults if faults or report else [FaultInWords("a gate that is not among these findings")]
+
+
+def meaning_of(fault: Fault) -> str:
     """What a fault says about the candidate; empty for an unknown one."""
-    place = fault.partition(":")[0].replace(",", " ").split()
-    named = [part for part in _MEANINGS if part in place or (" " in part and part in fault)]
-    return _MEANINGS[named[-1]] if named else ""
+    return _MEANINGS.get("logits" if fault.part.startswith("logits ") else fault.part, "")
 
 
 def verdict(reports: Mapping[int, Report]) -> tuple[bool, str]:
@@ -108,20 +115,20 @@ _FREE = {"top1_agreement": "{:.1%}", "cosine": "{:.6f}", "kl": "{:.1e}"}
 
 def degree_table(reports: Mapping[int, Report]) -> Table:
     """One row per degree; with top-1 on labelled images, where that was measured."""
-    labelled = any(report.findings.get("accuracy") for report in reports.values())
+    labelled = any(report.findings.accuracy for report in reports.values())
     rows = []
     for degree, report in reports.items():
-        found, free, unit = report.findings, report.findings["free"], unit_of(report.findings)
-        parts = [error for block in found["blocks"].values() for error in block["parts"].values()]
+        found, free, unit = report.findings, report.findings.free, unit_of(report.findings)
+        parts = [error for block in found.blocks.values() for error in block.parts.values()]
         worst = max(parts, key=lambda error: math.inf if math.isnan(error) else error, default=None)
-        typical = found["gates"].get("logits of the image in the middle", {}).get("allowed", math.inf)
+        typical = found.gates["logits of the image in the middle"].allowed if found.gates else math.inf
         rows.append((
-            Cell(str(degree)), Cell("pass" if report else "FAIL", not report), Cell(str(found["images"])),
-            Cell(percent(found["agreement"], found["decisions"])), Cell(str(found["explained"])),
-            Cell(str(found["unexplained"]), found["unexplained"] > 0),
-            Cell(in_units(worst, unit), worst is not None and not worst <= found["part_allowed"]),
-            Cell(in_units(found["typical_logit_error"], unit), not found["typical_logit_error"] <= typical),
-            *(Cell("-" if free[name] is None else form.format(free[name])) for name, form in _FREE.items()),
+            Cell(str(degree)), Cell("pass" if report else "FAIL", not report), Cell(str(found.images)),
+            Cell(percent(found.agreement, found.decisions)), Cell(str(found.explained)),
+            Cell(str(found.unexplained), found.unexplained > 0),
+            Cell(in_units(worst, unit), worst is not None and not worst <= found.part_allowed),
+            Cell(in_units(found.typical_logit_error, unit), not found.typical_logit_error <= typical),
+            *(_free(getattr(free, name), form) for name, form in _FREE.items()),
             *([_top1(found, "top1"), _top1(found, "reference_top1")] if labelled else []),
         ))  # fmt: skip
     header = ("degree r", "verdict", "images", "agreement", "explained", "unexplained", "worst part, u",
@@ -129,25 +136,28 @@ def degree_table(reports: Mapping[int, Report]) -> Table:
     return Table((*header, *(("top-1", "reference's top-1") if labelled else ())), tuple(rows))
 
 
-def _top1(found: Mapping[str, Any], name: str) -> Cell:
-    measured = found.get("accuracy")
-    return Cell(f"{measured[name]:.1%}" if measured else "-")
+def _top1(found: Findings, name: str) -> Cell:
+    return Cell("-" if found.accuracy is None else f"{getattr(found.accuracy, name):.1%}")
 
 
-def block_table(found: Mapping[str, Any]) -> Table:
+def _free(value: float | None, form: str) -> Cell:
+    return Cell("-" if value is None else form.format(value))
+
+
+def block_table(found: Findings) -> Table:
     """One row per block of one degree: errors in unit roundoffs, and the gates below."""
-    unit, part, margin = unit_of(found), found["part_allowed"], found["margin_allowed"]
+    unit, part, margin = unit_of(found), found.part_allowed, found.margin_allowed
     rows = []
-    for block, each in found["blocks"].items():
-        deciding = each["decisions"] or each["unexplained"]
+    for block, each in found.blocks.items():
+        deciding = each.decisions or each.unexplained
         rows.append((
-            Cell(block), Cell(percent(each["equal"] / max(1, each["decisions"]), deciding)),
-            Cell(str(each["explained"]) if deciding else "-"),
-            Cell(str(each["unexplained"]) if deciding else "-", each["unexplained"] > 0),
-            Cell(in_units(each["margin"], unit) if deciding else "-", bool(each["unexplained"])),
+            Cell(str(block)), Cell(percent(each.equal / max(1, each.decisions), deciding)),
+            Cell(str(each.explained) if deciding else "-"),
+            Cell(str(each.unexplained) if deciding else "-", each.unexplained > 0),
+            Cell(in_units(each.margin, unit) if deciding else "-", bool(each.unexplained)),
             *(Cell(in_units(error, unit), error is not None and not error <= part)
-              for error in map(each["parts"].get, MEASURED)),
-            Cell(in_units(each["output_error"], unit)),
+              for error in map(each.parts.get, MEASURED)),
+            Cell(in_units(each.output_error, unit)),
         ))  # fmt: skip
     gate = ("gate", "-", "-", "0", in_units(margin, unit), *[in_units(part, unit)] * len(MEASURED), "-")
     return Table(
@@ -155,42 +165,40 @@ def block_table(found: Mapping[str, Any]) -> Table:
     )
 
 
-def gate_table(found: Mapping[str, Any]) -> Table:
+def gate_table(found: Findings) -> Table:
     """What is judged of the network as a whole."""
     unit = unit_of(found)
     rows = tuple(
         (
             Cell(name),
-            Cell(in_units(each["found"], unit), not each["found"] <= each["allowed"]),
-            Cell(in_units(each["allowed"], unit)),
+            Cell(in_units(each.found, unit), not each.found <= each.allowed),
+            Cell(in_units(each.allowed, unit)),
         )
-        for name, each in found["gates"].items()
+        for name, each in found.gates.items()
     )
     return Table(("of the network", "found, u", "gate, u"), rows)
 
 
-def beside_table(found: Mapping[str, Any]) -> Table | None:
+def beside_table(found: Findings) -> Table | None:
     """The candidate beside another engine, each deciding by itself; None where the reference is all there is."""
-    if not (pair := found.get("pair")):
+    if (pair := found.pair) is None:
         return None
     rows = [
-        ("images", str(pair["images"])),
-        ("of which all is decided alike", str(pair["images_alike"])),
-        ("decisions equal", f"{pair['agreement']:.2%}"),
-        ("logit error where alike", _share(pair["logit_error_alike"])),
-        ("logit error elsewhere", _share(pair["logit_error_otherwise"])),
-        ("top-1 equal", f"{pair['top1_agreement']:.1%}"),
-        ("lowest cosine", f"{pair['cosine']:.6f}"),
-        ("KL, nats", f"{pair['kl']:.1e}"),
+        ("images", str(pair.images)),
+        ("of which all is decided alike", str(pair.images_alike)),
+        ("decisions equal", f"{pair.agreement:.2%}"),
+        ("logit error where alike", _share(pair.logit_error_alike)),
+        ("logit error elsewhere", _share(pair.logit_error_otherwise)),
+        ("top-1 equal", f"{pair.top1_agreement:.1%}"),
+        ("lowest cosine", f"{pair.cosine:.6f}"),
+        ("KL, nats", f"{pair.kl:.1e}"),
     ]
-    return Table(
-        (f"{pair['one']} beside", str(pair["other"])), tuple((Cell(name), Cell(value)) for name, value in rows)
-    )
+    return Table((f"{pair.one} beside", pair.other), tuple((Cell(name), Cell(value)) for name, value in rows))
 
 
-def unit_of(found: Mapping[str, Any]) -> float:
+def unit_of(found: Findings) -> float:
     """The unit roundoff that findings are judged by."""
-    return GATES[found["precision"]].unit_roundoff
+    return GATES[found.precision].unit_roundoff
 
 
 def in_units(value: float | None, unit: float) -> str:

@@ -25,14 +25,14 @@ def verdict_table(reports: Mapping[int, Report], title: str) -> Table:
                  "logit error / u", "top-1 equal", "cosine", "KL"):  # fmt: skip
         table.add_column(name, justify="right")
     for degree, report in reports.items():
-        found, free = report.findings, report.findings["free"]
-        unit = GATES[found["precision"]].unit_roundoff
-        parts = [error for block in found["blocks"].values() for error in block["parts"].values()]
+        found, free = report.findings, report.findings.free
+        unit = GATES[found.precision].unit_roundoff
+        parts = [error for block in found.blocks.values() for error in block.parts.values()]
         table.add_row(
-            str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(found["images"]),
-            f"{found['agreement']:.2%}", str(found["explained"]), str(found["unexplained"]),
-            f"{max(parts) / unit:.1f}" if parts else "-", f"{found['typical_logit_error'] / unit:.1f}",
-            *(form.format(free[name]) if free[name] is not None else "-" for name, form in _FREE.items()),
+            str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(found.images),
+            f"{found.agreement:.2%}", str(found.explained), str(found.unexplained),
+            f"{max(parts) / unit:.1f}" if parts else "-", f"{found.typical_logit_error / unit:.1f}",
+            *(_free(getattr(free, name), form) for name, form in _FREE.items()),
         )  # fmt: skip
     table.caption = (
         "u: unit roundoff of the number format. Worst part: each part of each block by itself, on the engine's own "
@@ -41,6 +41,10 @@ def verdict_table(reports: Mapping[int, Report], title: str) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _free(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def fault_lines(reports: Mapping[int, Report], most: int = 3) -> list[str]:
@@ -52,9 +56,9 @@ def fault_lines(reports: Mapping[int, Report], most: int = 3) -> list[str]:
     """
     lines = []
     for degree, report in reports.items():
-        faults = list(report.findings["faults"])
-        if report.findings.get("against", {}).get("faults"):
-            faults += [f"against: {fault}" for fault in report.findings["against"]["faults"]]
+        faults = list(report.findings.faults)
+        if report.findings.against is not None:
+            faults += [f"against: {fault}" for fault in report.findings.against.faults]
         left = len(faults) - most
         lines += [f"r={degree} FAILS: {fault}" for fault in faults[:most]]
         lines += [f"r={degree}: and {left} more behind it"] if left > 0 else []
@@ -72,18 +76,18 @@ def block_table(reports: Mapping[int, Report]) -> Table:
     for name in ("degree", "block", "agreement", "explained", "unexplained", "margin", *measured, "output"):
         table.add_column(name, justify="right")
     for degree, report in reports.items():
-        unit = GATES[report.findings["precision"]].unit_roundoff
+        unit = GATES[report.findings.precision].unit_roundoff
 
         def in_units(error: float | None, unit: float = unit) -> str:
             return "-" if error is None else f"{error / unit:.1f}"
 
-        for block, found in report.findings["blocks"].items():
-            decisions, parts = found["decisions"], found["parts"]
+        for block, found in report.findings.blocks.items():
+            decisions, parts = found.decisions, found.parts
             table.add_row(
-                str(degree), block, f"{found['equal'] / decisions:.2%}" if decisions else "-",
-                str(found["explained"]), str(found["unexplained"]),
-                in_units(found["margin"]) if decisions else "-",
-                *(in_units(parts.get(part)) for part in measured), in_units(found["output_error"]),
+                str(degree), str(block), f"{found.equal / decisions:.2%}" if decisions else "-",
+                str(found.explained), str(found.unexplained),
+                in_units(found.margin) if decisions else "-",
+                *(in_units(parts.get(part)) for part in measured), in_units(found.output_error),
             )  # fmt: skip
     table.caption = (
         "explained, unexplained: images that decide otherwise; margin: how much worse than the best the worst "
@@ -105,13 +109,13 @@ def pair_table(reports: Mapping[int, Report]) -> Table:
                  "logits, otherwise", "top-1 equal", "cosine", "KL"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("candidate", "against") else "right")
     for degree, report in reports.items():
-        pair, beside = report.findings["pair"], report.findings["against"]
-        errors = [pair[name] for name in ("logit_error_alike", "logit_error_otherwise")]
+        pair, beside = report.findings.pair, report.findings.against
+        errors = (pair.logit_error_alike, pair.logit_error_otherwise)
         table.add_row(
-            str(degree), pair["one"], pair["other"], "[green]pass[/]" if beside["passed"] else "[red]FAIL[/]",
-            f"{pair['images_alike']} of {pair['images']}", f"{pair['agreement']:.2%}",
+            str(degree), pair.one, pair.other, "[green]pass[/]" if beside.passed else "[red]FAIL[/]",
+            f"{pair.images_alike} of {pair.images}", f"{pair.agreement:.2%}",
             *("-" if error is None else f"{error:.1e}" for error in errors),
-            f"{pair['top1_agreement']:.0%}", f"{pair['cosine']:.6f}", f"{pair['kl']:.1e}",
+            f"{pair.top1_agreement:.0%}", f"{pair.cosine:.6f}", f"{pair.kl:.1e}",
         )  # fmt: skip
     table.caption = (
         "Images alike: in which all is decided alike; logits: the largest difference, as a share of the largest logit, "

@@ -31,7 +31,6 @@ from tocom.export.proof.report.tables import (
     degree_table,
     faults_of,
     gate_table,
-    meaning_of,
     verdict,
 )
 from tocom.runtime.files import write_atomically
@@ -77,9 +76,9 @@ def to_json(reports: Mapping[int, Report], about: About, pictures: Pictures) -> 
         degrees[str(degree)] = {
             "passed": report.passed,
             "backend": report.engine.backend,
-            "precision": report.findings["precision"],
-            "faults": faults_of(report),
-            "findings": finite(report.findings),
+            "precision": report.findings.precision,
+            "faults": [fault.text for fault in faults_of(report)],
+            "findings": finite(report.findings.to_json()),
             "pictures": _differing_patches(pictures.get(degree, ())),
         }
     return {"format": FORMAT, "passed": verdict(reports)[0], **finite(asdict(about)), "degrees": degrees}
@@ -116,15 +115,15 @@ def to_markdown(reports: Mapping[int, Report], about: About) -> str:
     lines = [f"# {_text(about.title)}", "", f"**{'PASS' if passed else 'FAIL'}**: {sentence}"]
     for degree, report in reports.items():
         faults = faults_of(report)
-        lines += ["", *(f"- **r={degree} FAILS**: {_text(fault)}" for fault in faults)] if faults else []
-        if faults and (meaning := meaning_of(faults[0])):
+        lines += ["", *(f"- **r={degree} FAILS**: {_text(fault.text)}" for fault in faults)] if faults else []
+        if faults and (meaning := faults[0].meaning):
             lines.append(f"  - the first of them: {meaning}.")
     lines += ["", "## What was compared", "", *(f"- {name}: {value}" for name, value in facts(about).items())]
     lines += ["", "## Degrees", "", *_markdown(degree_table(reports)), ""]
     for degree, report in reports.items():
         found = report.findings
         lines += [f"## r = {degree}, block by block", "", "Errors in unit roundoffs u of "
-                  f"{found['precision']}; bold: beyond the gate.", "", *_markdown(block_table(found)), ""]  # fmt: skip
+                  f"{found.precision}; bold: beyond the gate.", "", *_markdown(block_table(found)), ""]  # fmt: skip
         lines += [*_markdown(gate_table(found)), ""]
         if (beside := beside_table(found)) is not None:
             lines += [*_markdown(beside), ""]

@@ -11,7 +11,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from tocom.calib.quantize.migrations import Migration, migrate, readers_of, source_of, takes_shift
+from tocom.calib.quantize.migrations import Migration, migrate, origin_of, readers_of, takes_shift
 from tocom.calib.quantize.network import observe, products_of
 from tocom.vit import ReducedViT
 
@@ -126,11 +126,11 @@ def test_what_tokens_are_matched_on_is_not_scaled(make_variant: Callable, copy_o
 
 def test_nothing_is_taken_behind_an_activation_function_or_another_norm(make_variant: Callable) -> None:
     model = make_variant("deit_distilled")
-    assert source_of(model, "blocks.0.mlp.fc2") is None
+    assert origin_of(model, "blocks.0.mlp.fc2") is None
     model.blocks[0].norm1 = model.blocks[0].attn.norm = nn.RMSNorm(48)
-    assert source_of(model, "blocks.0.attn.qkv") is source_of(model, "blocks.0.attn.proj") is None
+    assert origin_of(model, "blocks.0.attn.qkv") is origin_of(model, "blocks.0.attn.proj") is None
     model.blocks[0].norm2 = nn.LayerNorm(48, elementwise_affine=False)
-    assert source_of(model, "blocks.0.mlp.fc1") is None
+    assert origin_of(model, "blocks.0.mlp.fc1") is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tocom.export.engine.measure_latency
-from tocom.export.engine.measure_latency import measured, slice_bound
+from tocom.export.engine.measure_latency import measured
 from tocom.export.graph.lower import reference_model
+from tocom.export.graph.slice_bound import slice_bound
 from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.degrees.latency import Latency
 from tocom.runtime.engines.base import open_engine

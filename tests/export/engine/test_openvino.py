@@ -35,40 +35,40 @@ def images(model, noise, photographs):
 
 
 @pytest.fixture
-def prove(exported, make_vit, fused_of, noise, photographs):
+def validated(exported, make_vit, fused_of, noise, photographs):
     """Builds the OpenVINO engine of a family at a degree, and validates it."""
 
-    def proven(family, degree, reduction=MERGE, precision="fp32"):
+    def report(family, degree, reduction=MERGE, precision="fp32"):
         model = make_vit(family)
         engine = build(exported(family, degree, reduction).source, backend="openvino", precision=precision)
         reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
         return validate(engine, reference, images(model, noise, photographs))
 
-    return proven
+    return report
 
 
 @pytest.mark.parametrize("family", ["deit_tiny"])
-def test_the_native_operator_decides_and_computes_as_the_reference(prove, precision, family):
-    report = prove(family, 8, precision=precision)
+def test_the_native_operator_decides_and_computes_as_the_reference(validated, precision, family):
+    report = validated(family, 8, precision=precision)
     assert report, report.findings
     assert report.engine.native and report.engine.file == report.engine.source.file
-    assert report.findings["precision"] == precision
-    assert report.findings["images"] == 11 and report.findings["debug_copy_error"] == 0
+    assert report.findings.precision == precision
+    assert report.findings.images == 11 and report.findings.debug_copy_error == 0
     if precision == "fp32":
-        assert report.findings["max_logit_error"] <= 1e-4 and report.findings["agreement"] > 0.99
+        assert report.findings.max_logit_error <= 1e-4 and report.findings.agreement > 0.99
 
 
-def test_without_the_native_operator_the_function_body_runs(prove, monkeypatch, precision):
+def test_without_the_native_operator_the_function_body_runs(validated, monkeypatch, precision):
     monkeypatch.setattr(tocom.runtime.engines.openvino_engine, "library", lambda: None)
-    report = prove("deit_tiny", 8, precision=precision)
+    report = validated("deit_tiny", 8, precision=precision)
     assert report, report.findings
     assert not report.engine.native and report.engine.file.name.endswith(".inlined.onnx")
     assert not onnx.load(report.engine.file, load_external_data=False).functions
     assert set(report.engine.files) == {*report.engine.source.files, report.engine.file.name}
 
 
-def test_what_has_no_native_operator_runs_its_body(prove):
-    report = prove("deit_tiny", 8, PRUNE)
+def test_what_has_no_native_operator_runs_its_body(validated):
+    report = validated("deit_tiny", 8, PRUNE)
     assert report, report.findings
     assert not report.engine.native
 
@@ -85,7 +85,7 @@ def test_who_runs_what(exported):
 
 
 @has_native
-def test_a_wrong_native_decision_fails_the_gate(prove, monkeypatch):
+def test_a_wrong_native_decision_fails_the_gate(validated, monkeypatch):
     honest = tocom.runtime.engines.openvino_engine.record
 
     def lying(run):
@@ -94,8 +94,8 @@ def test_a_wrong_native_decision_fails_the_gate(prove, monkeypatch):
         return calls
 
     monkeypatch.setattr(tocom.runtime.engines.openvino_engine, "record", lying)
-    report = prove("deit_tiny", 8)
-    assert not report and report.findings["unexplained"]
+    report = validated("deit_tiny", 8)
+    assert not report and report.findings.unexplained
 
 
 def test_onnx_runtime_has_no_bfloat16(exported):
@@ -109,4 +109,4 @@ def test_default_images_reach_every_engine_alike(exported, make_vit, fused_of):
     reference = reference_model(model, schedule_for(model, 8), fused_of(model, 8))
     one = validate(engine, reference, default_images((3, 64, 64)))
     other = validate(replace(exported("deit_tiny", 8)), reference, default_images((3, 64, 64)))
-    assert one and other and one.findings["decisions"] == other.findings["decisions"]
+    assert one and other and one.findings.decisions == other.findings.decisions

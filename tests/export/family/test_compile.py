@@ -277,10 +277,10 @@ def test_auto_takes_the_fastest_backend_that_passes_and_stays_with_it(
     assert [entry.backend for entry in compile_family(options).family.engines] == ["openvino"] * 2
     fast = "onnxruntime"  # what is finished is not built again because a measurement came out otherwise
     assert compile_family(options).reused == (0, 4)
-    proven = tocom.export.family.choose_backend.validate
+    validate = tocom.export.family.choose_backend.validate
 
     def only_openvino(engine, *given):
-        report = proven(engine, *given)
+        report = validate(engine, *given)
         return replace(report, passed=engine.backend == "openvino")
 
     monkeypatch.setattr("tocom.export.family.choose_backend.validate", only_openvino)  # the fastest one does not pass

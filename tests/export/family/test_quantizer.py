@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import tocom.export.family.steps
+import tocom.export.family.quantized_steps
 from tocom.calib.quantize.calibrate import Method
 from tocom.export.family.compile import compile_family
 from tocom.export.family.quantizer import Drop
@@ -88,7 +88,7 @@ def test_a_quantized_family_is_listed_proven_and_kept(options):
         ValidateOptions(replace(options, degrees=(), precision="fp32", quantize=QuantizeOptions()))
     ).reports
     assert set(reports) == {0, 2} and all(reports.values())
-    assert all(report.findings["precision"] == "int8" for report in reports.values())
+    assert all(report.findings.precision == "int8" for report in reports.values())
 
     # the calibration as a file makes the same engines
     copy = options.out.parent / "copy.safetensors"
@@ -111,7 +111,7 @@ def test_products_return_to_float_until_the_drop_is_small(options, given, monkey
         counts.append(degree)
         return Drop(3.0 - counts.count(degree), 0.5, 0.5, 12)
 
-    monkeypatch.setattr(tocom.export.family.steps.Quantizer, "drop", drop)
+    monkeypatch.setattr(tocom.export.family.quantized_steps.Quantizer, "drop", drop)
     options = replace(options, degrees=(), quantize=replace(options.quantize, max_drop=0.5))
     result, said = compiled(options)
     assert not result.failed
@@ -122,10 +122,10 @@ def test_products_return_to_float_until_the_drop_is_small(options, given, monkey
     assert any("may lose 0.5" in stage for stage in said)
 
     # and where it never is, no engine is listed
-    monkeypatch.setattr(tocom.export.family.steps.Quantizer, "drop", lambda *_: Drop(5.0, 0.5, 0.45, 12))
+    monkeypatch.setattr(tocom.export.family.quantized_steps.Quantizer, "drop", lambda *_: Drop(5.0, 0.5, 0.45, 12))
     lost, _ = compiled(replace(options, out=options.out.parent / "lost"))
     assert set(lost.failed) == {0} and not lost.family.engines
-    assert len(lost.failed[0].findings["quantization"]["float_products"]) == 8
+    assert len(lost.failed[0].findings.quantization.float_products) == 8
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Typed graphs: what is half and what stays float32, proven against the float32 reference with every rounding."""
+"""Typed graphs: what is half and what stays float32, validated against the float32 reference with every rounding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from tocom.export.graph.emulate_half import rounded
+from tocom.export.graph.emulate_half import emulate_half
 from tocom.export.graph.half_precision import HALF, precision_of, typed
-from tocom.export.graph.lower import inline, reference_model
+from tocom.export.graph.inline import inline
+from tocom.export.graph.lower import reference_model
 from tocom.export.proof.gates import margin_allowed
 from tocom.export.proof.validate import validate
 from tocom.reduction import MERGE, PRUNE
@@ -23,11 +24,11 @@ from tocom.vit import schedule_for
 TYPES = {name: int(dtype) for name, dtype in HALF.items()}
 FAMILIES = ["deit_tiny", "deit_distilled", "reg4_dinov2", "map", "deit3", "augreg_384", "gap", "reg1_gap", "clip",
             "normed", "gated", "avgmax_with_class", "hybrid", "reg4_dinov2_swiglu"]  # fmt: skip
-PROVEN = [("deit_tiny", "fp16"), ("map", "bf16")]  # by default
+BY_DEFAULT = [("deit_tiny", "fp16"), ("map", "bf16")]  # by default
 
 
 @pytest.fixture
-def prove(exported, make_vit, fused_of, photographs, noise, tmp_path):
+def validated(exported, make_vit, fused_of, photographs, noise, tmp_path):
     """The report on the typed graph of a family, carried out with every rounding in it."""
 
     def report(family, degree, precision, reduction=MERGE, alter=lambda proto: None):
@@ -51,42 +52,42 @@ def prove(exported, make_vit, fused_of, photographs, noise, tmp_path):
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
-        pytest.param(family, precision, marks=() if (family, precision) in PROVEN else pytest.mark.full)
+        pytest.param(family, precision, marks=() if (family, precision) in BY_DEFAULT else pytest.mark.full)
         for family in FAMILIES
         for precision in HALF
     ],
 )
-def test_decisions_flip_only_where_rounding_allows_it(prove, family, precision):
-    report = prove(family, 8, precision)
+def test_decisions_flip_only_where_rounding_allows_it(validated, family, precision):
+    report = validated(family, 8, precision)
     assert report, report.findings
     found = report.findings
-    assert found["precision"] == precision and found["run"] is None
-    assert 0.9 < found["agreement"] <= 1 and found["largest_margin"] < margin_allowed(precision, "merge")
-    assert found["max_logit_error"] > 1e-5  # it is not float32 that was computed
-    for block in found["blocks"].values():
-        assert 0 < block["output_error"] < (4e-3 if precision == "fp16" else 3e-2)
-        assert block["unexplained"] == 0
+    assert found.precision == precision and found.run is None
+    assert 0.9 < found.agreement <= 1 and found.largest_margin < margin_allowed(precision, "merge")
+    assert found.max_logit_error > 1e-5  # it is not float32 that was computed
+    for block in found.blocks.values():
+        assert 0 < block.output_error < (4e-3 if precision == "fp16" else 3e-2)
+        assert block.unexplained == 0
 
 
 @pytest.mark.parametrize("precision", HALF)
-def test_pruning_too(prove, precision):
-    report = prove("deit_tiny", 8, precision, PRUNE)
+def test_pruning_too(validated, precision):
+    report = validated("deit_tiny", 8, precision, PRUNE)
     assert report, report.findings
-    assert report.findings["largest_margin"] < margin_allowed(precision, "prune")
+    assert report.findings.largest_margin < margin_allowed(precision, "prune")
 
 
-def test_what_is_computed_wrong_still_fails(prove):
+def test_what_is_computed_wrong_still_fails(validated):
     def forget_sizes(proto):
         """The logarithm of sizes is not added to attention."""
         (log, *_) = [node for node in proto.graph.node if node.op_type == "Log"]
         log.op_type = "Neg"
 
-    report = prove("deit_tiny", 8, "bf16", alter=forget_sizes)
+    report = validated("deit_tiny", 8, "bf16", alter=forget_sizes)
     assert not report
 
 
 @pytest.mark.full
-def test_typed_graphs_are_valid_and_keep_the_judging_wide(case, exported):
+def test_typed_graphs_are_valid_and_keep_the_signal_wide(case, exported):
     """Strict type inference accepts them; scores and sizes are float32, products and softmax half."""
     family, degree, _ = case
     precision = ("fp16", "bf16")[(len(family) + degree) % 2]
@@ -114,7 +115,7 @@ def test_typed_graphs_are_valid_and_keep_the_judging_wide(case, exported):
 
 
 def test_typed_graphs_of_every_kind(kind, exported):
-    test_typed_graphs_are_valid_and_keep_the_judging_wide(kind, exported)
+    test_typed_graphs_are_valid_and_keep_the_signal_wide(kind, exported)
 
 
 @pytest.mark.parametrize(("precision", "torch_type"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -132,7 +133,7 @@ def test_roundings_are_those_of_the_format(precision, torch_type, tmp_path):
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in
              (("x", ["batch", 5]), ("y", ["batch", 4]))]  # fmt: skip
     graph = helper.make_graph(nodes, "small", ports[:1], ports[1:], [numpy_helper.from_array(weight, "w")])
-    proto = rounded(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10))
+    proto = emulate_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10))
     x = np.random.default_rng(1).standard_normal((7, 5), dtype=np.float32)
     (y,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})
 

@@ -1,6 +1,6 @@
 """Quantized graphs of which the rest is half: their types, what they compute, and the plans they become.
 
-What a product computes is proven against PyTorch at the precision of float16. What a whole network of 8-bit inputs
+What a product computes is validated against PyTorch at the precision of float16. What a whole network of 8-bit inputs
 computes cannot be: a difference of 1e-6 moves some inputs to the next code, and after a few blocks two ways of rounding
 are as far apart as a fraction of what quantization itself changes.
 """
@@ -23,12 +23,13 @@ from tocom.calib.quantize.calibrate import Method, calibrate
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import quantized_model
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan, folded
-from tocom.export.graph.emulate_half import rounded
+from tocom.export.graph.emulate_half import emulate_half
 from tocom.export.graph.half_precision import precision_of, typed
-from tocom.export.graph.insert_qdq import quantized, quantized_format_of
-from tocom.export.graph.lower import inline, lower
+from tocom.export.graph.inline import inline
+from tocom.export.graph.insert_qdq import InsertQDQ, quantized_format_of
+from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.engines.tensorrt.runner import PRECISIONS
+from tocom.runtime.backends import PRECISIONS
 from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 
@@ -44,7 +45,7 @@ def quantized_file(engine_file, model, degree, form, rest, folder, pixels):
     """A float32 graph as a quantized one, in a folder of its own, and what it was made from."""
     calibration = calibrate([ReducedViT(model, degree)], torch.from_numpy(pixels), Method(format=form))
     quantization = calibration.quantization(model)
-    graph = quantized(ir.load(engine_file), model, model.state_dict(), quantization)
+    graph = InsertQDQ(model, model.state_dict(), quantization)(ir.load(engine_file)).model
     WeightStore(folder).place(graph)
     file = folder / "graph.onnx"
     file.write_bytes(typed(ir.to_proto(graph), rest).SerializeToString())
@@ -137,7 +138,7 @@ def test_eight_bit_floats_are_torchs_and_saturate():
 
 def carried_out(made, pixels, outputs=()):
     """The graph's logits, and other values in it, with every rounding."""
-    proto = rounded(onnx.load(made.file, load_external_data=False))
+    proto = emulate_half(onnx.load(made.file, load_external_data=False))
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
     file = made.file.with_name("rounded.onnx")
     file.write_bytes(proto.SerializeToString())
@@ -157,7 +158,7 @@ def maker(found, value, kind):
 def test_every_product_computes_what_it_does_in_torch(make, form, noise):
     """On what it is given in the graph, with its bias, at the precision of float16."""
     made = make(form)
-    found = outline(rounded(onnx.load(made.file, load_external_data=False)))
+    found = outline(emulate_half(onnx.load(made.file, load_external_data=False)))
     read, written = {}, {}
     for add in found.nodes:
         name = add.name.removesuffix(".Add")

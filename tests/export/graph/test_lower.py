@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tocom.export.engine.build import build
-from tocom.export.graph.lower import INPUT, OPSET, OUTPUT, count_gmacs, inline, lower, reference_model
+from tocom.export.graph.inline import inline
+from tocom.export.graph.lower import count_gmacs, lower, reference_model
+from tocom.export.graph.trace import INPUT, OPSET, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
@@ -82,10 +84,10 @@ def test_onnx_runtime_decides_and_computes_as_the_reference(case, exported, make
     # the decisions that do differ are as good as the best ones to within rounding, and the logits follow from them
     report = validate(engine, reference, batches(model, noise, photographs))
     assert report, report.findings
-    assert report.findings["max_logit_error"] <= 1e-4
-    assert report.findings["largest_margin"] < 1e-6
+    assert report.findings.max_logit_error <= 1e-4
+    assert report.findings.largest_margin < 1e-6
     removed = sum(each + (reduction is PRUNE) for each in needed if each)
-    assert (report.findings["images"], report.findings["decisions"]) == (12, 12 * removed)
+    assert (report.findings.images, report.findings.decisions) == (12, 12 * removed)
 
 
 @pytest.mark.parametrize("degree", [pytest.param(0, marks=pytest.mark.full), 8])
@@ -144,7 +146,7 @@ def test_pruning_every_patch_into_one_token(exported, make_vit, fused_of):
     images = np.random.default_rng(0).standard_normal((4, 3, 8, 16), dtype=np.float32)
     report = validate(engine, reference, iter([images, images[:1]]))
     assert report, report.findings
-    assert (report.findings["decisions"], report.findings["agreement"]) == (5 * 2, 1)
+    assert (report.findings.decisions, report.findings.agreement) == (5 * 2, 1)
 
 
 def test_a_graph_says_nothing_about_the_machine_that_made_it(exported):
@@ -176,7 +178,7 @@ def test_a_schedule_that_merges_in_some_blocks_only(tmp_path, make_vit, fused_of
     assert engine.source.tokens == (64, 64, 44, 41)
     report = validate(engine, reference_model(model, schedule, fused), default_images((3, 64, 64)))
     assert report, report.findings
-    assert report.findings["decisions"] == 12 * 23
+    assert report.findings.decisions == 12 * 23
 
 
 def test_multiplications_are_those_of_the_formula(make_vit):

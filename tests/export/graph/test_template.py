@@ -22,13 +22,13 @@ from tocom.vit import schedule_for
 @pytest.fixture
 def traces(monkeypatch) -> list[int]:
     """Grows by the first block's r whenever a degree is traced."""
-    seen, trace = [], tocom.export.graph.lower._export
+    seen, trace = [], tocom.export.graph.lower.trace
 
     def counted(reference, steps):
         seen.append(reference.schedule.removed[0])
         return trace(reference, steps)
 
-    monkeypatch.setattr(tocom.export.graph.lower, "_export", counted)
+    monkeypatch.setattr(tocom.export.graph.lower, "trace", counted)
     return seen
 
 

@@ -17,9 +17,10 @@ from tocom.export.graph.lower import reference_model
 from tocom.export.graph.operators import POINTS
 from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
-from tocom.export.proof.findings import BlockFindings, Findings
+from tocom.export.proof.findings import BlockFindings
 from tocom.export.proof.gates import margin_allowed
 from tocom.export.proof.reference import replay
+from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images
 from tocom.reduction import MERGE, PRUNE
@@ -189,11 +190,11 @@ def test_the_good_engine_passes(engine, reference):
     report = validate(engine, reference, images())
     assert report
     found = report.findings
-    assert found["passed"] is True
-    assert (found["images"], found["decisions"], found["unexplained"]) == (12, 12 * 3 * DEGREE, 0)
-    assert found["agreement"] > 0.99
-    assert found["max_logit_error"] < 1e-4
-    assert found["top1_agreement"] == 1
+    assert found.passed is True
+    assert (found.images, found.decisions, found.unexplained) == (12, 12 * 3 * DEGREE, 0)
+    assert found.agreement > 0.99
+    assert found.max_logit_error < 1e-4
+    assert found.top1_agreement == 1
 
 
 @when_pruning
@@ -201,11 +202,11 @@ def test_the_good_pruned_engine_passes(engine, reference):
     report = validate(engine, reference, images())
     assert report
     found = report.findings
-    assert (found["images"], found["decisions"], found["unexplained"]) == (12, 12 * 3 * (DEGREE + 1), 0)
-    assert found["agreement"] > 0.99
-    assert found["largest_margin"] < margin_allowed("fp32", "prune")
-    assert found["max_logit_error"] < 1e-4
-    assert found["top1_agreement"] == 1
+    assert (found.images, found.decisions, found.unexplained) == (12, 12 * 3 * (DEGREE + 1), 0)
+    assert found.agreement > 0.99
+    assert found.largest_margin < margin_allowed("fp32", "prune")
+    assert found.max_logit_error < 1e-4
+    assert found.top1_agreement == 1
 
 
 @with_both
@@ -218,8 +219,8 @@ def test_the_same_graph_untouched_passes(tampered, reference):
 def test_scaled_logits_fail(tampered, reference, factor):
     report = validate(tampered(scale_logits(factor)), reference, images())
     assert not report
-    assert report.findings["max_logit_error"] > 1e-3
-    assert report.findings["unexplained"] == 0
+    assert report.findings.max_logit_error > 1e-3
+    assert report.findings.unexplained == 0
 
 
 @pytest.mark.parametrize(
@@ -230,11 +231,11 @@ def test_scaled_logits_fail(tampered, reference, factor):
 def test_wrong_decisions_fail_although_the_logits_follow_from_them(tampered, reference, alter):
     report = validate(tampered(alter), reference, images())
     assert not report
-    assert report.findings["agreement"] < 0.6
-    assert report.findings["unexplained"] > 0
-    assert report.findings["largest_margin"] > 1e-3
-    assert report.findings["max_logit_error"] <= 1e-4
-    assert report.findings["blocks_with_unexplained"] == [0, 1, 2]
+    assert report.findings.agreement < 0.6
+    assert report.findings.unexplained > 0
+    assert report.findings.largest_margin > 1e-3
+    assert report.findings.max_logit_error <= 1e-4
+    assert report.findings.blocks_with_unexplained == [0, 1, 2]
 
 
 @when_pruning
@@ -246,27 +247,27 @@ def test_wrong_decisions_fail_although_the_logits_follow_from_them(tampered, ref
 def test_wrongly_dropped_tokens_fail_although_the_logits_follow_from_them(tampered, reference, alter, agreement):
     report = validate(tampered(alter), reference, images())
     assert not report
-    assert report.findings["agreement"] < agreement
-    assert report.findings["unexplained"] > 0
-    assert report.findings["largest_margin"] > 1e-3
-    assert report.findings["max_logit_error"] <= 1e-4
-    assert report.findings["blocks_with_unexplained"] == [0, 1, 2]
+    assert report.findings.agreement < agreement
+    assert report.findings.unexplained > 0
+    assert report.findings.largest_margin > 1e-3
+    assert report.findings.max_logit_error <= 1e-4
+    assert report.findings.blocks_with_unexplained == [0, 1, 2]
 
 
 @when_pruning
 def test_one_wrong_token_is_told_from_rounding_in_every_image(tampered, reference):
     report = validate(tampered(one_wrong_token), reference, images())
-    assert report.findings["explained"] == 0
-    assert report.findings["unexplained"] == 12 * 3
-    assert report.findings["agreement"] == pytest.approx(DEGREE / (DEGREE + 1))
+    assert report.findings.explained == 0
+    assert report.findings.unexplained == 12 * 3
+    assert report.findings.agreement == pytest.approx(DEGREE / (DEGREE + 1))
 
 
 @when_pruning
 def test_pruned_tokens_in_a_wrong_order_fail(tampered, reference):
     report = validate(tampered(kept_backwards), reference, images())
     assert not report
-    assert report.findings["largest_margin"] == float("inf")
-    assert report.findings["blocks_with_unexplained"] == [0, 1, 2]
+    assert report.findings.largest_margin == float("inf")
+    assert report.findings.blocks_with_unexplained == [0, 1, 2]
 
 
 @when_pruning
@@ -274,20 +275,20 @@ def test_pruned_tokens_in_a_wrong_order_fail(tampered, reference):
 def test_a_wrong_fused_token_fails_although_the_first_decisions_are_right(tampered, reference, alter):
     report = validate(tampered(alter), reference, images())
     assert not report
-    assert report.findings["max_logit_error"] > 1e-3
+    assert report.findings.max_logit_error > 1e-3
 
 
 def test_a_wrong_order_of_the_tokens_that_stay_fails(tampered, reference):
     report = validate(tampered(set_attribute("largest", 1, "TopK", 1)), reference, images())
     assert not report
-    assert report.findings["agreement"] > 0.99
-    assert report.findings["largest_margin"] == float("inf")
+    assert report.findings.agreement > 0.99
+    assert report.findings.largest_margin == float("inf")
 
 
 def test_a_wrong_mean_fails_although_the_first_decisions_are_right(tampered, reference):
     report = validate(tampered(unweighted_mean), reference, images())
     assert not report
-    assert report.findings["max_logit_error"] > 1e-3
+    assert report.findings.max_logit_error > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -309,9 +310,9 @@ def test_another_choice_among_exact_ties_is_explained(tampered, reference, reduc
     onnx.save(loaded, graph.file)
     report = validate(graph, reference, iter(flat))
     assert report, report.findings
-    assert report.findings["agreement"] < 0.5
-    assert report.findings["explained"] > 0
-    assert report.findings["largest_margin"] < margin_allowed("fp32", reduction.name)
+    assert report.findings.agreement < 0.5
+    assert report.findings.explained > 0
+    assert report.findings.largest_margin < margin_allowed("fp32", reduction.name)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_decisions_that_are_none_fail_instead_of_crashing(tampered, reference, d
 
     report = validate(tampered(beyond_the_last_token), reference, images())
     assert not report
-    assert report.findings["largest_margin"] == float("inf")
+    assert report.findings.largest_margin == float("inf")
 
 
 class Altered:
@@ -363,15 +364,15 @@ def test_a_debug_copy_that_computes_something_else_fails(engine, reference, monk
     monkeypatch.setattr(tocom.export.proof.observe, "debug_copy", altered_copy)
     report = validate(engine, reference, images())
     assert not report
-    assert report.findings["max_logit_error"] <= 1e-4
-    assert report.findings["unexplained"] == 0
-    assert report.findings["debug_copy_error"] > 1e-3
+    assert report.findings.max_logit_error <= 1e-4
+    assert report.findings.unexplained == 0
+    assert report.findings.debug_copy_error > 1e-3
 
 
 def test_nan_logits_fail(tampered, reference):
     report = validate(tampered(scale_logits(np.nan)), reference, images())
     assert not report
-    assert report.findings["max_logit_error"] == float("inf")
+    assert report.findings.max_logit_error == float("inf")
 
 
 def test_building_refuses_an_engine_that_answers_nan(tampered):
@@ -441,9 +442,9 @@ def test_default_images_are_of_both_kinds_and_batches():
     ],
 )
 def test_every_gate_decides(change, passed):
-    findings = Findings(images=1, depth=2, **change)  # the root of depth + 2 is 2
-    assert findings.passed is passed
-    assert findings.to_json()["passed"] is passed
+    tally = Tally(images=1, depth=2, **change)  # the root of depth + 2 is 2
+    assert tally.passed is passed
+    assert tally.findings().passed is passed and tally.findings().to_json()["passed"] is passed
 
 
 def test_the_first_fault_is_where_the_network_first_goes_wrong():
@@ -452,9 +453,9 @@ def test_the_first_fault_is_where_the_network_first_goes_wrong():
         2: BlockFindings(parts={"attention": wrong}),
         1: BlockFindings(unexplained=1, margin=wrong, parts={"reduction": wrong, "signal": 0.0, "mlp": wrong}),
     }
-    findings = Findings(images=1, blocks=blocks, logit_errors=[wrong], depth=3)
-    assert [(fault.block, fault.part) for fault in findings.faults] == [
+    tally = Tally(images=1, blocks=blocks, logit_errors=[wrong], depth=3)
+    assert [(fault.block, fault.part) for fault in tally.faults] == [
         (1, "decision"), (1, "reduction"), (1, "mlp"), (2, "attention"),
         (None, "logits of the worst image"), (None, "logits of the image in the middle"),
     ]  # fmt: skip
-    assert findings.to_json()["first_fault"]["block"] == 1
+    assert tally.findings().to_json()["first_fault"]["block"] == 1

@@ -20,8 +20,11 @@ from tocom.export.artifacts import Report
 from tocom.export.cli import __main__ as cli
 from tocom.export.proof.bisect.operators import operators_of_block
 from tocom.export.proof.bisect.recovery import recover
+from tocom.export.proof.findings import BlockFindings
+from tocom.export.proof.gates import GATES
 from tocom.export.proof.reference import in_format
 from tocom.export.proof.sides import Side
+from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import validate
 from tocom.export.proof.validate_family import ValidateOptions, validate_family
 from tocom.export.source.images import default_images
@@ -90,21 +93,21 @@ def options_for(checkpoint: Path, family: Path, **sides: object) -> ValidateOpti
 def test_every_side_passes(checkpoint: Path, family: Path, sides: dict[str, object]) -> None:
     report = validate_family(options_for(checkpoint, family, **sides)).reports[2]
     found = report.findings
-    assert report, found["faults"]
-    assert found["reference"] == sides.get("against", "torch:fp64").replace(":", " ")
-    assert found["unexplained"] == 0 and found["images"] == 12
-    parts = {part for block in found["blocks"].values() for part in block["parts"]}
+    assert report, found.faults
+    assert found.reference == sides.get("against", "torch:fp64").replace(":", " ")
+    assert found.unexplained == 0 and found.images == 12
+    parts = {part for block in found.blocks.values() for part in block.parts}
     assert {"embedding", "reduction", "mlp", "head"} <= parts
 
 
 def test_two_engines_are_proven_each_and_put_beside_each_other(checkpoint: Path, family: Path) -> None:
     found = validate_family(options_for(checkpoint, family, against="openvino:bf16")).reports[2].findings
-    assert found["passed"] and found["against"]["passed"]
-    assert (found["candidate"], found["against"]["candidate"]) == ("onnxruntime fp32", "openvino bf16")
-    pair = found["pair"]
-    assert pair["images"] == 12 and 0 < pair["images_alike"] <= 12
-    assert pair["images_alike"] + sum(pair["first_difference"].values()) == 12
-    assert 1e-5 < pair["logit_error_alike"] < 0.1  # as far as bfloat16 is from float32
+    assert found.passed and found.against.passed
+    assert (found.candidate, found.against.candidate) == ("onnxruntime fp32", "openvino bf16")
+    pair = found.pair
+    assert pair.images == 12 and 0 < pair.images_alike <= 12
+    assert pair.images_alike + sum(pair.first_difference.values()) == 12
+    assert 1e-5 < pair.logit_error_alike < 0.1  # as far as bfloat16 is from float32
 
 
 @pytest.mark.full
@@ -130,7 +133,7 @@ def test_where_float16_goes_wrong_and_what_brings_it_back(
 
     assert run(monkeypatch, "compile", *given(checkpoint), *half, "--float-blocks", "1") == 0
     beside = options_for(checkpoint, family, against=str(tmp_path / "half"))
-    assert validate_family(beside).reports[2].findings["against"]["passed"]
+    assert validate_family(beside).reports[2].findings.against.passed
     listed = json.loads((tmp_path / "half" / "family.json").read_text())["engines"]
     assert [engine["validation"]["float_blocks"] for engine in listed] == [[1], [1]]
 
@@ -220,7 +223,7 @@ def test_the_first_operator_to_be_wrong_is_named(
     tampered = engine_at(engine, file)
 
     report = validate(tampered, reference, default_images((3, 64, 64)))
-    assert report.findings["first_fault"]["block"] == 2
+    assert report.findings.faults[0].block == 2
     found = operators_of_block(tampered, reference, default_images((3, 64, 64)), 2)
     assert next(each for each in found if each.is_wrong).name == f"blocks.2.{wrong}"
     assert not any(each.is_wrong for each in operators_of_block(engine, reference, default_images((3, 64, 64)), 2))
@@ -228,11 +231,10 @@ def test_the_first_operator_to_be_wrong_is_named(
 
 def test_recovery_keeps_the_first_block_at_fault_each_time() -> None:
     def report(wrong: tuple[int, ...]) -> Report:
-        blocks = {
-            str(block): {"parts": {"mlp": 1.0 if block in wrong else 0.1}, "middles": {}, "unexplained": 0}
-            for block in range(4)
-        }
-        return Report(None, not wrong, {"blocks": blocks, "part_allowed": 0.5, "middle_allowed": 0.5})
+        allowed = GATES["fp32"].part * GATES["fp32"].unit_roundoff
+        parts = [{"mlp": 2 * allowed if block in wrong else allowed / 5} for block in range(4)]
+        tally = Tally(depth=4, blocks={block: BlockFindings(parts=errors) for block, errors in enumerate(parts)})
+        return Report(None, not wrong, tally.findings())
 
     tried = []
 

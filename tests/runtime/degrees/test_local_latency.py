@@ -92,7 +92,7 @@ def test_changed_files_libraries_and_machines_are_measured_anew(family_folder, c
     family = Family.read(family_folder)
     changed = replace(family.engines[0], sha256=dict.fromkeys(family.engines[0].sha256, "b" * 64))
     ask(family=family.with_entry(changed))
-    monkeypatch.setattr(tocom.runtime.degrees.local_latency, "_library", lambda _backend: "0.0.0")
+    monkeypatch.setattr(tocom.runtime.degrees.local_latency, "describe", lambda _backend: "0.0.0")
     ask()
     monkeypatch.setattr(tocom.runtime.degrees.local_latency, "this_machine", lambda: "another one")
     ask()

@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 
 from tocom.serving.service.errors import BusyError
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.options import ServeOptions
+from tocom.serving.service.service import Service
 
 ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -18,7 +18,8 @@ from tocom.export.cli.__main__ import main
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
 from tocom.export.graph.half_precision import FORMATS, typed
 from tocom.reduction import PRUNE
-from tocom.runtime.engines.base import available, open_engine
+from tocom.runtime.backends import available
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.tensorrt.plan import check_header
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
@@ -86,7 +87,7 @@ def test_what_cannot_be_built_is_told(exported, typed_file):
 
 
 def test_a_straightforward_export_of_token_merging_is_refused(make_vit, tmp_path):
-    """The witness that the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
+    """Why the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

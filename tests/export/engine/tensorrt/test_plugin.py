@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 from onnxscript import optimizer
 
 from tocom.export.engine.tensorrt.plan import PlanOptions, build_plan
+from tocom.export.graph.graph_pass import apply
 from tocom.export.graph.half_precision import typed
 from tocom.export.graph.operators import DOMAIN
 from tocom.runtime.errors import InputError
@@ -188,7 +189,7 @@ def merging_graph(exported):
     def make(family, degree, precision):
         engine = exported(family, degree)
         graph = typed(onnx.load(engine.file, load_external_data=False), precision)
-        for content in (graph, plugin.with_plugins(graph)):
+        for content in (graph, apply(plugin.WithPlugins(), graph)):
             made.append(engine.file.with_name(f"plugin-{os.getpid()}-{len(made)}.onnx"))
             made[-1].write_bytes(content.SerializeToString())
         return made[-2:]
@@ -240,12 +241,12 @@ def test_nodes_that_the_plugins_do_not_serve_stay_as_they_are(merging_graph):
     other = onnx.ModelProto.FromString(graph.SerializeToString())
     for node in other.graph.node:
         node.op_type = node.op_type.replace("TokenMerge", "TokenPrune")
-    assert plugin.with_plugins(other) == other
+    assert apply(plugin.WithPlugins(), other) == other
     first, *others = (node for node in graph.graph.node if node.domain == DOMAIN)
     next(each for each in first.attribute if each.name == "tokens").i = 577
     served = [plugin.DECIDE, plugin.APPLY] * len(others)
-    assert types_of(plugin.with_plugins(graph)) == ["TokenMerge", *served]
-    assert types_of(plugin.without_functions(plugin.with_plugins(graph))) == served
+    assert types_of(apply(plugin.WithPlugins(), graph)) == ["TokenMerge", *served]
+    assert types_of(apply(plugin.LeavePlugins(), apply(plugin.WithPlugins(), graph))) == served
     assert types_of(graph) == ["TokenMerge"] * (1 + len(others))
 
 
@@ -292,7 +293,7 @@ def test_nvidias_parser_asks_for_the_plugins_and_else_expands_their_functions(pa
     for name in (plugin.DECIDE, plugin.APPLY):
         asked = f"{name}, plugin_version: 1, plugin_namespace: tocom"
         assert any(line.endswith(asked) for line in said)
-    alone = plugin.without_functions(graph)
+    alone = apply(plugin.LeavePlugins(), graph)
     assert any("Plugin not found" in error for error in parse(alone, file.parent)[1])
 
     class Creator(rtx.IPluginCreatorV3Quick):
@@ -341,7 +342,7 @@ def test_nvidias_parser_does_not_pass_a_functions_attributes_on(parse, tmp_path)
 def test_a_folded_graph_still_names_the_plugins(merging_graph, tmp_path):
     """Nothing that the plan builder does before a graph is parsed takes the nodes away, or what they say."""
     file = merging_graph("deit_tiny", 8, "fp16")[1]
-    alone = plugin.without_functions(onnx.load(file, load_external_data=False))
+    alone = apply(plugin.LeavePlugins(), onnx.load(file, load_external_data=False))
     assert not alone.functions
     file.write_bytes(alone.SerializeToString())
     model = ir.load(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import sys
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 
 from tocom.export.artifacts import Engine, OnnxGraph, Report
+from tocom.export.proof.findings import Accuracy, Fault, PairFindings
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.reference import TorchObserver, in_format
 from tocom.export.proof.report.about import About
 from tocom.export.proof.report.pictures import MergePicture
 from tocom.export.proof.report.plots import as_png, block_figure, merge_figure
-from tocom.export.proof.report.tables import beside_table, block_table, degree_table, faults_of, meaning_of, percent
+from tocom.export.proof.report.tables import beside_table, block_table, degree_table, faults_of, percent
 from tocom.export.proof.report.write import finite, to_json, write_report
 from tocom.export.proof.validate import validate_observer
 from tocom.export.source.images import default_images
@@ -48,7 +48,7 @@ def passing(make_vit):
         reference = ReducedViT(model, degree).eval()
         observer = TorchObserver(reference, "fp32")
         found = validate_observer(observer, in_format(reference, "fp64"), default_images((3, 64, 64), 2))
-        reports[degree] = Report(engine, found.passed, found.to_json())
+        reports[degree] = Report(engine, found.passed, found)
     assert all(reports.values())
     return reports
 
@@ -56,12 +56,17 @@ def passing(make_vit):
 @pytest.fixture
 def failing(passing):
     """The same with a broken block, numbers that are none among what was found."""
-    found = copy.deepcopy(dict(passing[8].findings))
-    found["blocks"]["1"]["parts"]["reduction"] = float("nan")
-    found["blocks"]["1"] |= {"margin": float("inf"), "unexplained": 2, "equal": 3, "output_error": float("inf")}
-    found["gates"]["logits of the worst image"]["found"] = float("inf")
-    faults = ["block 1, reduction: nan, allowed 1.9e-06", "logits of the worst image: inf, allowed 2.9e-06"]
-    found |= {"passed": False, "faults": faults, "unexplained": 2, "max_logit_error": float("inf")}
+    found, inf = passing[8].findings, float("inf")
+    broken = replace(
+        found.blocks[1], parts={**found.blocks[1].parts, "reduction": float("nan")},
+        margin=inf, unexplained=2, equal=3, output_error=inf,
+    )  # fmt: skip
+    worst = "logits of the worst image"
+    found = replace(
+        found, passed=False, unexplained=2, max_logit_error=inf, blocks={**found.blocks, 1: broken},
+        gates={**found.gates, worst: replace(found.gates[worst], found=inf)},
+        faults=(Fault(1, "reduction", float("nan"), 1.9e-06), Fault(None, worst, inf, 2.9e-06)),
+    )  # fmt: skip
     return {**passing, 8: replace(passing[8], passed=False, findings=found)}
 
 
@@ -122,7 +127,7 @@ def test_three_files(tmp_path, passing):
     assert found["format"] == 1 and found["passed"] is True
     assert list(found) == ["format", "passed", "title", "model", "candidate", "against", "date", "versions",
                            "checkpoint_sha256", "compensator_sha256", "command", "degrees"]  # fmt: skip
-    assert found["degrees"]["8"]["findings"] == json.loads(json.dumps(passing[8].findings))
+    assert found["degrees"]["8"]["findings"] == json.loads(json.dumps(passing[8].findings.to_json()))
     assert found["degrees"]["8"]["faults"] == [] and found["degrees"]["0"]["passed"] is True
 
     text = written[1].read_text()
@@ -141,7 +146,7 @@ def test_numbers_that_are_none_are_valid_json(failing):
     block = found["degrees"]["8"]["findings"]["blocks"]["1"]
     assert block["margin"] == "inf" and block["parts"]["reduction"] == "nan"
     assert float(block["margin"]) == float("inf")
-    assert found["degrees"]["8"]["faults"] == list(failing[8].findings["faults"])
+    assert found["degrees"]["8"]["faults"] == list(map(str, failing[8].findings.faults))
 
 
 def test_faults_stand_first_and_in_words(tmp_path, failing):
@@ -152,8 +157,8 @@ def test_faults_stand_first_and_in_words(tmp_path, failing):
     assert "sizes that remain" in lines[6]
     assert "**nan**" in markdown.read_text()
     banner = re.search(r'<div class="banner fail".*?</div>', page.read_text(), flags=re.DOTALL)[0]
-    for fault in failing[8].findings["faults"]:
-        assert fault in banner
+    for fault in failing[8].findings.faults:
+        assert str(fault) in banner
 
 
 def test_a_page_on_its_own(tmp_path, failing):
@@ -180,8 +185,7 @@ def test_pictures_are_counted_for_machines_too(passing):
 
 def test_a_large_page_stays_small(tmp_path, passing, photographs):
     """Three degrees, twelve blocks, a photograph each."""
-    found = copy.deepcopy(dict(passing[8].findings))
-    found["blocks"] = {str(block): found["blocks"]["1"] for block in range(12)}
+    found = replace(passing[8].findings, blocks=dict.fromkeys(range(12), passing[8].findings.blocks[1]))
     reports = {degree: replace(passing[8], findings=found) for degree in (4, 8, 16)}
     images = (photographs(224, 224).transpose(0, 2, 3, 1) * 64 + 128).clip(0, 255).astype(np.uint8)
     pictures = {degree: random_pictures(12, 14, image=image) for degree, image in zip(reports, images, strict=False)}
@@ -198,26 +202,27 @@ def test_without_matplotlib_the_others_are_written(tmp_path, passing, monkeypatc
 
 
 def test_what_it_is_compared_with_may_fail_too(passing):
-    against = {"candidate": "torch bf16", "faults": ["block 0, mlp: 1.0e+00, allowed 2.0e-02"]}
-    report = replace(passing[8], passed=False, findings={**passing[8].findings, "against": against})
-    assert faults_of(report) == ["torch bf16, block 0, mlp: 1.0e+00, allowed 2.0e-02"]
-    assert "MLP" in meaning_of(faults_of(report)[0])
+    against = replace(passing[8].findings, candidate="torch bf16", faults=(Fault(0, "mlp", 1.0, 2e-2),))
+    report = replace(passing[8], passed=False, findings=replace(passing[8].findings, against=against))
+    (fault,) = faults_of(report)
+    assert fault.text == "torch bf16, block 0, mlp: 1.0e+00, allowed 2.0e-02" and "MLP" in fault.meaning
     assert faults_of(Report(report.engine, False, passing[8].findings))  # a failure is never without a word
 
 
 def test_top1_is_shown_where_it_was_measured(passing):
     assert "top-1" not in degree_table(passing).header
-    measured = {**passing[8].findings, "accuracy": {"top1": 0.96, "reference_top1": 0.97, "images": 50}}
+    measured = replace(passing[8].findings, accuracy=Accuracy(top1=0.96, reference_top1=0.97, images=50))
     table = degree_table({**passing, 8: replace(passing[8], findings=measured)})
     assert table.header[-2:] == ("top-1", "reference's top-1")
     assert [[cell.text for cell in row[-2:]] for row in table.rows] == [["-", "-"], ["96.0%", "97.0%"]]
 
 
 def test_beside_another_engine(passing):
-    pair = {"one": "openvino bf16", "other": "torch fp32", "images": 4, "agreement": 0.5, "images_alike": 3,
-            "logit_error_alike": 1e-3, "logit_error_otherwise": None, "top1_agreement": 1.0, "cosine": 0.99,
-            "kl": 1e-4}  # fmt: skip
-    table = beside_table({"pair": pair})
+    pair = PairFindings(
+        one="openvino bf16", other="torch fp32", images=4, agreement=0.5, images_alike=3, first_difference={0: 1},
+        logit_error_alike=1e-3, logit_error_otherwise=None, top1_agreement=1.0, cosine=0.99, kl=1e-4,
+    )  # fmt: skip
+    table = beside_table(replace(passing[8].findings, pair=pair))
     assert table.header == ("openvino bf16 beside", "torch fp32")
     assert ("logit error elsewhere", "-") in [(name.text, value.text) for name, value in table.rows]
     assert beside_table(passing[8].findings) is None
@@ -236,7 +241,7 @@ def test_tables_mark_what_breaks_a_gate(passing, failing):
 
 @pytest.mark.parametrize("degree", [0, 8])
 def test_figures_of_any_findings(passing, failing, degree):
-    empty = {**passing[degree].findings, "blocks": {}, "gates": {}}
+    empty = replace(passing[degree].findings, blocks={}, gates={})
     for found in (passing[degree].findings, failing[degree].findings, empty):
         assert as_png(block_figure(found), dpi=20).startswith(b"\x89PNG")
 

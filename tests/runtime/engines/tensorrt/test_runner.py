@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tocom.runtime.engines.base import available, open_engine
+from tocom.runtime.backends import available
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.engines.tensorrt import device, plan
 from tocom.runtime.engines.tensorrt.lane import Pool
 from tocom.runtime.engines.tensorrt.plan import Part, Profile, check_header, cut
@@ -85,7 +86,7 @@ def test_the_backends_say_whether_they_can_run_here():
 
 
 def test_the_right_package_is_named(monkeypatch):
-    packages = {"tensorrt": "tensorrt-cu13", "tensorrt-rtx": "'tensorrt-rtx-cu13'"}
+    packages = {"tensorrt": "tensorrt-cu13", "tensorrt-rtx": "tensorrt-rtx-cu13 (or 'tocom[tensorrt-rtx]')"}
     for module in ("nvidia", "rtx"):
         monkeypatch.delitem(sys.modules, f"tocom.runtime.engines.tensorrt.{module}", raising=False)
     for name in MODULES.values():

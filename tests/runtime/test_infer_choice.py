@@ -1,4 +1,4 @@
-"""Tests runtime/picking.py through the command: a budget, an accuracy, a cascade, and what excludes what."""
+"""Tests which engines runtime/infer.py runs: a budget, an accuracy, a cascade, and what excludes what."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tocom.runtime import infer
-from tocom.runtime.degrees.cascade import CascadePlan, Stage
+from tocom.runtime.degrees.cascade import Cascade, Stage
 from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.manifest import Family
 
@@ -81,11 +81,11 @@ def test_what_cannot_be_asked_for_is_one_line(run, arguments, words):
 
 def test_a_cascade_tells_who_answered(timed, run):
     # degree 8 is 0.576 sure of each image, degree 2 0.965: see the colour graph
-    CascadePlan((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
+    Cascade((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
     status, out, err = run("--cascade", "--json")
     assert status == 0 and {json.loads(line)["degree"] for line in out} == {8}
     assert "below a confidence of 0.500 at degree 8" in err[0] and "cascade of degrees 8, 2," in err[1]
-    CascadePlan((Stage(8, 1.0, 0.6), Stage(2, 1.0, 0.0))).write(timed)
+    Cascade((Stage(8, 1.0, 0.6), Stage(2, 1.0, 0.0))).write(timed)
     status, out, err = run("--cascade", "--json", "--batch", 4)
     assert {json.loads(line)["degree"] for line in out} == {2} and "100.00% correct" in err[1]
     predictions = {json.loads(line)["predictions"][0]["probability"] for line in out}
@@ -95,7 +95,7 @@ def test_a_cascade_tells_who_answered(timed, run):
 def test_a_cascade_whose_stages_both_answer(timed, run, photos):
     for file in photos.glob("red/*.png"):  # paler, so that only these go on
         Image.new("RGB", (10, 12), (255, 200, 200)).save(file)
-    CascadePlan((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
+    Cascade((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
     status, out, err = run("--cascade", "--json", "--batch", 5)
     degrees = {line: json.loads(line)["degree"] for line in out}
     assert status == 0 and sorted(degrees.values()) == [2, 2, 8, 8, 8, 8]
@@ -104,7 +104,7 @@ def test_a_cascade_whose_stages_both_answer(timed, run, photos):
 
 
 def test_a_damaged_engine_of_a_cascade_is_refused(timed, run):
-    CascadePlan((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
+    Cascade((Stage(8, 1.0, 0.5), Stage(2, 1.0, 0.0))).write(timed)
     (timed / "r02/model.onnx").write_bytes(b"something else")
     status, out, err = run("--cascade")
     assert (status, out, len(err)) == (2, [], 1) and "r02/model.onnx must have sha256" in err[0]
