@@ -22,10 +22,11 @@ from bench.gpu.subject import DTYPES, Deployed, Subject, ensure_runs, ensure_usa
 from tocom.export.engine.build import build
 from tocom.export.graph.operators import operator_of, point_name
 from tocom.export.graph.trace import OUTPUT
+from tocom.export.proof.debug_copy import debug_outputs
 from tocom.export.proof.findings import Findings
-from tocom.export.proof.observe import RunnerObserver, told_by
+from tocom.export.proof.observe import RunnerObserver
 from tocom.export.proof.tally import Tally
-from tocom.export.proof.validate import compare_decisions, prove, validate
+from tocom.export.proof.validate import compare_decisions, validate, validate_observer
 from tocom.export.source.images import default_images
 from tocom.merging import Matching, merge
 from tocom.reduction import MERGE
@@ -94,7 +95,7 @@ def _compared(subject: Subject, degree: int, who: str, precision: str) -> dict[s
 
     with _runners(subject, degree, who, precision) as (shipped, telling):
         observer = RunnerObserver(shipped, telling, reference, precision, name=who)
-        findings = prove(observer, reference, batches)
+        findings = validate_observer(observer, reference, batches)
     return _summary(findings)
 
 
@@ -133,7 +134,7 @@ def _telling_copy(graph: Path) -> Iterator[Path]:
     """A copy of a graph that also puts out its decisions; removed afterwards."""
     proto = onnx.load(graph, load_external_data=False)
     known = {value.name: value for value in proto.graph.value_info}
-    proto.graph.output.extend([known[name] for name in told_by(proto, native=False)])
+    proto.graph.output.extend([known[name] for name in debug_outputs(proto, native=False)])
     file = graph.with_name(f".{graph.stem}.telling.onnx")  # its weight files are found relative to it
     try:
         file.write_bytes(proto.SerializeToString())

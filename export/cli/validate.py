@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tocom.export.artifacts import Engine, Report
-    from tocom.export.proof.validate_family import FamilyProof, ProofOptions, Proven
+    from tocom.export.proof.validate_family import FamilyValidation, ValidatedDegree, ValidateOptions
     from tocom.export.source.options import CompileOptions
 
 COMPARISON = Group("What is compared", sort_key=7)
@@ -162,27 +162,27 @@ def validate_command(
         require_extra("report", "--report")
     files = origin.files_of(family, degrees, images, limit)
     from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
-    from tocom.export.proof.validate_family import ProofOptions, prove_family
+    from tocom.export.proof.validate_family import ValidateOptions, validate_family
 
-    options = ProofOptions(files, candidate, against, batch)
+    options = ValidateOptions(files, candidate, against, batch)
     with stages(len(degrees) or None) as notify:
-        proof = prove_family(options, notify)
+        validation = validate_family(options, notify)
     console = open_console()
-    console.print(verdict_table(proof.reports, escape(f"validation of {family}")))
-    for line in fault_lines(proof.reports):
+    console.print(verdict_table(validation.reports, escape(f"validation of {family}")))
+    for line in fault_lines(validation.reports):
         console.print(f"[red]{escape(one_line(line))}[/]")
-    if any(each.findings.pair for each in proof.reports.values()):
-        console.print(pair_table(proof.reports))
+    if any(each.findings.pair for each in validation.reports.values()):
+        console.print(pair_table(validation.reports))
     if per_block:
-        console.print(block_table(proof.reports))
+        console.print(block_table(validation.reports))
     if report is not None:
-        _write_report(report, image, proof, options)
+        _write_report(report, image, validation, options)
     if bisect is not None:
-        for degree, proven in proof.degrees.items():
-            if proof.reports[degree].findings.faults:
-                _locate(degree, proven, proof.reports[degree], candidate)
-    _examine(proof.reports, comparing=compare, folder=bisect)
-    if not all(proof.reports.values()):
+        for degree, validated in validation.degrees.items():
+            if validation.reports[degree].findings.faults:
+                _locate(degree, validated, validation.reports[degree], candidate)
+    _examine(validation.reports, comparing=compare, folder=bisect)
+    if not all(validation.reports.values()):
         raise Exit(1)
 
 
@@ -213,44 +213,43 @@ def _require_report(report: Path | None, image: Path | None) -> None:
         raise InputError(f"--image must be an image file, got {one_line(image)}")
 
 
-def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
+def _locate(degree: int, validated: ValidatedDegree, report: Report, candidate: str) -> None:
     """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
     from tocom.export.proof.bisect.operators import operators_of_block
-    from tocom.export.proof.observe import in_format
-    from tocom.export.proof.sides import Who, engine_of
-    from tocom.export.proof.validate import EXACT
+    from tocom.export.proof.reference import EXACT, in_format
+    from tocom.export.proof.sides import Side, engine_of
     from tocom.export.source.load import validation_batches
 
-    console, who = open_console(), Who.read(candidate)
-    if who.kind == "torch":
+    console, side = open_console(), Side.read(candidate)
+    if side.kind == "torch":
         return
     block = report.findings.faults[0].block
-    with engine_of(who, proven.engine) as engine:
+    with engine_of(side, validated.engine) as engine:
         if block is not None:
-            exact = in_format(proven.reference, EXACT)
-            operators = operators_of_block(engine, exact, validation_batches(proven.source), block)
+            exact = in_format(validated.reference, EXACT)
+            operators = operators_of_block(engine, exact, validation_batches(validated.inputs), block)
             wrong = [each for each in operators if each.is_wrong]
             for each in wrong[:3]:
                 console.print(f"r={degree}: {each}")
             if not wrong:
                 console.print(f"r={degree}: every operator of block {block} is right where its value is put out: what "
                               "goes wrong is what the library makes of several of them at once")  # fmt: skip
-        console.print(f"r={degree}: {_recovery(degree, proven, engine)}")
+        console.print(f"r={degree}: {_recovery(degree, validated, engine)}")
 
 
-def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
+def _recovery(degree: int, validated: ValidatedDegree, engine: Engine) -> str:
     from tocom.export.proof.bisect.recovery import can_keep_blocks, recover, remaker
     from tocom.export.source.load import validation_batches
 
-    plain, can_keep = proven.plain or proven.reference, can_keep_blocks(engine)
+    plain, can_keep = validated.plain or validated.reference, can_keep_blocks(engine)
     with tempfile.TemporaryDirectory(prefix="tocom-") as folder, stages(None) as notify:
-        remake = remaker(proven.source, engine, plain, lambda: validation_batches(proven.source), Path(folder))
+        remake = remaker(validated.inputs, engine, plain, lambda: validation_batches(validated.inputs), Path(folder))
         most = len(plain.model.blocks) if can_keep else 0
         recovery = recover(remake, most, lambda text: notify(degree, text))
     blocks = ",".join(map(str, recovery.blocks))
     if recovery.report and not recovery.blocks:
         return "made anew from the same files it passes, so the listed file is what is wrong: compile it again"
-    if recovery.report and proven.plain is not None:
+    if recovery.report and validated.plain is not None:
         return f"it passes with the products of blocks {blocks} in float: tocom quantize --keep-float"
     if recovery.report:
         return f"it passes with blocks {blocks} in float32: tocom compile --float-blocks {blocks}"
@@ -259,22 +258,22 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
     return f"made anew it fails too: {one_line(recovery.report.findings.faults[0])}"
 
 
-def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
+def _write_report(folder: Path, image: Path | None, validation: FamilyValidation, options: ValidateOptions) -> None:
     """Writes the report, and says where."""
     from tocom.export.proof.report.about import About
     from tocom.export.proof.report.pictures import merge_pictures
     from tocom.export.proof.report.write import write_report
-    from tocom.export.proof.sides import Who, opened
+    from tocom.export.proof.sides import Side, open_side
     from tocom.runtime.preprocess import load_image, preprocess
 
     pictures = {}
-    for degree, proven in proof.degrees.items() if image is not None else ():
-        spec = proven.source.family.input
+    for degree, validated in validation.degrees.items() if image is not None else ():
+        spec = validated.inputs.family.input
         pixels = preprocess(load_image(image), spec)[None]
-        with opened(Who.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
-            pictures[degree] = merge_pictures(observer, proven.reference, pixels, spec)
-    first, found = next(iter(proof.degrees.values())), next(iter(proof.reports.values())).findings
-    family = first.source.family
+        with open_side(Side.read(options.candidate), validated.engine, validated.reference, options.batch) as observer:
+            pictures[degree] = merge_pictures(observer, validated.reference, pixels, spec)
+    first, found = next(iter(validation.degrees.values())), next(iter(validation.reports.values())).findings
+    family = first.inputs.family
     about = About(
         title=f"{family.model}: {options.files.out}",
         model=family.model,
@@ -286,7 +285,7 @@ def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options:
         compensator_sha256=family.compensator_sha256,
         command=shlex.join(["tocom", *sys.argv[1:]]),
     )
-    for file in write_report(folder, proof.reports, about, pictures):
+    for file in write_report(folder, validation.reports, about, pictures):
         open_console().print("[green]wrote[/]", str(file), markup=True)
 
 
