@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from tocom.export.source.load import Source
+    from tocom.export.source.load import CompileInputs
     from tocom.export.source.options import CompileOptions
 
 NAME = "vit_tiny_patch16_224"
@@ -46,11 +46,11 @@ class Given:
         return replace(options, **changes)
 
     @functools.cached_property
-    def source(self) -> Source:
+    def source(self) -> CompileInputs:
         """The loaded checkpoint and compensator."""
-        from tocom.export.source.load import load_source
+        from tocom.export.source.load import load_inputs
 
-        return load_source(self.options())
+        return load_inputs(self.options())
 
     @functools.cached_property
     def pixels(self) -> np.ndarray:
@@ -161,10 +161,10 @@ def _tables(given: Given) -> None:
                            "label_names": [f"class {index}" for index in range(CLASSES)]},
     }  # fmt: skip
     (given.folder / "config.json").write_text(json.dumps(config))
-    source, trials = given.source, (Trial(0.05, 0.5, 1.0), Trial(0.1, 0.75, 0.9))
+    inputs, trials = given.source, (Trial(0.05, 0.5, 1.0), Trial(0.1, 0.75, 0.9))
     images, labels = ("0123456789abcdef", "fedcba9876543210"), (0, 1)
     choice = ScaleChoice(0.05, trials, 2, name_of_set(images, labels))
-    ScaleChoices(chosen_for(source), {}, {}).with_choice(DEGREE, choice, images).write(given.folder)
+    ScaleChoices(chosen_for(inputs), {}, {}).with_choice(DEGREE, choice, images).write(given.folder)
     method = Method(smooth=True, reparameterize=True, images=4)
-    calibration = calibrate([ReducedViT(source.loaded.model, 0)], torch.from_numpy(given.pixels), method)
-    write_calibration(given.folder / "calibration.safetensors", calibration, quantized_for(source))
+    calibration = calibrate([ReducedViT(inputs.loaded.model, 0)], torch.from_numpy(given.pixels), method)
+    write_calibration(given.folder / "calibration.safetensors", calibration, quantized_for(inputs))

@@ -13,7 +13,7 @@ from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.engine.build import AUTO, backends_for, build, graph_precision
 from tocom.export.family.steps import Graphs
 from tocom.export.proof.validate import validate
-from tocom.export.source.load import Source, validation_batches
+from tocom.export.source.load import CompileInputs, validation_batches
 from tocom.export.source.options import QUANTIZED
 from tocom.runtime.degrees.latency import measure
 from tocom.runtime.engines.base import open_engine
@@ -60,7 +60,7 @@ def choose_backend(graphs: Graphs, family: Family) -> ChosenBackend:
     return ChosenBackend(report.engine.backend, None if options.precision in QUANTIZED else report)
 
 
-def _listed_backend(inputs: Source, family: Family, candidates: list[str]) -> str | None:
+def _listed_backend(inputs: CompileInputs, family: Family, candidates: list[str]) -> str | None:
     """The backend of an engine that the family has already, if it was made from the same things."""
     degree = max(inputs.schedules)
     entry = next((entry for entry in family.engines if entry.degree == degree), None)

@@ -22,7 +22,7 @@ from tocom.export.family.quantized_steps import QuantizedGraphs
 from tocom.export.family.scales import at_chosen_scales
 from tocom.export.family.steps import Graphs, Steps
 from tocom.export.graph.weight_store import WeightStore
-from tocom.export.source.load import Source, load_source
+from tocom.export.source.load import CompileInputs, load_inputs
 from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.export.source.record import write_record
 from tocom.runtime.engines.base import open_engine
@@ -59,7 +59,7 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
         OSError: If the folder cannot be written or is full; what is listed stays usable.
     """
     notify(None, "loading")
-    inputs = at_chosen_scales(load_source(options))
+    inputs = at_chosen_scales(load_inputs(options))
     with locked(options.out):
         family = _listed(inputs)
         store = WeightStore(options.out, [options.out / entry.onnx for entry in family.engines])
@@ -108,7 +108,7 @@ def _compiled(
     return family, failed
 
 
-def _listed(inputs: Source) -> Family:
+def _listed(inputs: CompileInputs) -> Family:
     """The family in the folder to go on with: its engines whose files are whole.
 
     Raises:
@@ -192,7 +192,7 @@ def _measure(steps: Steps, family: Family, notify: Notify) -> Family:
     return family
 
 
-def _accuracy(inputs: Source, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
+def _accuracy(inputs: CompileInputs, entry: EngineEntry, images: LabelledImages) -> dict[str, float | None]:
     top1 = entry.validation.get("quantization", {}).get("top1")  # measured already, for what it may lose
     if top1 is None:
         with open_engine(inputs.options.out / entry.engine, entry.backend, precision=entry.precision) as runner:

@@ -20,7 +20,7 @@ from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.debug_copy import runner_of
 from tocom.export.proof.findings import QuantizationFindings
 from tocom.export.proof.validate import validate
-from tocom.export.source.load import Source, validation_batches
+from tocom.export.source.load import CompileInputs, validation_batches
 from tocom.runtime.backends import BACKENDS
 from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
@@ -33,7 +33,7 @@ class QuantizedGraphs(Graphs):
         quantizer: Calibrates, and measures what quantizing loses.
     """
 
-    def __init__(self, inputs: Source, store: WeightStore, notify: Notify) -> None:
+    def __init__(self, inputs: CompileInputs, store: WeightStore, notify: Notify) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="tocom-")
         super().__init__(inputs, WeightStore(Path(self._scratch.name)), notify)
         self._store = store

@@ -27,7 +27,7 @@ from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
 if TYPE_CHECKING:
-    from tocom.export.source.load import Source
+    from tocom.export.source.load import CompileInputs
 
 DEFAULT_MAX_DROP = 1.0  # points of top-1, where there are labelled images
 SYNTHESIZED = 32  # images that are made where none are given
@@ -66,7 +66,7 @@ class Quantizer:
         tell: Told, in one line, what goes on.
     """
 
-    def __init__(self, inputs: Source, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, inputs: CompileInputs, folder: Path, tell: Callable[[str], None]) -> None:
         self._inputs, self._folder, self._tell = inputs, folder, tell
         self._options = inputs.options.quantize
         self._method = replace(self._options.method, format=inputs.options.precision)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from tocom.calib.scale_choice import PAPER_SCALES, Classifier, Search, choose_scales
 from tocom.calib.scales_file import ChosenFor, ScaleChoices
 from tocom.export.family.lock import locked
-from tocom.export.source.load import Source, load_source
+from tocom.export.source.load import CompileInputs, load_inputs
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
 from tocom.runtime.family_files import MANIFEST, SCALES
@@ -61,7 +61,7 @@ def choose_family_scales(
         InputError: If something given cannot be used; nothing is written then.
         OSError: If an image or the folder cannot be used; degrees that are finished stay so.
     """
-    inputs = load_source(options)
+    inputs = load_inputs(options)
     if inputs.compensator is None or inputs.images is None:
         raise InputError("choosing a scale needs a compensator and labelled images: give --compensator and --images.")
     training_scale = inputs.compensator.info.training_scale
@@ -83,7 +83,7 @@ def choose_family_scales(
     return ChosenScales(choices, degrees, len(search.images))
 
 
-def at_chosen_scales(inputs: Source) -> Source:
+def at_chosen_scales(inputs: CompileInputs) -> CompileInputs:
     """The same inputs with the scales that were chosen for them, where the options name none.
 
     Raises:
@@ -104,7 +104,7 @@ def at_chosen_scales(inputs: Source) -> Source:
     return replace(inputs, scales={**inputs.scales, **chosen})
 
 
-def _made_for(inputs: Source) -> ChosenFor:
+def _made_for(inputs: CompileInputs) -> ChosenFor:
     return ChosenFor(
         checkpoint_sha256=inputs.loaded.checkpoint_sha256,
         compensator_sha256=inputs.compensator_sha256,
@@ -115,7 +115,7 @@ def _made_for(inputs: Source) -> ChosenFor:
     )
 
 
-def _known(inputs: Source) -> ScaleChoices:
+def _known(inputs: CompileInputs) -> ScaleChoices:
     """The choices to go on from.
 
     Raises:
@@ -136,7 +136,7 @@ def _known(inputs: Source) -> ScaleChoices:
     return nothing if different else known
 
 
-def _classifier_at(inputs: Source) -> Callable[[int, float], Classifier]:
+def _classifier_at(inputs: CompileInputs) -> Callable[[int, float], Classifier]:
     def at(degree: int, scale: float) -> Classifier:
         reference = ReducedViT(inputs.loaded.model, inputs.schedules[degree], reduction=inputs.reduction)
         fused = {f"model.{name}": tensor for name, tensor in inputs.fused(degree, scale).weights.items()}
@@ -145,7 +145,7 @@ def _classifier_at(inputs: Source) -> Callable[[int, float], Classifier]:
     return at
 
 
-def _ensure_not_reported(inputs: Source) -> None:
+def _ensure_not_reported(inputs: CompileInputs) -> None:
     """Checks that the folder's family reports no top-1 on this very selection, as far as names and sizes tell.
 
     Raises:
@@ -161,7 +161,7 @@ def _ensure_not_reported(inputs: Source) -> None:
                              "--images.")  # fmt: skip
 
 
-def _ensure_held_out(inputs: Source, chosen_on: frozenset[str]) -> None:
+def _ensure_held_out(inputs: CompileInputs, chosen_on: frozenset[str]) -> None:
     """Checks that top-1 is measured on images that no scale was chosen on.
 
     Raises:

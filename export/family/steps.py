@@ -12,7 +12,7 @@ from tocom.export.engine.build import build, graph_precision
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.validate import validate
-from tocom.export.source.load import Source, validation_batches
+from tocom.export.source.load import CompileInputs, validation_batches
 from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
@@ -26,7 +26,7 @@ class Graphs:
         notify: Told of every step.
     """
 
-    def __init__(self, inputs: Source, store: WeightStore, notify: Notify) -> None:
+    def __init__(self, inputs: CompileInputs, store: WeightStore, notify: Notify) -> None:
         self.inputs, self.notify = inputs, notify
         self._lowering = Lowering(inputs.loaded.model, store, inputs.reduction)
 

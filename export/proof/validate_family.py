@@ -19,7 +19,7 @@ from tocom.export.proof.reference import EXACT, in_format
 from tocom.export.proof.side_by_side import compare_pair
 from tocom.export.proof.sides import ENGINES, REFERENCE, Side, open_side
 from tocom.export.proof.validate import validate_observer
-from tocom.export.source.load import Source, load_source, validation_batches
+from tocom.export.source.load import CompileInputs, load_inputs, validation_batches
 from tocom.export.source.options import QUANTIZED, CompileOptions
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import Family
@@ -55,7 +55,7 @@ class ValidatedDegree:
         plain: Of a quantized engine, the reference that is not quantized.
     """
 
-    inputs: Source
+    inputs: CompileInputs
     engine: Engine
     reference: ReducedViT
     plain: ReducedViT | None
@@ -103,8 +103,8 @@ def validate_family(options: ValidateOptions, notify: Notify = lambda _degree, _
 
 
 def _other_families(
-    options: ValidateOptions, inputs: Source, sides: tuple[Side, ...], degrees: tuple[int, ...]
-) -> dict[Side, Source]:
+    options: ValidateOptions, inputs: CompileInputs, sides: tuple[Side, ...], degrees: tuple[int, ...]
+) -> dict[Side, CompileInputs]:
     """What the families were made from that are compared with the one in question.
 
     Raises:
@@ -165,7 +165,7 @@ def _accuracy(degree: ValidatedDegree, side: Side) -> Accuracy | None:
         return Accuracy(images.top1(runner.infer), images.top1(answer), len(images))
 
 
-def inputs_of(options: CompileOptions, listed: Family, degrees: tuple[int, ...]) -> Source:
+def inputs_of(options: CompileOptions, listed: Family, degrees: tuple[int, ...]) -> CompileInputs:
     """The original files of a family, loaded and checked to be those it was made from.
 
     Raises:
@@ -173,7 +173,7 @@ def inputs_of(options: CompileOptions, listed: Family, degrees: tuple[int, ...])
     """
     known = listed.source_degree if options.source_degree is None else options.source_degree
     as_listed = {"source_degree": known, "schedule": listed.schedule, "reduction": listed.reduction}
-    inputs = load_source(replace(options, degrees=degrees, **as_listed))
+    inputs = load_inputs(replace(options, degrees=degrees, **as_listed))
     if replace(listed, engines=()) != inputs.family:
         raise InputError(f"{options.out} was compiled from another checkpoint, compensator or source degree than those "
                          "given: validate with the files it was made from.")  # fmt: skip
@@ -186,7 +186,7 @@ def _files_of(options: CompileOptions, folder: Path) -> CompileOptions:
     return replace(options, out=folder, compensator=options.compensator if compensated else None, source_degree=None)
 
 
-def open_degree(inputs: Source, listed: Family, degree: int) -> ValidatedDegree:
+def open_degree(inputs: CompileInputs, listed: Family, degree: int) -> ValidatedDegree:
     """A listed engine, and the references that it is compared with.
 
     Raises:

@@ -38,7 +38,7 @@ _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
-class Source:
+class CompileInputs:
     """Everything that was given, loaded and checked.
 
     Attributes:
@@ -143,7 +143,7 @@ class Source:
         return self.options.quantize.recipe()
 
 
-def load_source(options: CompileOptions) -> Source:
+def load_inputs(options: CompileOptions) -> CompileInputs:
     """Loads and checks everything that was given, before anything is written.
 
     Raises:
@@ -197,42 +197,42 @@ def load_source(options: CompileOptions) -> Source:
     images = None
     if options.images is not None:
         images = LabelledImages.below(options.images, spec, loaded.label_names, loaded.model.num_classes, options.limit)
-    source = Source(options, loaded, compensator, sha256, schedules, scales, images, family)
-    _require_quantizable(source)
-    return source
+    inputs = CompileInputs(options, loaded, compensator, sha256, schedules, scales, images, family)
+    _require_quantizable(inputs)
+    return inputs
 
 
-def _require_quantizable(source: Source) -> None:
+def _require_quantizable(inputs: CompileInputs) -> None:
     """Checks what quantized engines are to be made with, before anything is written.
 
     Raises:
         InputError: If it cannot be used, or is given for a precision that is not quantized.
     """
-    options, precision = source.options.quantize, source.options.precision
+    options, precision = inputs.options.quantize, inputs.options.precision
     if precision not in QUANTIZED:
         if options != QuantizeOptions():
             raise InputError(f"calibration and max-drop are for {', '.join(QUANTIZED)}, the precision is {precision}.")
         return
-    products = list(products_of(source.loaded.model))
+    products = list(products_of(inputs.loaded.model))
     unknown = sorted(set(options.keep_float) - set(products))
     if unknown:
         raise InputError(f"keep-float must name products like {', '.join(products[:3])}, got {', '.join(unknown)}.")
     if options.is_file:
-        made_with = read_calibration(options.calibration, made_for(source), source.loaded.model).method.format
+        made_with = read_calibration(options.calibration, made_for(inputs), inputs.loaded.model).method.format
         if made_with != precision:
             raise InputError(f"{options.calibration} is a calibration for {made_with}, the precision is {precision}.")
     elif options.calibration is not None:
         find_images([options.calibration])
 
 
-def made_for(source: Source) -> dict[str, str]:
+def made_for(inputs: CompileInputs) -> dict[str, str]:
     """What identifies a network."""
     return {
-        "model": source.loaded.architecture,
-        "checkpoint": source.loaded.checkpoint_sha256,
-        "compensator": str(source.compensator_sha256),
-        "schedule": source.family.schedule,
-        "reduction": source.family.reduction,
+        "model": inputs.loaded.architecture,
+        "checkpoint": inputs.loaded.checkpoint_sha256,
+        "compensator": str(inputs.compensator_sha256),
+        "schedule": inputs.family.schedule,
+        "reduction": inputs.family.reduction,
     }
 
 
@@ -253,12 +253,12 @@ def _require_blocks(options: CompileOptions, depth: int) -> None:
                          "products are left in float by tocom quantize --keep-float.")  # fmt: skip
 
 
-def validation_batches(source: Source) -> Iterator[np.ndarray]:
+def validation_batches(inputs: CompileInputs) -> Iterator[np.ndarray]:
     """What engines are validated on: noise and patterns, and the first of the images where some were given."""
-    yield from default_images(source.family.input.size)
-    if source.images is not None:
+    yield from default_images(inputs.family.input.size)
+    if inputs.images is not None:
         for count in (1, 5):
-            yield source.images.pixels(range(min(count, len(source.images))))
+            yield inputs.images.pixels(range(min(count, len(inputs.images))))
 
 
 def input_spec(loaded: LoadedModel) -> InputSpec:

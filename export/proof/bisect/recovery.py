@@ -26,7 +26,7 @@ from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.findings import Findings
 from tocom.export.proof.reference import EXACT, in_format
 from tocom.export.proof.validate import validate
-from tocom.export.source.load import Source
+from tocom.export.source.load import CompileInputs
 from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT
 
@@ -92,7 +92,9 @@ def _next(found: Findings, kept: tuple[int, ...]) -> int | None:
     return max(wrong, key=wrong.__getitem__, default=None)
 
 
-def remaker(source: Source, engine: Engine, plain: ReducedViT, batches: Callable[[], Any], folder: Path) -> Remake:
+def remaker(
+    inputs: CompileInputs, engine: Engine, plain: ReducedViT, batches: Callable[[], Any], folder: Path
+) -> Remake:
     """Makes the engine of a degree anew with blocks in float32, in a folder of its own.
 
     Args:
@@ -105,8 +107,8 @@ def remaker(source: Source, engine: Engine, plain: ReducedViT, batches: Callable
     graph = engine.source
     exact = in_format(plain, EXACT)
     options = PlanOptions.from_json(engine.build["options"]) if engine.build else None
-    lowering = Lowering(source.loaded.model, WeightStore(folder), source.reduction)
-    schedule, fused = source.schedules[graph.source.degree], graph.source
+    lowering = Lowering(inputs.loaded.model, WeightStore(folder), inputs.reduction)
+    schedule, fused = inputs.schedules[graph.source.degree], graph.source
     if graph.precision not in FORMATS:
 
         def typed_so(kept: tuple[int, ...]) -> Report:
@@ -121,7 +123,7 @@ def remaker(source: Source, engine: Engine, plain: ReducedViT, batches: Callable
     def quantized_so(kept: tuple[int, ...]) -> Report:
         left = [name for name in whole.weights if int(name.split(".")[1]) in kept]
         own = whole.without(left)
-        made = _quantized(base, source, own, folder, engine.backend, kept)
+        made = _quantized(base, inputs, own, folder, engine.backend, kept)
         built = build(made, backend=engine.backend, precision=engine.precision, plan=options)
         network = ReducedViT(quantized_model(plain.model, own), plain.schedule, reduction=plain.reduction)
         return validate(built, in_format(network.eval(), EXACT), batches(), exact)
@@ -130,11 +132,11 @@ def remaker(source: Source, engine: Engine, plain: ReducedViT, batches: Callable
 
 
 def _quantized(
-    base: OnnxGraph, source: Source, own: Quantization, folder: Path, backend: str, kept: tuple[int, ...]
+    base: OnnxGraph, inputs: CompileInputs, own: Quantization, folder: Path, backend: str, kept: tuple[int, ...]
 ) -> OnnxGraph:
     if not own.weights:
         return base
-    return quantized_graph(base, source.loaded.model, own, WeightStore(folder), _name(kept), BACKENDS[backend].qdq)
+    return quantized_graph(base, inputs.loaded.model, own, WeightStore(folder), _name(kept), BACKENDS[backend].qdq)
 
 
 def _name(kept: tuple[int, ...]) -> str:

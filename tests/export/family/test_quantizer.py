@@ -17,7 +17,7 @@ from tocom.calib.quantize.calibrate import Method
 from tocom.export.family.compile import compile_family
 from tocom.export.family.quantizer import Drop
 from tocom.export.proof.validate_family import ValidateOptions, validate_family
-from tocom.export.source.load import load_source
+from tocom.export.source.load import load_inputs
 from tocom.export.source.options import CompileOptions, QuantizeOptions
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
@@ -167,8 +167,8 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(options, give
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("this is no calibration, it is a sentence")
     (tmp_path / "model.safetensors").write_bytes((given / "model.safetensors").read_bytes())
-    source = load_source(options)
-    network, scales = made_for(source), dict.fromkeys(products_of(source.loaded.model), 0.125)
+    inputs = load_inputs(options)
+    network, scales = made_for(inputs), dict.fromkeys(products_of(inputs.loaded.model), 0.125)
     write_calibration(tmp_path / "other.safetensors", Calibration(Method(), {}, {}), {**network, "checkpoint": "b"})
     write_calibration(tmp_path / "fp8.safetensors", Calibration(Method(format="fp8"), scales, {}), network)
     if "calibration" in change:
@@ -184,7 +184,7 @@ def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(InputError, match="range must be one of"):
         Method(range="widest")
     with pytest.raises(InputError, match="the precision is fp32"):
-        load_source(replace(options, precision="fp32"))
+        load_inputs(replace(options, precision="fp32"))
 
 
 def test_activations_that_are_not_finite_are_refused(options, tmp_path):

@@ -25,7 +25,7 @@ from tocom.export.cli.family_table import family_table
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import at_chosen_scales, choose_family_scales
 from tocom.export.proof.validate_family import ValidateOptions, validate_family
-from tocom.export.source.load import load_source
+from tocom.export.source.load import load_inputs
 from tocom.export.source.options import CompileOptions
 from tocom.reduction import REDUCTIONS
 from tocom.runtime.errors import InputError
@@ -158,20 +158,20 @@ def test_the_source_degree_needs_no_choice(options: CompileOptions) -> None:
 
 def test_compile_takes_the_choice(options: CompileOptions, chosen: ScaleChoices) -> None:
     """The fused weights are those of the formula at the chosen scale; degrees without a choice take the training's."""
-    source = at_chosen_scales(load_source(replace(options, degrees=(4, 8, 12), images=None)))
-    assert source.scales == {0: TRAINING_SCALE, 4: chosen.degrees[4].scale, 8: BEST, 12: TRAINING_SCALE}
-    before = source.loaded.model.state_dict()
-    weights = source.compensator.state_dict()
+    inputs = at_chosen_scales(load_inputs(replace(options, degrees=(4, 8, 12), images=None)))
+    assert inputs.scales == {0: TRAINING_SCALE, 4: chosen.degrees[4].scale, 8: BEST, 12: TRAINING_SCALE}
+    before = inputs.loaded.model.state_dict()
+    weights = inputs.compensator.state_dict()
     for degree in (4, 8, 12):
-        fused = source.fused(degree)
-        assert fused.delta_scale == source.scales[degree]
+        fused = inputs.fused(degree)
+        assert fused.delta_scale == inputs.scales[degree]
         for block in range(2):
             expected = before[f"blocks.{block}.attn.qkv.weight"].double().clone()
             for which, first in (("q", 0), ("v", 96)):
                 pair = f"blocks.{block}.attn.{which}_tocom.adapter_"
                 ranks = slice(2 * (16 - degree), 32)  # of the last groups
                 up, down = (weights[f"{pair}{side}.weight"].double() for side in ("up", "down"))
-                expected[first : first + 48] += source.scales[degree] * up[:, ranks] @ down[ranks]
+                expected[first : first + 48] += inputs.scales[degree] * up[:, ranks] @ down[ranks]
             found = fused.weights[f"blocks.{block}.attn.qkv.weight"].double()
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             if fused.delta_scale:
@@ -180,9 +180,9 @@ def test_compile_takes_the_choice(options: CompileOptions, chosen: ScaleChoices)
 
 def test_the_recipe_holds_the_effective_scale(options: CompileOptions, chosen: ScaleChoices) -> None:
     options = replace(options, images=None)
-    taken = at_chosen_scales(load_source(options))
-    plain = load_source(options)
-    given = at_chosen_scales(load_source(replace(options, delta_scale=BEST)))
+    taken = at_chosen_scales(load_inputs(options))
+    plain = load_inputs(options)
+    given = at_chosen_scales(load_inputs(replace(options, delta_scale=BEST)))
     assert given.scales == {0: BEST, 4: BEST, 8: BEST}
     assert taken.recipe(8) == given.recipe(8) != plain.recipe(8)
     assert taken.recipe(0) == plain.recipe(0)
@@ -217,9 +217,9 @@ def test_compile_end_to_end(options: CompileOptions, given: Path, capsys: pytest
 def test_merging_only_can_be_the_choice(options: CompileOptions, chosen: ScaleChoices) -> None:
     none = chosen.with_choice(8, replace(chosen.degrees[8], scale=0.0), chosen.images_of([8]))
     none.write(options.out)
-    source = at_chosen_scales(load_source(replace(options, images=None)))
-    plain = source.loaded.model.state_dict()
-    fused = source.fused(8)
+    inputs = at_chosen_scales(load_inputs(replace(options, images=None)))
+    plain = inputs.loaded.model.state_dict()
+    fused = inputs.fused(8)
     assert fused.delta_scale == 0 and all(torch.equal(fused.weights[name], plain[name]) for name in plain)
 
 
@@ -234,11 +234,11 @@ def test_images_of_the_choice_are_not_reported_on(
     with pytest.raises(InputError, match="1 of the 21 images"):
         compile_family(replace(options, images=mixed))
     assert {file.name for file in options.out.iterdir()} == {"scales.json"}
-    at_chosen_scales(load_source(replace(options, images=given / "report")))
-    at_chosen_scales(load_source(replace(options, images=mixed, delta_scale=0.1)))  # the choice is not in use
-    at_chosen_scales(load_source(replace(options, images=mixed, degrees=(12,))))  # nor here
-    at_chosen_scales(load_source(replace(options, images=mixed, compensator=None)))
-    at_chosen_scales(load_source(replace(options, images=given / "unsorted")))  # no labels, nothing to report
+    at_chosen_scales(load_inputs(replace(options, images=given / "report")))
+    at_chosen_scales(load_inputs(replace(options, images=mixed, delta_scale=0.1)))  # the choice is not in use
+    at_chosen_scales(load_inputs(replace(options, images=mixed, degrees=(12,))))  # nor here
+    at_chosen_scales(load_inputs(replace(options, images=mixed, compensator=None)))
+    at_chosen_scales(load_inputs(replace(options, images=given / "unsorted")))  # no labels, nothing to report
 
 
 CHANGES: dict[str, Callable[[dict], object]] = {
@@ -263,7 +263,7 @@ def test_choices_for_another_network(options: CompileOptions, chosen: ScaleChoic
     with pytest.raises(InputError, match=f"{what}.*--replace"):
         choose_family_scales(options)
     assert file.read_bytes() == before
-    assert at_chosen_scales(load_source(replace(options, delta_scale=0.1))).scales[8] == 0.1
+    assert at_chosen_scales(load_inputs(replace(options, delta_scale=0.1))).scales[8] == 0.1
 
 
 def test_replacing_choices(options: CompileOptions, chosen: ScaleChoices) -> None:

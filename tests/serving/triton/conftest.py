@@ -29,7 +29,7 @@ from tocom.export.artifacts import OnnxGraph
 from tocom.export.engine.build import build
 from tocom.export.family.steps import Graphs
 from tocom.export.graph.weight_store import WeightStore
-from tocom.export.source.load import load_source
+from tocom.export.source.load import load_inputs
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import EngineEntry, Family
 
@@ -52,10 +52,10 @@ def _make_families(example: Path, root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
     digits.mkdir()
     given = {"compensator": example / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
-    source = load_source(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
-    with Graphs(source, WeightStore(digits, []), lambda degree, stage: None) as lowered:
+    inputs = load_inputs(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
+    with Graphs(inputs, WeightStore(digits, []), lambda degree, stage: None) as lowered:
         graphs = {degree: lowered.graph(degree, "onnxruntime") for degree in DEGREES}
-    family = source.family
+    family = inputs.family
     for degree, graph in graphs.items():
         family = family.with_entry(_entry(graph, degree, "onnxruntime"))
     family.write(digits)
