@@ -48,7 +48,7 @@ class OnnxGraph:
         files: Relative name -> sha256 of every file the graph needs, itself included.
         tokens: Tokens entering each block, then tokens leaving the last one; L + 1 numbers.
         gmacs: Multiply-accumulates of one image, in units of 1e9.
-        source: What the graph was lowered from.
+        fused: What the graph was lowered from.
         precision: Number format of its products: "fp32" also where an engine is to choose another one itself.
     """
 
@@ -56,7 +56,7 @@ class OnnxGraph:
     files: Mapping[str, str]
     tokens: tuple[int, ...]
     gmacs: float
-    source: FusedCheckpoint
+    fused: FusedCheckpoint
     precision: str = "fp32"
 
 
@@ -69,7 +69,7 @@ class Engine:
         backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
-        source: The graph it was built from.
+        graph: What it was built from.
         native: Whether the backend removes tokens with an operator of its own instead of the function body.
         build: JSON-ready, what is known of a plan that was built; empty where the graph itself is opened.
         unrunnable: Why it cannot be run here, so that its graph is proven instead; None where it can.
@@ -79,7 +79,7 @@ class Engine:
     backend: str
     precision: str
     files: Mapping[str, str]
-    source: OnnxGraph
+    graph: OnnxGraph
     native: bool = False
     build: Mapping[str, Any] = field(default_factory=dict)
     unrunnable: str | None = None

@@ -342,7 +342,7 @@ def small_example(once: Callable[[str, Callable[[Path], object]], Path]) -> Path
 @pytest.fixture(scope="session")
 def engine_at() -> Callable[[Engine, Path], Engine]:
     """An engine whose graph is another file: for graphs that were tampered with."""
-    return lambda engine, file: replace(engine, file=file, source=replace(engine.source, file=file))
+    return lambda engine, file: replace(engine, file=file, graph=replace(engine.graph, file=file))
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def _load_checkpoint(name: str) -> Run:
     @refusing
     def run(given: Given, folder: Path) -> bool:
         state = _require_finite(load_model(NAME, checkpoint=folder / name, **ARGS).model.state_dict())
-        return hash_tensors(state) == given.source.loaded.checkpoint_sha256
+        return hash_tensors(state) == given.inputs.loaded.checkpoint_sha256
 
     return run
 
@@ -50,8 +50,8 @@ def _load_compensator(name: str) -> Run:
         compensator = Compensator.load(folder / name)
         state = _require_finite(compensator.state_dict())
         compensator.between(0, min(4, compensator.info.groups)).delta(0, "q")
-        same = hash_tensors(state) == given.source.compensator_sha256
-        return same and compensator.info == given.source.compensator.info
+        same = hash_tensors(state) == given.inputs.compensator_sha256
+        return same and compensator.info == given.inputs.compensator.info
 
     return run
 
@@ -86,8 +86,8 @@ def _is_whole(given: Given, folder: Path, name: str) -> bool:
 
 @refusing
 def _take_scales(given: Given, folder: Path) -> bool:
-    source = given.source
-    found = at_chosen_scales(replace(source, options=replace(source.options, out=folder)))
+    inputs = given.inputs
+    found = at_chosen_scales(replace(inputs, options=replace(inputs.options, out=folder)))
     if not all(np.isfinite(scale) for scale in found.scales.values()):
         raise FaultError(WRONG, f"scales must be finite, got {dict(found.scales)}")
     found.fused(DEGREE)
@@ -96,8 +96,8 @@ def _take_scales(given: Given, folder: Path) -> bool:
 
 @refusing
 def _use_calibration(given: Given, folder: Path) -> bool:
-    source, model = given.source, given.source.loaded.model
-    calibration = read_calibration(folder / "calibration.safetensors", made_for(source), model)
+    inputs, model = given.inputs, given.inputs.loaded.model
+    calibration = read_calibration(folder / "calibration.safetensors", made_for(inputs), model)
     pixels, schedule = torch.from_numpy(given.pixels), schedule_for(model, DEGREE)
     quantization = quantize(model, schedule, calibration, pixels)
     with torch.inference_mode():

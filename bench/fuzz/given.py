@@ -46,7 +46,7 @@ class Given:
         return replace(options, **changes)
 
     @functools.cached_property
-    def source(self) -> CompileInputs:
+    def inputs(self) -> CompileInputs:
         """The loaded checkpoint and compensator."""
         from tocom.export.source.load import load_inputs
 
@@ -161,7 +161,7 @@ def _tables(given: Given) -> None:
                            "label_names": [f"class {index}" for index in range(CLASSES)]},
     }  # fmt: skip
     (given.folder / "config.json").write_text(json.dumps(config))
-    inputs, trials = given.source, (Trial(0.05, 0.5, 1.0), Trial(0.1, 0.75, 0.9))
+    inputs, trials = given.inputs, (Trial(0.05, 0.5, 1.0), Trial(0.1, 0.75, 0.9))
     images, labels = ("0123456789abcdef", "fedcba9876543210"), (0, 1)
     choice = ScaleChoice(0.05, trials, 2, name_of_set(images, labels))
     ScaleChoices(chosen_for(inputs), {}, {}).with_choice(DEGREE, choice, images).write(given.folder)

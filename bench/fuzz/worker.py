@@ -38,7 +38,7 @@ def begin(folder: Path, scratch: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for the supervisor
     torch.set_num_threads(1)
     given = Given(folder)
-    _ = given.source, given.logits
+    _ = given.inputs, given.logits
     _limit_addresses()
     gc.freeze()  # collecting what a case leaves is quick then
     _place.append(_Place(given, scratch))

@@ -65,7 +65,7 @@ def _bisect(degree: int, report: Report, folder: Path) -> None:
     engine = report.engine
     with stages(None) as notify:
         piece = smallest_failing_piece(
-            engine.source.file,
+            engine.graph.file,
             engine.backend,
             precision=engine.precision,
             plan=PlanOptions.from_json(engine.build["options"]) if engine.build else None,

@@ -71,7 +71,7 @@ def build(
         files[file.name] = sha256_file(file)
     if graph_precision(backend, precision) != "fp32":
         precision = graph.precision
-    engine = Engine(file=file, backend=backend, precision=precision, files=files, source=graph, native=native)
+    engine = Engine(file=file, backend=backend, precision=precision, files=files, graph=graph, native=native)
     _ensure_answers(engine)
     return engine
 
@@ -89,7 +89,7 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
         backend=backend,
         precision=graph.precision,
         files={**graph.files, file.name: sha256_file(file)},
-        source=graph,
+        graph=graph,
         build=build_record,
         unrunnable=_why_unrunnable(file, backend, options),
     )

@@ -150,10 +150,10 @@ def _finished(steps: Steps, family: Family) -> list[int]:
 
 
 def _entry(steps: Steps, degree: int, report: Report) -> EngineEntry:
-    engine, graph = report.engine, report.engine.source
+    engine, graph = report.engine, report.engine.graph
     return EngineEntry(
         degree=degree,
-        scale=graph.source.delta_scale,
+        scale=graph.fused.delta_scale,
         schedule=steps.inputs.schedules[degree].removed,
         tokens=graph.tokens,
         gmacs=round(graph.gmacs, 6),

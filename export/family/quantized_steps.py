@@ -52,11 +52,11 @@ class QuantizedGraphs(Graphs):
 
     def reference(self, graph: OnnxGraph) -> ReducedViT:
         """The quantized network in PyTorch, all its products quantized."""
-        return self.quantizer.network(graph.source.degree, self.quantization(graph.source.degree))
+        return self.quantizer.network(graph.fused.degree, self.quantization(graph.fused.degree))
 
     def plain_reference(self, graph: OnnxGraph) -> ReducedViT:
         """The float network in PyTorch."""
-        return self.quantizer.network(graph.source.degree)
+        return self.quantizer.network(graph.fused.degree)
 
     def steps(self, backend: str) -> QuantizedSteps:
         """The steps of one backend."""

@@ -50,8 +50,8 @@ class Graphs:
     def reference(self, graph: OnnxGraph) -> ReducedViT:
         """What engines of a graph are compared with."""
         inputs = self.inputs
-        schedule = inputs.schedules[graph.source.degree]
-        return reference_model(inputs.loaded.model, schedule, graph.source, inputs.reduction)
+        schedule = inputs.schedules[graph.fused.degree]
+        return reference_model(inputs.loaded.model, schedule, graph.fused, inputs.reduction)
 
     def plain_reference(self, _graph: OnnxGraph) -> ReducedViT | None:
         """The reference that is not quantized, of graphs that are."""

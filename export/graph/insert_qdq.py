@@ -50,7 +50,7 @@ def quantized_graph(
         name: File name of the graph, within the store's folder.
         form: How the engine library takes it.
     """
-    insert_qdq = InsertQDQ(model, plain.source.weights, quantization, unsigned=form.unsigned)
+    insert_qdq = InsertQDQ(model, plain.fused.weights, quantization, unsigned=form.unsigned)
     quantized = insert_qdq(ir.load(plain.file)).model
     weight_files = store.place(quantized)
     proto = typed(ir.to_proto(quantized), form.rest)

@@ -74,7 +74,7 @@ class Lowering:
             files={part: sha256_file(self._store.folder / part) for part in (name, *weight_files)},
             tokens=schedule.tokens,
             gmacs=count_gmacs(reference),
-            source=fused,
+            fused=fused,
             precision=precision_of(proto),
         )
 

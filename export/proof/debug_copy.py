@@ -34,7 +34,7 @@ def debug_copy(engine: Engine, more: Iterable[str] = (), *, points: bool = True)
         more: Further values of the graph to put out.
         points: Whether to put out the tokens between the parts too.
     """
-    graph = onnx.load(engine.source.file, load_external_data=False)
+    graph = onnx.load(engine.graph.file, load_external_data=False)
     known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
     for name in dict.fromkeys((*debug_outputs(graph, native=engine.native, points=points), *more)):
         # the formats are the graph's, so that this changes none
@@ -46,7 +46,7 @@ def debug_copy(engine: Engine, more: Iterable[str] = (), *, points: bool = True)
     elif needs_inlining(graph, backend):
         graph = inline(graph)
     with (
-        temporary_graph(engine.source.file, graph) as file,
+        temporary_graph(engine.graph.file, graph) as file,
         as_engine(file, backend, engine.build) as engine_file,
         open_engine(engine_file, backend, precision=precision) as runner,
     ):

@@ -237,7 +237,7 @@ def compare(engine: Engine, notify: Callable[[str], None] = lambda _: None) -> C
     """
     from tocom.export.source.images import default_images
 
-    proto = load_graph(engine.source.file, weights=False)
+    proto = load_graph(engine.graph.file, weights=False)
     size = tuple(side.dim_value for side in proto.graph.input[0].type.tensor_type.shape.dim)[1:]
     batches = [{INPUT_NAME: batch} for batch in default_images(size)]
     results, absent = RunResults(), {}
@@ -290,7 +290,7 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
     Yields:
         Runners that load nothing until they are active, and then leave nothing behind.
     """
-    graph, precision = engine.source.file, engine.source.precision
+    graph, precision = engine.graph.file, engine.graph.precision
     yield OnnxrtRunner(lambda: _reference_session(graph, proto, precision), name=REFERENCE)
     own = engine.backend, engine.precision
     if engine.unrunnable is None:
@@ -319,9 +319,9 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     from tocom.export.proof.debug_copy import temporary_graph
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto
-    file = stack.enter_context(temporary_graph(engine.source.file, variant))
+    file = stack.enter_context(temporary_graph(engine.graph.file, variant))
     plan = stack.enter_context(as_engine(file, backend, {"options": PlanOptions().to_json()}))
-    return stack.enter_context(open_engine(plan, backend, precision=engine.source.precision))
+    return stack.enter_context(open_engine(plan, backend, precision=engine.graph.precision))
 
 
 def _over_all(iterations: Sequence[Any], images: Sequence[int]) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def engine_of(side: Side, engine: Engine) -> Iterator[Engine]:
     if side.kind != "graph":
         yield engine
         return
-    graph = engine.source
+    graph = engine.graph
     needed = graph_precision(side.backend, side.precision)
     proto = onnx.load(graph.file, load_external_data=False)
     if needed in HALF and graph.precision == "fp32":
@@ -140,7 +140,7 @@ def engine_of(side: Side, engine: Engine) -> Iterator[Engine]:
                 backend=side.backend,
                 precision=side.precision,
                 files=graph.files,
-                source=typed_graph,
+                graph=typed_graph,
                 native=runs_natively(proto, side.backend),
                 unrunnable="validated by its graph" if BACKENDS[side.backend].builds_plans else None,
             )

@@ -201,7 +201,7 @@ def open_degree(inputs: CompileInputs, listed: Family, degree: int) -> Validated
         backend=entry.backend,
         precision=entry.precision,
         files=entry.sha256,
-        source=graph,
+        graph=graph,
         native=entry.native,
         build=entry.build,
         unrunnable=why_unrunnable(entry, folder),
@@ -214,5 +214,5 @@ def open_degree(inputs: CompileInputs, listed: Family, degree: int) -> Validated
 
 def _quantized_reference(plain: ReducedViT, graph: OnnxGraph) -> ReducedViT:
     """The network that the graph of a listed engine describes, in PyTorch."""
-    quantization = read_quantization(graph.file, plain.model, graph.source.weights, graph.precision)
+    quantization = read_quantization(graph.file, plain.model, graph.fused.weights, graph.precision)
     return ReducedViT(quantized_model(plain.model, quantization), plain.schedule, reduction=plain.reduction).eval()

@@ -57,7 +57,7 @@ def test_a_failing_rename_is_cleaned_up_too(tmp_path):
 def test_artifacts_know_what_they_came_from_and_reports_are_truthy():
     fused = FusedCheckpoint({}, "tiny", 8, 0, 0.1, "c", None)
     engine = Engine(Path("m"), "onnxruntime", "fp32", {}, OnnxGraph(Path("m"), {}, (65, 57), 0.5, fused))
-    assert engine.source.source is fused
+    assert engine.graph.fused is fused
     assert Report(engine, True, {}) and not Report(engine, False, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         engine.precision = "int8"

@@ -43,9 +43,9 @@ def tiny_family(exported: Callable[..., Engine], tmp_path_factory: pytest.TempPa
         files = {name: sha256_file(folder / name)} | {
             file: digest for file, digest in engine.files.items() if file != engine.file.name
         }
-        tokens = engine.source.tokens
+        tokens = engine.graph.tokens
         entries.append(EngineEntry(
-            degree, None, tuple(one - other for one, other in pairwise(tokens)), tokens, engine.source.gmacs,
+            degree, None, tuple(one - other for one, other in pairwise(tokens)), tokens, engine.graph.gmacs,
             "onnxruntime", "fp32", name, name, files, "", {},
             {str(batch): {"p50": ms * batch, "p99": 2 * ms * batch} for batch in (1, MAX_BATCH)}, {"top1": top1},
             pays={"1": True}, machine=this_machine(),

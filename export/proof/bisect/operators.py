@@ -62,7 +62,7 @@ def operators_of_block(
         batches: Normalized images, float32 [B, 3, H, W].
         block: The one at fault.
     """
-    proto = onnx.load(engine.source.file, load_external_data=False)
+    proto = onnx.load(engine.graph.file, load_external_data=False)
     values = dict(_values(proto.graph, block))
     largest: dict[str, float] = {}
     with debug_copy(engine, values.values()) as runner:

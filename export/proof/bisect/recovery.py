@@ -71,7 +71,7 @@ def recover(remake: Remake, blocks: int, notify: Callable[[str], None] = lambda 
 
 def can_keep_blocks(engine: Engine) -> bool:
     """Whether the number formats of an engine stand in its graph, so that blocks of it can be kept in float32."""
-    return engine.source.precision in (*HALF, *FORMATS)
+    return engine.graph.precision in (*HALF, *FORMATS)
 
 
 def _next(found: Findings, kept: tuple[int, ...]) -> int | None:
@@ -98,17 +98,17 @@ def remaker(
     """Makes the engine of a degree anew with blocks in float32, in a folder of its own.
 
     Args:
-        source: What the family was made from.
+        inputs: What the family was made from.
         engine: The listed one.
         plain: The reference of the degree that is not quantized.
         batches: Makes the images to prove it on.
         folder: Where graphs and weights are put.
     """
-    graph = engine.source
+    graph = engine.graph
     exact = in_format(plain, EXACT)
     options = PlanOptions.from_json(engine.build["options"]) if engine.build else None
     lowering = Lowering(inputs.loaded.model, WeightStore(folder), inputs.reduction)
-    schedule, fused = inputs.schedules[graph.source.degree], graph.source
+    schedule, fused = inputs.schedules[graph.fused.degree], graph.fused
     if graph.precision not in FORMATS:
 
         def typed_so(kept: tuple[int, ...]) -> Report:

@@ -28,7 +28,7 @@ def test_the_slice_bound_drops_the_last_tokens_of_every_block(
     exported, make_vit, fused_of, noise, backend, family, reduction
 ):
     model, engine = make_vit(family), exported(family, 16 if family == "map" else 8, reduction)
-    degree = engine.source.source.degree
+    degree = engine.graph.fused.degree
     reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
     pixels = noise(3, *model.patch_embed.img_size)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def validated(exported, make_vit, fused_of, noise, photographs):
 
     def report(family, degree, reduction=MERGE, precision="fp32"):
         model = make_vit(family)
-        engine = build(exported(family, degree, reduction).source, backend="openvino", precision=precision)
+        engine = build(exported(family, degree, reduction).graph, backend="openvino", precision=precision)
         reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
         return validate(engine, reference, images(model, noise, photographs))
 
@@ -51,7 +51,7 @@ def validated(exported, make_vit, fused_of, noise, photographs):
 def test_the_native_operator_decides_and_computes_as_the_reference(validated, precision, family):
     report = validated(family, 8, precision=precision)
     assert report, report.findings
-    assert report.engine.native and report.engine.file == report.engine.source.file
+    assert report.engine.native and report.engine.file == report.engine.graph.file
     assert report.findings.precision == precision
     assert report.findings.images == 11 and report.findings.debug_copy_error == 0
     if precision == "fp32":
@@ -64,7 +64,7 @@ def test_without_the_native_operator_the_function_body_runs(validated, monkeypat
     assert report, report.findings
     assert not report.engine.native and report.engine.file.name.endswith(".inlined.onnx")
     assert not onnx.load(report.engine.file, load_external_data=False).functions
-    assert set(report.engine.files) == {*report.engine.source.files, report.engine.file.name}
+    assert set(report.engine.files) == {*report.engine.graph.files, report.engine.file.name}
 
 
 def test_what_has_no_native_operator_runs_its_body(validated):
@@ -100,11 +100,11 @@ def test_a_wrong_native_decision_fails_the_gate(validated, monkeypatch):
 
 def test_onnx_runtime_has_no_bfloat16(exported):
     with pytest.raises(InputError, match="precision must be one of fp32, fp16, int8 for onnxruntime, got 'bf16'"):
-        build(exported("deit_tiny", 8).source, backend="onnxruntime", precision="bf16")
+        build(exported("deit_tiny", 8).graph, backend="onnxruntime", precision="bf16")
 
 
 def test_default_images_reach_every_engine_alike(exported, make_vit, fused_of):
-    engine = build(exported("deit_tiny", 8).source, backend="openvino")
+    engine = build(exported("deit_tiny", 8).graph, backend="openvino")
     model = make_vit("deit_tiny")
     reference = reference_model(model, schedule_for(model, 8), fused_of(model, 8))
     one = validate(engine, reference, default_images((3, 64, 64)))

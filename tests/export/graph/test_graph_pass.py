@@ -136,7 +136,7 @@ def test_quantizing(graph, exported, make_vit, noise) -> None:
     model = make_vit(FAMILY)
     pixels = torch.from_numpy(noise(4, *model.patch_embed.img_size))
     calibration = calibrate([ReducedViT(model, DEGREE)], pixels, Method())
-    insert = InsertQDQ(model, exported(FAMILY, DEGREE).source.source.weights, calibration.quantization(model))
+    insert = InsertQDQ(model, exported(FAMILY, DEGREE).graph.fused.weights, calibration.quantization(model))
     inputs = ir.load(exported(FAMILY, DEGREE).file)  # with its weights, whose folder a proto does not know
     with pytest.raises(PostconditionError, match="must be quantized"):
         idle(insert)(inputs)

@@ -40,8 +40,8 @@ def validated(exported, make_vit, fused_of, photographs, noise, tmp_path):
             if name != engine.file.name:
                 shutil.copy(engine.file.with_name(name), tmp_path)
         file.write_bytes(proto.SerializeToString())
-        graph = replace(engine.source, file=file, precision=precision_of(proto))
-        stand_in = replace(engine, precision=precision_of(proto), source=graph, unrunnable="it is a graph")
+        graph = replace(engine.graph, file=file, precision=precision_of(proto))
+        stand_in = replace(engine, precision=precision_of(proto), graph=graph, unrunnable="it is a graph")
         size = model.patch_embed.img_size
         reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
         return validate(stand_in, reference, iter([photographs(*size), noise(3, *size)]))

@@ -42,7 +42,7 @@ def lowered(make_vit, exported, noise, tmp_path):
         float_reference = ReducedViT(model, schedule, reduction=reduction)
         calibration = calibrate([float_reference], torch.from_numpy(noise(8, height, width)), method or Method())
         quantization = calibration.quantization(model).without(without)
-        plain = exported(family, degree, reduction).source
+        plain = exported(family, degree, reduction).graph
         form = form or BACKENDS["onnxruntime"].qdq
         graph = quantized_graph(plain, model, quantization, WeightStore(tmp_path), f"{form.unsigned}.onnx", form)
         reference = ReducedViT(quantized_model(model, quantization), schedule, reduction=reduction)

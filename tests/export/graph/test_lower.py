@@ -110,10 +110,10 @@ def test_a_graph_keeps_the_contract_of_the_runtime(exported, degree):
         assert {attribute.name: attribute.i for attribute in node.attribute} == {
             "r": 8, "tokens": tokens, "protected": 2, "keep_order": 1,
         }  # fmt: skip
-    assert engine.source.tokens == ((66, 58, 50, 42) if degree else (66, 66, 66, 66))
+    assert engine.graph.tokens == ((66, 58, 50, 42) if degree else (66, 66, 66, 66))
     named = {"pos_embed", "blocks.2.attn.k.weight", "blocks.2.attn.v.bias", "head.bias"}
     assert {value.name for value in graph.graph.initializer} >= named
-    assert {name: sha256_file(engine.file.parent / name) for name in engine.source.files} == engine.source.files
+    assert {name: sha256_file(engine.file.parent / name) for name in engine.graph.files} == engine.graph.files
 
 
 def test_a_pruned_graph_keeps_the_contract_of_the_runtime(exported):
@@ -131,7 +131,7 @@ def test_a_pruned_graph_keeps_the_contract_of_the_runtime(exported):
             "r": 13, "tokens": tokens, "protected": 5,
         }  # fmt: skip
         assert list(node.output[2:]) == [f"block.{block}.kept", f"block.{block}.dropped"]
-    assert len(prunings) == 2 and engine.source.tokens == (69, 56, 43, 30)
+    assert len(prunings) == 2 and engine.graph.tokens == (69, 56, 43, 30)
     inlined = inline(graph)
     assert {node.domain for node in inlined.graph.node} == {""}
     forbidden = {"ScatterElements", "ScatterND", "NonZero", "Unique", "Loop", "If", "Scan"}
@@ -141,7 +141,7 @@ def test_a_pruned_graph_keeps_the_contract_of_the_runtime(exported):
 def test_pruning_every_patch_into_one_token(exported, make_vit, fused_of):
     """Two patches, one removed: none is kept as it is. Nothing is left to remove after that."""
     model, engine = make_vit("two_patches"), exported("two_patches", 1, PRUNE)
-    assert engine.source.tokens == (3, 2, 2)
+    assert engine.graph.tokens == (3, 2, 2)
     reference = reference_model(model, schedule_for(model, 1), fused_of(model, 1), PRUNE)
     images = np.random.default_rng(0).standard_normal((4, 3, 8, 16), dtype=np.float32)
     report = validate(engine, reference, iter([images, images[:1]]))
@@ -175,7 +175,7 @@ def test_a_schedule_that_merges_in_some_blocks_only(tmp_path, make_vit, fused_of
     schedule = MergeSchedule((0, 20, 3), tokens_in(model), protected=0)
     fused = fused_of(model, 0)
     engine = build(lower(model, schedule, fused, WeightStore(tmp_path), "model.onnx"))
-    assert engine.source.tokens == (64, 64, 44, 41)
+    assert engine.graph.tokens == (64, 64, 44, 41)
     report = validate(engine, reference_model(model, schedule, fused), default_images((3, 64, 64)))
     assert report, report.findings
     assert report.findings.decisions == 12 * 23

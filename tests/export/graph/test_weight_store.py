@@ -166,7 +166,7 @@ def compensated(make_vit, make_compensator, tmp_path_factory) -> tuple[nn.Module
 def test_degrees_share_every_weight_and_differ_in_a_gate(compensated):
     graphs = compensated[1]
     r0, r1, r8 = (set(files_of(graph.file.parent, graph.file.name)) for graph in graphs.values())
-    pair = 16 * graphs[8].source.compensation.compensator.info.rank * 48 * 4
+    pair = 16 * graphs[8].fused.compensation.compensator.info.rank * 48 * 4
     assert {length for _, _, length in r1 - r0} == {pair} and len(r1 - r0) == 2 * 2 * 2  # down and up of q and v
     assert r0 < r1 == r8
 
@@ -175,7 +175,7 @@ def test_a_graph_computes_with_the_fused_weights(compensated, noise):
     """The factors in the graph against the weights that were fused in float64, on an engine and on the reference."""
     model, graphs = compensated
     for degree, graph in graphs.items():
-        reference = reference_model(model, schedule_for(model, degree), graph.source)
+        reference = reference_model(model, schedule_for(model, degree), graph.fused)
         images = noise(2, 64, 64)
         with torch.no_grad(), open_engine(graph.file, "onnxruntime") as engine:
             expected = reference(torch.from_numpy(images)).numpy()

@@ -95,10 +95,10 @@ def typed_engine(tmp_path):
         proto = typed(onnx.load(engine.file, load_external_data=False), precision)
         file = tmp_path / "typed.onnx"
         file.write_bytes(proto.SerializeToString())
-        graph = replace(engine.source, file=file, precision=precision_of(proto))
+        graph = replace(engine.graph, file=file, precision=precision_of(proto))
         if backend != CARRIED_OUT:
             return build(graph, backend=backend, precision=precision)
-        return replace(engine, precision=graph.precision, source=graph, unrunnable="it is carried out")
+        return replace(engine, precision=graph.precision, graph=graph, unrunnable="it is carried out")
 
     return make
 
@@ -115,14 +115,14 @@ def made(exported, make_vit, fused_of, noise, tmp_path, typed_engine):
             pixels = torch.from_numpy(noise(8, *model.patch_embed.img_size, seed=2))
             quantization = calibrate([reference], pixels, Method()).quantization(model)
             graph = quantized_graph(
-                engine.source, model, quantization, WeightStore(tmp_path), "int8.onnx", BACKENDS[backend].qdq
+                engine.graph, model, quantization, WeightStore(tmp_path), "int8.onnx", BACKENDS[backend].qdq
             )
             quantized = ReducedViT(quantized_model(model, quantization), schedule, reduction=reduction)
             return build(graph, backend=backend, precision=precision), quantized, reference
         if backend == CARRIED_OUT or graph_precision(backend, precision) != "fp32":
             return typed_engine(engine, precision, backend), reference, None
         if backend != engine.backend:
-            engine = build(engine.source, backend=backend, precision=precision)
+            engine = build(engine.graph, backend=backend, precision=precision)
         return engine, reference, None
 
     return make

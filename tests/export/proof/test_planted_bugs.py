@@ -58,7 +58,7 @@ def subjects(exported, make_vit, fused_of, make_compensator, tmp_path_factory):
         family, degree, reduction = SUBJECTS[subject]
         model = make_vit(family)
         reference = reference_model(model, schedule_for(model, degree), fused_of(model, degree), reduction)
-        return exported(family, degree, reduction).source, reference
+        return exported(family, degree, reduction).graph, reference
 
     def quantized(subject):
         graph, reference = of(subject, "fp32")

@@ -111,7 +111,7 @@ def test_what_a_library_computes_otherwise_is_cut_out_of_degrees_that_fail(alter
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     engine = exported(*CASE)
     file = altered(RANDOM)
-    wrong = replace(engine, file=file, source=replace(engine.source, file=file), backend="openvino")
+    wrong = replace(engine, file=file, graph=replace(engine.graph, file=file), backend="openvino")
     reports = {0: Report(engine, True, {}), 16: Report(wrong, False, {})}
     examine(reports, comparing=False, folder=tmp_path / "pieces")
     assert [file.name for file in (tmp_path / "pieces").iterdir()] == ["r16.onnx"]

@@ -377,7 +377,7 @@ def test_nan_logits_fail(tampered, reference):
 
 def test_building_refuses_an_engine_that_answers_nan(tampered):
     with pytest.raises(AssertionError, match="NaN or infinity"):
-        build(tampered(scale_logits(np.nan)).source)
+        build(tampered(scale_logits(np.nan)).graph)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_building_refuses_an_engine_that_answers_nan(tampered):
 )
 def test_building_refuses_what_there_is_not(engine, options, named):
     with pytest.raises(InputError, match=f"{named} must be .*got '{options[named]}'"):
-        build(engine.source, **options)
+        build(engine.graph, **options)
 
 
 @with_both

@@ -37,7 +37,7 @@ SEVERAL = pytest.mark.parametrize(
 
 def listed(engine, degree, backend="onnxruntime", **changes):
     """An entry for an exported engine."""
-    tokens = engine.source.tokens
+    tokens = engine.graph.tokens
     file = engine.file.name
     fields = {
         "degree": degree, "scale": None, "tokens": tokens,
