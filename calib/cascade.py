@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence
+from tocom.runtime.degrees.cascade import Cascade, Stage, confidence
 from tocom.runtime.degrees.local_latency import Times
 from tocom.runtime.errors import InputError
 
@@ -128,13 +128,13 @@ class Candidate:
     """A cascade or a single degree, as it did on the calibration images.
 
     Attributes:
-        plan: Its stages; a single degree has one.
+        cascade: Its stages; a single degree has one.
         accuracy: Top-1, a share.
         cost: Mean per image, in the unit of the costs it was found by.
         shares: Share of images that reach each stage.
     """
 
-    plan: CascadePlan
+    cascade: Cascade
     accuracy: float
     cost: float
     shares: tuple[float, ...]
@@ -316,7 +316,7 @@ class _Tried:
         stages = [Stage(stage.degree, stage.temperature, threshold)
                   for stage, threshold in zip(chain, [*placed, 0.0], strict=True)]  # fmt: skip
         shares = tuple(float(share[at]) for share in self.shares)
-        return Candidate(CascadePlan(stages), float(self.right[at] / count), float(self.cost[at]), shares)
+        return Candidate(Cascade(stages), float(self.right[at] / count), float(self.cost[at]), shares)
 
 
 def _tried(chain: Sequence[_Scored], costs: Costs) -> _Tried:

@@ -15,7 +15,7 @@ import numpy as np
 from tocom.calib.cascade import CAUTION, Calibration, Candidate, Costs, Goal, calibrate
 from tocom.calib.cascade_trial import Trial, compare, halves, in_batches, measure_times
 from tocom.calib.labelled import LabelledImages
-from tocom.runtime.degrees.cascade import CascadePlan, InferAt
+from tocom.runtime.degrees.cascade import Cascade, InferAt
 from tocom.runtime.degrees.choose import SAVES, points
 from tocom.runtime.degrees.local_latency import Times, local_latencies, this_machine
 from tocom.runtime.engines.base import open_engine
@@ -61,13 +61,13 @@ class FoundCascade:
     Attributes:
         calibration: The cheapest cascade and single degree that keep the goal, on one half.
         trial: The cascade on the other half; None where none was worth measuring.
-        plan: What to write, with what was found; None where no cascade is cheaper than a single degree.
+        cascade: What to write, with what was found; None where no cascade is cheaper than a single degree.
         images: How many calibrated.
     """
 
     calibration: Calibration
     trial: Trial | None
-    plan: CascadePlan | None
+    cascade: Cascade | None
     images: int
 
 
@@ -110,25 +110,24 @@ def find_cascade(
         return FoundCascade(calibration, None, None, len(fitting))
     batches = [images.pixels(chosen) for chosen in in_batches(reporting, options.batch, options.seed)]
     times = measure_times(
-        cascade.plan, sorted(logits), partial(opened, folder, family), batches,
+        cascade.cascade, sorted(logits), partial(opened, folder, family), batches,
         lambda done: on_progress("timing the cascade beside single degrees", done, len(batches)),
     )  # fmt: skip
     gmacs = {entry.degree: entry.gmacs for entry in family.engines}
     on_reporting = {degree: each[reporting] for degree, each in logits.items()}
-    trial = compare(cascade.plan, on_reporting, labels[reporting], times, gmacs, options.batch)
+    trial = compare(cascade.cascade, on_reporting, labels[reporting], times, gmacs, options.batch)
     _ensure_kept(options.goal, trial)
-    rivals = [row for row in trial.singles if single is not None and row.degrees == single.plan.degrees]
+    rivals = [row for row in trial.singles if single is not None and row.degrees == single.cascade.degrees]
     if any(trial.cascade.ms > (1 - SAVES) * row.ms for row in rivals):
         return FoundCascade(calibration, trial, None, len(fitting))
-    stages = [replace(stage, recipe=family.entry(stage.degree).recipe) for stage in cascade.plan.stages]
-    plan = CascadePlan(stages, _found(options, trial, len(fitting)))
-    return FoundCascade(calibration, trial, plan, len(fitting))
+    stages = [replace(stage, recipe=family.entry(stage.degree).recipe) for stage in cascade.cascade.stages]
+    return FoundCascade(calibration, trial, Cascade(stages, _found(options, trial, len(fitting))), len(fitting))
 
 
 def _ensure_usable(family: Family, images: LabelledImages, goal: Goal) -> None:
     if len(family.engines) < 2:
-        raise InputError("a cascade needs engines of two degrees or more, got "
-                         f"{len(family.engines)}: compile further ones with `make engines R=8,16`")  # fmt: skip
+        raise InputError(f"a cascade needs engines of two degrees or more, got {len(family.engines)}: compile further "
+                         "ones with `tocom compile --degrees 8,16 ...`")  # fmt: skip
     if images.labels is None:
         folders = sorted({path.absolute().parent.name for path in images.paths})
         more = ", ..." if len(folders) > 3 else ""
@@ -219,7 +218,7 @@ def logits_of(
 
 def _nothing_keeps(goal: Goal, nearest: Candidate, images: int) -> str:
     """Only where an accuracy is asked for: the lowest degree loses nothing against itself."""
-    degrees = ", ".join(map(str, nearest.plan.degrees))
+    degrees = ", ".join(map(str, nearest.cascade.degrees))
     return (f"neither a cascade nor a single degree is sure to keep an accuracy of {goal.accuracy:g}: the nearest, "
             f"{degrees}, has {nearest.accuracy:.4g} on the {images} images that calibrate, and {CAUTION:g} standard "
             "errors must lie between. Ask for less, or give more images")  # fmt: skip
@@ -238,7 +237,7 @@ def _ensure_kept(goal: Goal, trial: Trial) -> None:
 
 
 def _found(options: CascadeOptions, trial: Trial, fitted: int) -> dict[str, Any]:
-    """What goes into the plan's file."""
+    """What goes into cascade.json."""
     lowest = trial.singles[0]
     return {
         "goal": asdict(options.goal),

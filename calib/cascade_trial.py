@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tocom.runtime.degrees.cascade import CascadePlan, InferAt, run, shares
+from tocom.runtime.degrees.cascade import Cascade, InferAt, run, shares
 
 _TOGETHER = 4  # single degrees that are timed beside a cascade: all of a large family would fill the memory
 _SLOWEST_S = 60.0  # of one such group
@@ -97,7 +97,7 @@ def halves(labels: Sequence[int] | np.ndarray, seed: int = 0) -> tuple[np.ndarra
 
 
 def measure_times(
-    plan: CascadePlan,
+    cascade: Cascade,
     degrees: Sequence[int],
     opened: OpenDegrees,
     batches: Sequence[np.ndarray],
@@ -106,7 +106,7 @@ def measure_times(
     """Times a cascade and single degrees on the same batches, in turns.
 
     Args:
-        plan: The cascade.
+        cascade: The cascade.
         degrees: The single degrees, rising; the first is measured in every group and sets its scale.
         opened: Opens engines: single degrees and the first stage for whole batches, later stages for any number.
         batches: Each float32 [B, 3, H, W], all of one size.
@@ -119,13 +119,13 @@ def measure_times(
     groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
     runs = []
     for group in groups:
-        first, *later = plan.degrees
+        first, *later = cascade.degrees
         with (
             opened(sorted({base, *group, first}), len(batches[0])) as infer,
             opened(later, None) as infer_rest,
         ):
             staged = {first: infer} | dict.fromkeys(later, infer_rest)
-            runs.append(_timed(plan, [base, *group], infer, staged, batches, tell))
+            runs.append(_timed(cascade, [base, *group], infer, staged, batches, tell))
     fewest = min(len(found["cascade"]) for found in runs)
     typical = statistics.median(float(np.median(found[_name(base)])) for found in runs)
     times: dict[str, np.ndarray] = {}
@@ -137,7 +137,7 @@ def measure_times(
 
 
 def _timed(
-    plan: CascadePlan,
+    cascade: Cascade,
     degrees: Sequence[int],
     infer: InferAt,
     staged: Mapping[int, InferAt],
@@ -147,16 +147,16 @@ def _timed(
     def single(degree: int) -> Callable[[np.ndarray], object]:
         return lambda batch: infer(batch, degree)
 
-    def cascade(batch: np.ndarray) -> object:
-        return run(plan, lambda images, degree: staged[degree](images, degree), batch)
+    def whole(batch: np.ndarray) -> object:
+        return run(cascade, lambda images, degree: staged[degree](images, degree), batch)
 
-    calls = {_name(degree): single(degree) for degree in degrees} | {"cascade": cascade}
+    calls = {_name(degree): single(degree) for degree in degrees} | {"cascade": whole}
     for degree in degrees:
         infer(batches[0], degree)
-    for degree in plan.degrees[1:]:  # an engine may prepare for every number of images that it meets
+    for degree in cascade.degrees[1:]:  # an engine may prepare for every number of images that it meets
         for size in range(1, len(batches[0]) + 1):
             staged[degree](batches[0][:size], degree)
-    cascade(batches[0])
+    whole(batches[0])
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
@@ -177,7 +177,7 @@ def _milliseconds(call: Callable[[np.ndarray], object], batch: np.ndarray) -> fl
 
 
 def compare(
-    plan: CascadePlan,
+    cascade: Cascade,
     logits: Mapping[int, np.ndarray],
     labels: np.ndarray,
     times: Mapping[str, np.ndarray],
@@ -187,7 +187,7 @@ def compare(
     """Puts a cascade beside single degrees.
 
     Args:
-        plan: The cascade.
+        cascade: The cascade.
         logits: Degree -> [n, classes], of every single degree.
         labels: int [n].
         times: As from `measure_times`.
@@ -195,9 +195,9 @@ def compare(
         batch: Images per call that the times are of.
     """
     places = np.arange(len(labels), dtype=np.float32)[:, None, None, None]
-    answer = run(plan, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], places)
+    answer = run(cascade, lambda images, degree: logits[degree][images[:, 0, 0, 0].astype(int)], places)
     right = answer.logits.argmax(axis=1) == labels
-    rows = [_row("cascade", plan.degrees, shares(plan, answer.degrees), right, right, times, gmacs)]
+    rows = [_row("cascade", cascade.degrees, shares(cascade, answer.degrees), right, right, times, gmacs)]
     for degree in sorted(logits):
         is_right = logits[degree].argmax(axis=1) == labels
         rows.append(_row(_name(degree), (degree,), (1.0,), is_right, right, times, gmacs))

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tocom.runtime.checked_json import Json, parse, read_text
-from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.checked_json import AbsentError, Json, read
+from tocom.runtime.errors import one_line
+from tocom.runtime.family_files import SCALES
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import InputSpec
 
 FORMAT = 1
-FILE_NAME = "scales.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _IMAGE = re.compile(r"[0-9a-f]{16}")
@@ -121,22 +121,10 @@ class ScaleChoices:
         Raises:
             InputError: The file cannot be read, is broken, or newer than this code.
         """
-        file = Path(folder) / FILE_NAME
         try:
-            text = read_text(file)
-        except (FileNotFoundError, NotADirectoryError):
+            return read(Path(folder) / SCALES, cls.from_json)
+        except AbsentError:
             return None
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"{one_line(file)} cannot be read: {one_line(reason)}") from error
-        try:
-            return cls.from_json(parse(text))
-        except InputError as error:
-            raise InputError(f"{one_line(file)}: {error}") from None
-        except RecursionError:
-            raise InputError(f"{one_line(file)}: it is nested too deeply") from None
 
     @classmethod
     def from_json(cls, value: Any) -> ScaleChoices:
@@ -189,7 +177,7 @@ class ScaleChoices:
             OSError: The file cannot be written.
         """
         text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        return write_atomically(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        return write_atomically(Path(folder) / SCALES, text.encode("utf-8"))
 
     def with_choice(self, degree: int, choice: ScaleChoice, images: Iterable[str]) -> ScaleChoices:
         """These choices with one more, which takes the place of one for the same degree."""

@@ -66,7 +66,7 @@ class Engine:
 
     Attributes:
         file: What `runtime.engines.base.open_engine` opens.
-        backend: One of `runtime.engines.base.BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: "fp32", or what the graph was quantized or cast to.
         files: Relative name -> sha256 of every file the engine needs, itself included.
         source: The graph it was built from.

@@ -1,4 +1,4 @@
-"""Typed access to parsed JSON that names the place of whatever is wrong with it."""
+"""JSON files, and typed access to what they hold: a refusal names the file and the place of whatever is wrong."""
 
 from __future__ import annotations
 
@@ -17,19 +17,53 @@ T = TypeVar("T")
 LARGEST_FILE = 32 << 20  # bytes; what this project writes is a hundredth of that, and more would take minutes to check
 
 
-def read_text(file: Path) -> str:
-    """A JSON file's text.
+class AbsentError(InputError):
+    """There is no such file."""
+
+
+def read(file: Path, interpret: Callable[[Any], T]) -> T:
+    """Reads a JSON file.
+
+    Args:
+        file: Where it lies.
+        interpret: Makes something of what was parsed, or raises InputError.
+
+    Returns:
+        What `interpret` made.
 
     Raises:
-        InputError: It is larger than any that this project writes.
-        OSError: It cannot be read.
-        ValueError: It is not UTF-8, or the path is none.
+        AbsentError: There is no such file.
+        InputError: It is no file that can be read, larger than any that this project writes, not JSON, nested too
+            deeply, or refused by `interpret`; the message begins with its name.
     """
-    with file.open("rb") as opened:
-        content = opened.read(LARGEST_FILE + 1)
+    content = _content(file)
+    try:
+        return interpret(parse(content.decode("utf-8-sig")))  # -sig: some editors put a byte order mark in front
+    except UnicodeDecodeError as error:
+        raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from None
+    except InputError as error:
+        raise InputError(f"{one_line(file)}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{one_line(file)}: it is nested too deeply") from None
+
+
+def _content(file: Path) -> bytes:
+    try:
+        if file.exists() and not file.is_file():  # before it is opened: a pipe would block for ever
+            raise InputError(f"{one_line(file)} cannot be read: it is not a file")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_FILE + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"there is no {one_line(file)}") from None
+    except OSError as error:
+        raise InputError(f"{one_line(file)} cannot be read: {one_line(error.strerror or error)}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # a NUL in the path
+        raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from error
     if len(content) > LARGEST_FILE:
         raise InputError(f"{one_line(file)} must not be larger than {LARGEST_FILE >> 20} MiB")
-    return content.decode("utf-8-sig")  # -sig: some editors put a byte order mark before what they save
+    return content
 
 
 def _refuse_constant(name: str) -> NoReturn:

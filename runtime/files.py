@@ -1,4 +1,4 @@
-"""Files: hashed without reading them into memory, and written whole or not at all."""
+"""Files: hashed without reading them into memory, written whole or not at all, and where those of a user lie."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Writes a file so that whoever looks, at any time and after any crash, finds the old content or the new, whole.
+    """Writes a file so that a reader finds the old content or the new, whole, at any time and after any crash.
 
     Args:
         path: Where the file belongs; its folder exists. A file that is there is replaced.
@@ -53,3 +53,13 @@ def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], obj
             error.filename = str(path)  # a failed write does not say which file
         raise
     return path
+
+
+def user_cache() -> Path | None:
+    """This project's folder among the user's caches, in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # the specification of XDG has relative paths ignored
+        return (named if named.is_absolute() else Path.home() / ".cache") / "tocom"
+    except RuntimeError:
+        return None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,19 +19,22 @@ if not __package__:
     # Run as a file, perhaps from a copied folder: this folder is then a package of its own, under whatever name.
     # Python put it on the path, where our modules could shadow a library's.
     _here = Path(__file__).resolve().parent
-    sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry).resolve() != _here)]
-    __package__ = _here.name
-    importlib.import_module(__package__)
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _here]
+    __package__ = re.sub(r"\W", "_", _here.name)
+    _spec = importlib.util.spec_from_file_location(__package__, _here / "__init__.py")
+    sys.modules[__package__] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[__package__])
 
 import numpy as np
 
+from .degrees.cascade import run
 from .errors import GateError, InputError, one_line, readable
-from .manifest import EngineEntry, Family, InputSpec
-from .picking import OpenEngines, Wish, pick
-from .preprocess import find_images, load_image, preprocess
+from .predictor import LoadedFamily, Prediction
+from .preprocess import find_images
 
 _Fail = Callable[[object], None]
 
+_PROG = "python runtime/infer.py"
 _EXAMPLES = """\
 examples:
   python runtime/infer.py --engines engines/digits photo.png          the least compressed engine, one line per image
@@ -51,19 +54,21 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help explains the options)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the command.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        prog: How the user calls it. As "tocom infer" the family is the first argument, as in all its commands;
+            --engines is still understood.
 
     Returns:
         Exit status: 0 done; 1 no degree keeps to the budget or accuracy; 2 bad usage, or some image could not be used
-        (the others were still classified); 130 interrupted; 141 whoever read the output stopped reading.
+        (the others were still classified); 130 interrupted; 141 the reader of the output stopped reading.
     """
     _keep_odd_names_printable()
     try:
-        return _run(_parser().parse_args(argv))
+        return _run(_parser(prog, argv if argv is not None else sys.argv[1:]).parse_args(argv))
     except BrokenPipeError:
         _abandon_stdout()
         return 141
@@ -77,15 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str, argv: list[str]) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="infer",
+        prog=prog,
         description="Classify images with an engine of a compiled family. Needs neither torch nor timm.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES if prog == _PROG else _EXAMPLES.replace(f"{_PROG} --engines", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    family = "folder of the family (family.json)"
+    if prog == _PROG or any(argument.partition("=")[0] == "--engines" for argument in argv):
+        parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help=family)
+    else:
+        parser.add_argument("engines", metavar="FAMILY", type=Path, help=family)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for paths on stdin")
-    parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help="folder of the family (family.json)")
     parser.add_argument("--degree", type=int, metavar="R", help="which engine (default: the lowest degree there is)")
     parser.add_argument("--budget-ms", type=float, metavar="MS", help="the most accurate degree that takes no longer")
     parser.add_argument("--min-accuracy", type=float, metavar="SHARE", help="the fastest degree as accurate, in 0..1")
@@ -110,50 +119,96 @@ def _at_least_one(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    family = Family.read(options.engines)
-    if not family.engines:
-        raise InputError(f"{one_line(options.engines)} has no finished engine: compile one with `make engines R=8`")
-    batch_size = options.batch or (32 if options.budget_ms is None else 1)
-    wish = Wish(options.degree, options.budget_ms, options.min_accuracy, options.cascade, batch_size)
-    if wish.budget_ms is not None and (options.threads or options.throughput):
+    settings = {"threads": options.threads, "throughput": options.throughput}
+    with LoadedFamily(options.engines, **settings) as family:
+        _ensure_one_wish(options)
+        batch_size = options.batch or (32 if options.budget_ms is None else 1)
+        degrees, why = _choose(family, options, batch_size)
+        for degree in degrees:
+            family.check(degree)
+        if why is not None:
+            _complain(why)
+        if options.degree is not None or why is None:
+            _warn_of_no_gain(family, degrees[0])
+        manifest = family.family
+        names = manifest.class_names if options.classes is None else _read_names(options.classes, manifest.classes)
+        for degree in degrees:
+            prepared_for = batch_size if degree == degrees[0] and (options.cascade or why is not None) else None
+            family.open(degree, batch=prepared_for)  # of a cascade, fewer images go on, never the same number
+        return _classify(family, degrees, options, batch_size, names)
+
+
+def _ensure_one_wish(options: argparse.Namespace) -> None:
+    wishes = {"--degree": options.degree, "--budget-ms": options.budget_ms, "--min-accuracy": options.min_accuracy,
+              "--cascade": options.cascade or None}  # fmt: skip
+    names = [name for name, value in wishes.items() if value is not None]
+    if len(names) > 1 and names != ["--budget-ms", "--min-accuracy"]:
+        raise InputError(f"{' and '.join(names)} exclude each other: give a degree, or a budget or an accuracy to "
+                         "choose one by, or --cascade")  # fmt: skip
+    if options.budget_ms is not None and (options.threads or options.throughput):
         raise InputError("--budget-ms goes by times with the engine's own choice of threads: leave out --threads and "
                          "--throughput")  # fmt: skip
-    picked = pick(options.engines, family, wish, _complain)
-    if picked.why is not None:
-        _complain(picked.why)
-    if wish.degree is not None or picked.why is None:
-        _warn_of_no_gain(picked.entries[0])
-    names = family.class_names if options.classes is None else _read_names(options.classes, family.classes)
+
+
+def _choose(family: LoadedFamily, options: argparse.Namespace, batch: int) -> tuple[tuple[int, ...], str | None]:
+    """Degrees in the order in which they may run, and how they were chosen; None where the user named them."""
+    if options.cascade:
+        stages = family.cascade.stages
+        thresholds = ", ".join(f"{stage.threshold:.3f} at degree {stage.degree}" for stage in stages[:-1])
+        why = f"images go on to the next degree below a confidence of {thresholds}" if thresholds else None
+        return family.cascade.degrees, why
+    wish = {"budget_ms": options.budget_ms, "min_accuracy": options.min_accuracy}
+    if options.budget_ms is None and options.min_accuracy is None:
+        return (family.choose(degree=options.degree),), None
+    points = {point.degree: point for point in family.points(batch, tell=_complain)}
+    chosen = points[family.choose(**wish, batch=batch)]
+    rule = "the fastest" if options.budget_ms is None else "the most accurate"
+    limits = [] if options.budget_ms is None else [f"takes {options.budget_ms:g} ms or less"]
+    limits += [] if options.min_accuracy is None else [f"has an accuracy of {options.min_accuracy:g} or more"]
+    accuracy = "" if chosen.top1 is None else f", accuracy {chosen.top1:.4g}"
+    why = (f"chose degree {chosen.degree}, {rule} that {' and '.join(limits)} at batch {batch}: "
+           f"{chosen.p50_ms:.3g} ms{accuracy}")  # fmt: skip
+    return (chosen.degree,), why
+
+
+def _warn_of_no_gain(family: LoadedFamily, degree: int) -> None:
+    if idle := [batch for batch, pays in family.family.entry(degree).pays.items() if not pays]:
+        _complain(f"degree {degree} was not faster than degree 0 where it was compiled, at batch {', '.join(idle)}")
+
+
+def _classify(
+    family: LoadedFamily,
+    degrees: tuple[int, ...],
+    options: argparse.Namespace,
+    batch_size: int,
+    names: tuple[str, ...] | None,
+) -> int:
+    """Classifies all images and prints what they are; returns the exit status."""
     failures: list[str] = []
 
     def fail(error: object) -> None:
         failures.append(str(error))
         _complain(error)
 
-    settings = {"threads": options.threads, "throughput": options.throughput}
-    with OpenEngines(options.engines, family, picked, **settings) as engines:
-        score, start = _Score(names, family.classes), time.perf_counter()
-        prepared = _prepare(_paths(options.images, fail), family.input, fail)
-        for batch in _batches(prepared, batch_size):
-            logits, degrees = engines.classify(np.stack([pixels for _, pixels in batch]))
-            results: list[_Result] = []
-            for (path, _), row, degree in zip(batch, logits, degrees, strict=True):
-                if np.isfinite(row).all():
-                    results.append(_Result.of(path, row, names, options.top_k, degree))
-                    score.add(path, results[-1])
-                else:
-                    fail(f"{one_line(path)}: logits must be finite, got others: compile degree {degree} again")
-            _print(_json_lines(results) if options.json else _aligned_lines(results))
-        elapsed = time.perf_counter() - start
-    _tell_summary(score, len(failures), picked.name, elapsed)
+    score, start = _Score(names, family.family.classes), time.perf_counter()
+    for batch in _batches(_prepare(_paths(options.images, fail), family, fail), batch_size):
+        pixel_values = np.concatenate([pixels for _, pixels in batch])
+        if options.cascade:
+            answer = run(family.cascade, family.logits, pixel_values)
+            logits, answered = answer.logits, answer.degrees.tolist()
+        else:
+            logits, answered = family.logits(pixel_values, degrees[0]), [degrees[0]] * len(batch)
+        results: list[tuple[Path, Prediction]] = []
+        for (path, _), row, degree in zip(batch, logits, answered, strict=True):
+            if np.isfinite(row).all():
+                results.append((path, Prediction.of(row, names, options.top_k, degree)))
+                score.add(*results[-1])
+            else:
+                fail(f"{one_line(path)}: logits must be finite, got others: compile degree {degree} again")
+        _print(_json_lines(results) if options.json else _aligned_lines(results))
+    ran = f"{'cascade of degrees' if options.cascade else 'degree'} {', '.join(map(str, degrees))}"
+    _tell_summary(score, len(failures), ran, time.perf_counter() - start)
     return 2 if failures else 0
-
-
-def _warn_of_no_gain(entry: EngineEntry) -> None:
-    if idle := [batch for batch, pays in entry.pays.items() if not pays]:
-        _complain(
-            f"degree {entry.degree} was not faster than degree 0 where it was compiled, at batch {', '.join(idle)}"
-        )
 
 
 def _read_names(file: Path, classes: int) -> tuple[str, ...]:
@@ -164,30 +219,6 @@ def _read_names(file: Path, classes: int) -> tuple[str, ...]:
     if len(names) != classes:
         raise InputError(f"--classes must name the family's {classes} classes, one a line, got {len(names)} lines")
     return names
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The best classes of one image, most probable first."""
-
-    path: Path
-    classes: tuple[int, ...]
-    names: tuple[str | None, ...]
-    probabilities: tuple[float, ...]
-    degree: int
-
-    @classmethod
-    def of(cls, path: Path, logits: np.ndarray, names: tuple[str, ...] | None, top_k: int, degree: int) -> _Result:
-        shifted = logits.astype(np.float64) - float(logits.max())
-        probabilities = np.exp(shifted) / np.exp(shifted).sum()
-        best = np.argsort(-shifted, kind="stable")[:top_k].tolist()
-        return cls(
-            path=path,
-            classes=tuple(best),
-            names=tuple(None if names is None else names[index] for index in best),
-            probabilities=tuple(probabilities[best].tolist()),
-            degree=degree,
-        )
 
 
 class _Score:
@@ -203,7 +234,7 @@ class _Score:
         self.degrees: Counter[int] = Counter()
         self.images = self._named = self._named_right = self._indexed = self._indexed_right = 0
 
-    def add(self, path: Path, result: _Result) -> None:
+    def add(self, path: Path, result: Prediction) -> None:
         # absolute: an image given as "cat.png" from within its folder has the same label
         label = path.absolute().parent.name
         self.images += 1
@@ -240,10 +271,10 @@ def _lines_of_stdin() -> Iterator[str]:
             yield path
 
 
-def _prepare(paths: Iterable[Path], spec: InputSpec, fail: _Fail) -> Iterator[tuple[Path, np.ndarray]]:
+def _prepare(paths: Iterable[Path], family: LoadedFamily, fail: _Fail) -> Iterator[tuple[Path, np.ndarray]]:
     for path in paths:
         try:
-            pixels = preprocess(load_image(path), spec)
+            pixels = family.prepare(path)
         except InputError as error:
             message = str(error)
             fail(message if one_line(path) in message else f"{one_line(path)}: {message}")
@@ -262,19 +293,19 @@ def _batches(prepared: Iterable[tuple[Path, np.ndarray]], batch_size: int) -> It
         yield batch
 
 
-def _json_lines(results: Iterable[_Result]) -> Iterator[str]:
-    for result in results:
+def _json_lines(results: Iterable[tuple[Path, Prediction]]) -> Iterator[str]:
+    for path, result in results:
         predictions = [
             {"class": index, "name": name, "probability": probability}
             for index, name, probability in zip(result.classes, result.names, result.probabilities, strict=True)
         ]
-        yield json.dumps({"file": str(result.path), "degree": result.degree, "predictions": predictions})
+        yield json.dumps({"file": str(path), "degree": result.degree, "predictions": predictions})
 
 
-def _aligned_lines(results: Iterable[_Result]) -> Iterator[str]:
+def _aligned_lines(results: Iterable[tuple[Path, Prediction]]) -> Iterator[str]:
     rows = [
-        (one_line(result.path), str(index) if name is None else one_line(name), probability)
-        for result in results
+        (one_line(path), str(index) if name is None else one_line(name), probability)
+        for path, result in results
         for index, name, probability in zip(result.classes, result.names, result.probabilities, strict=True)
     ]
     path_width = max((len(path) for path, _, _ in rows), default=0)

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .checked_json import Json, parse, read_text
+from .checked_json import AbsentError, Json, parse, read
 from .errors import InputError, one_line
+from .family_files import MANIFEST
 from .files import sha256_file, write_atomically
 
 FORMAT = 1
-FILE_NAME = "family.json"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 
@@ -225,28 +225,19 @@ class Family:
             InputError: There is no manifest, it is broken, newer than this code, or points out of its folder.
         """
         folder = Path(folder)
-        file = folder / FILE_NAME
-        try:
-            if not file.is_file():
-                raise InputError(
-                    f"there is no {FILE_NAME} in {one_line(folder)}: give the folder of a compiled family, "
-                    "or compile one with `make engines R=8,16`"
-                )
-            text = read_text(file)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the folder's name
-            raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from error
-        try:
-            family = cls.from_json(parse(text))
+
+        def interpret(value: Any) -> Family:
+            family = cls.from_json(value)
             for entry in family.engines:
                 for name in entry.sha256:  # `onnx` and `engine` are among them
                     _ensure_inside(folder, name, f"degree {entry.degree}")
-        except InputError as error:
-            raise InputError(f"{one_line(file)}: {error}") from None
-        except RecursionError:
-            raise InputError(f"{one_line(file)}: it is nested too deeply") from None
-        return family
+            return family
+
+        try:
+            return read(folder / MANIFEST, interpret)
+        except AbsentError:
+            raise InputError(f"there is no {MANIFEST} in {one_line(folder)}: give the folder of a compiled family, or "
+                             "compile one with `tocom compile`") from None  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Any) -> Family:
@@ -297,7 +288,7 @@ class Family:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         # A manifest that `read` refuses would make a finished compile useless: find that out before it is on the disk.
         Family.from_json(parse(text))
-        return write_atomically(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        return write_atomically(Path(folder) / MANIFEST, text.encode("utf-8"))
 
     def entry(self, degree: int) -> EngineEntry:
         """The engine of one degree.
@@ -311,7 +302,7 @@ class Family:
         degrees = ", ".join(str(entry.degree) for entry in self.engines) or "none"
         raise InputError(
             f"degree must be one the family was compiled for ({degrees}), got {degree}: "
-            f"compile it with `make engines R={degree}`"
+            f"compile it with `tocom compile --degrees {degree} ...`"
         )
 
     def with_entry(self, entry: EngineEntry) -> Family:
@@ -326,19 +317,19 @@ class Family:
             InputError: A file is missing, lies outside the folder, cannot be read or has changed.
         """
         folder = Path(folder)
-        again = f"compile degree {entry.degree} again with `make engines R={entry.degree}`"
+        again = f"compile degree {entry.degree} again with `tocom compile --degrees {entry.degree} ...`"
         for name, expected in sorted(entry.sha256.items()):
             _ensure_inside(folder, name, f"degree {entry.degree}")
             file = folder / name
             try:
                 if not file.is_file():
                     raise InputError(f"{one_line(file)} is missing: {again}")
-                found = sha256_file(file)
+                actual = sha256_file(file)
             except OSError as error:
                 reason = one_line(error.strerror or error)
                 raise InputError(f"{one_line(file)} cannot be read ({reason}): {again}") from error
-            if found != expected:
-                hashes = f"must have sha256 {expected[:12]}..., got {found[:12]}..."
+            if actual != expected:
+                hashes = f"must have sha256 {expected[:12]}..., got {actual[:12]}..."
                 raise InputError(f"{one_line(file)} {hashes}: it has changed; {again}")
 
 

@@ -12,9 +12,9 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from .degrees.cascade import CascadePlan, run
+from .degrees.cascade import Cascade, run
 from .degrees.choose import Point, choose, points
-from .degrees.local_latency import local_latencies
+from .degrees.local_latency import Tell, local_latencies
 from .engines.base import EngineRunner, open_engine
 from .errors import InputError, one_line
 from .manifest import Family
@@ -74,18 +74,16 @@ def load(
     Raises:
         InputError: There is no family, it has no engine, or a file has changed.
     """
-    family = Family.read(folder)
-    if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
-    for entry in family.engines:
-        family.check_files(folder, entry)
-    return LoadedFamily(Path(folder), family, threads=threads, throughput=throughput, share_weights=share_weights)
+    loaded = LoadedFamily(folder, threads=threads, throughput=throughput, share_weights=share_weights)
+    for degree in loaded.degrees:
+        loaded.check(degree)
+    return loaded
 
 
 class LoadedFamily:
-    """A family that predicts; made by `load`. Safe to use from several threads at once; a context manager.
+    """A family that predicts; what `load` returns. Safe to use from several threads at once; a context manager.
 
-    Engines are opened when a degree is first used, and stay open.
+    Engines are opened when a degree is first used, and stay open. Their files are checked before, once.
 
     Attributes:
         folder: Where its files lie.
@@ -93,15 +91,28 @@ class LoadedFamily:
     """
 
     def __init__(
-        self, folder: Path, family: Family, *, threads: int | None, throughput: bool, share_weights: bool
+        self,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        throughput: bool = False,
+        share_weights: bool = False,
     ) -> None:
-        self.folder, self.family = folder, family
+        """Reads the manifest; see `load`, which also checks all files now.
+
+        Raises:
+            InputError: There is no family, or it has no engine.
+        """
+        self.folder, self.family = Path(folder), Family.read(folder)
+        if not self.family.engines:
+            raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
         self._settings = {"threads": threads, "throughput": throughput, "share_weights": share_weights}
         self._lock = threading.Lock()
-        self._opening = {entry.degree: threading.Lock() for entry in family.engines}
+        self._opening = {degree: threading.Lock() for degree in self.degrees}
+        self._checked: set[int] = set()
         self._runners: dict[int, EngineRunner] = {}
         self._points: dict[int, tuple[Point, ...]] = {}
-        self._cascade: CascadePlan | None = None
+        self._cascade: Cascade | None = None
         self._closed = False
 
     @property
@@ -146,9 +157,9 @@ class LoadedFamily:
         if cascade:
             if (degree, budget_ms, min_accuracy) != (None, None, None):
                 raise InputError("a cascade chooses degrees itself: give no degree, budget or accuracy with it")
-            answer = run(self._plan(), self.infer, pixel_values)
+            answer = run(self.cascade, self.infer, pixel_values)
             pairs = zip(answer.logits, answer.degrees.tolist(), strict=True)
-            return [Prediction.of(row, names, top_k, each) for row, each in pairs]
+            return [Prediction.of(row, names, top_k, answered) for row, answered in pairs]
         chosen = self.choose(degree=degree, budget_ms=budget_ms, min_accuracy=min_accuracy, batch=len(pixel_values))
         return [Prediction.of(row, names, top_k, chosen) for row in self.infer(pixel_values, chosen)]
 
@@ -180,16 +191,20 @@ class LoadedFamily:
             return self.degrees[0]
         return choose(self.points(batch), budget_ms=budget_ms, min_accuracy=min_accuracy).degree
 
-    def points(self, batch: int = 1) -> tuple[Point, ...]:
+    def points(self, batch: int = 1, tell: Tell | None = None) -> tuple[Point, ...]:
         """Latency and accuracy of every degree; times that are not known yet are measured now, and kept.
 
         Args:
             batch: Images per call.
+            tell: Given a line when times are measured.
+
+        Raises:
+            InputError: The batch is below 1, or an engine cannot run here.
         """
         with self._lock:
             known = self._points.get(batch)
         if known is None:
-            known = points(self.family, local_latencies(self.folder, self.family, batch))
+            known = points(self.family, local_latencies(self.folder, self.family, batch, tell=tell))
             with self._lock:
                 self._points[batch] = known
         return known
@@ -231,6 +246,15 @@ class LoadedFamily:
             f"got {got}"
         )
 
+    def logits(self, pixel_values: np.ndarray, degree: int) -> np.ndarray:
+        """What the engine of a degree answers, whatever it is; `infer` makes sure that it can be used.
+
+        Args:
+            pixel_values: As for `infer`, as all else.
+            degree: Likewise.
+        """
+        return self.open(degree).infer(pixel_values)
+
     def infer(self, pixel_values: np.ndarray, degree: int) -> np.ndarray:
         """Runs the engine of a degree.
 
@@ -244,7 +268,7 @@ class LoadedFamily:
         Raises:
             InputError: There is no such degree, the batch does not fit, the family is closed, or the engine fails.
         """
-        logits = self._runner(degree).infer(pixel_values)
+        logits = self.logits(pixel_values, degree)
         if not np.isfinite(logits).all():
             raise InputError(f"logits must be finite, got others: compile degree {degree} again")
         return logits
@@ -262,25 +286,55 @@ class LoadedFamily:
         for degree in self.degrees if degrees is None else degrees:
             self.infer(zeros, degree)
 
-    def _plan(self) -> CascadePlan:
+    @property
+    def cascade(self) -> Cascade:
+        """The family's cascade.
+
+        Raises:
+            InputError: It has none, or one of other engines.
+        """
         with self._lock:
             if self._cascade is None:
-                self._cascade = CascadePlan.read(self.folder, self.family)
+                self._cascade = Cascade.read(self.folder, self.family)
             return self._cascade
 
-    def _runner(self, degree: int) -> EngineRunner:
+    def check(self, degree: int) -> None:
+        """Makes sure that the files of a degree's engine are the ones that were compiled, unless that is known.
+
+        Args:
+            degree: Degree r.
+
+        Raises:
+            InputError: There is no such degree, or a file is missing or has changed.
+        """
+        if degree not in self._checked:
+            self.family.check_files(self.folder, self.family.entry(degree))
+            self._checked.add(degree)
+
+    def open(self, degree: int, *, batch: int | None = None) -> EngineRunner:
+        """The engine of a degree, which this opens unless it is open; `close` closes it.
+
+        Args:
+            degree: Degree r.
+            batch: Images of most calls, where that is known: an engine that is opened now may prepare for it.
+
+        Raises:
+            InputError: There is no such degree, the engine cannot be opened, or the family is closed.
+        """
         entry = self.family.entry(degree)
         with self._opening[degree]:
             if self._closed:
                 raise InputError("the family must be open, got a closed one: load it again")
             if degree not in self._runners:
-                engine, precision = self.folder / entry.engine, entry.precision
-                opened = open_engine(engine, entry.backend, precision=precision, **self._settings)
-                promised = (self.family.input.size, self.family.classes)
-                if promised != (opened.input_size, opened.classes):
+                self.check(degree)
+                settings = {"precision": entry.precision, "batch": batch, **self._settings}
+                opened = open_engine(self.folder / entry.engine, entry.backend, **settings)
+                promised, actual = (self.family.input.size, self.family.classes), (opened.input_size, opened.classes)
+                if promised != actual:
                     opened.close()
                     raise InputError(f"the engine of degree {degree} must take {promised[0]} and give {promised[1]} "
-                                     "classes as family.json says: compile the family again")  # fmt: skip
+                                     f"classes as family.json says, got {actual[0]} and {actual[1]}: compile the "
+                                     "family again")  # fmt: skip
                 self._runners[degree] = opened
             return self._runners[degree]
 

@@ -23,6 +23,7 @@ from .manifest import InputSpec
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # timm's default, so that folders hold the same images for both
 
 SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's many decoders, what a server exposes
+MAX_PIXELS = 40_000_000  # of an image that is sent, unless a server says otherwise: decoded, three bytes each
 
 # Pillow's own limit for a file, in pixels. A thin image can pass it and still explode when its short edge is enlarged.
 _MAX_RESIZED_PIXELS = 178_956_970

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tocom import runtime
+
 if TYPE_CHECKING:
     from tocom.runtime import LoadedFamily, Prediction, load
 
@@ -30,6 +32,4 @@ def __getattr__(name: str) -> object:
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tocom import runtime
-
     return getattr(runtime, name)

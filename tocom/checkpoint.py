@@ -17,10 +17,12 @@ from huggingface_hub import constants, get_session
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from tocom.runtime.checked_json import Json, read
 from tocom.runtime.errors import InputError, brief
 from tocom.tensorfile import read_tensors
 from tocom.vit import require_supported
 
+_CONFIG = "config.json"
 _CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -62,7 +64,8 @@ def load_model(
             has a part that is not modelled.
     """
     folder = Path(name)
-    if (folder / "config.json").is_file():
+    if (folder / _CONFIG).is_file():
+        read(folder / _CONFIG, _require_object)  # before timm reads it
         checkpoint = checkpoint or _checkpoint_in(folder)
         model_name, described = f"local-dir:{folder}", True
     else:
@@ -81,7 +84,7 @@ def load_model(
     label_names = tuple(map(str, label_names)) if isinstance(label_names, list | tuple) and label_names else None
     if label_names and len(label_names) != model.num_classes:
         raise InputError(f"a model needs one name per class, got {len(label_names)} for {model.num_classes} classes "
-                         f"in {folder / 'config.json'}.")  # fmt: skip
+                         f"in {folder / _CONFIG}.")  # fmt: skip
     data_config = resolve_model_data_config(model)
     data_config["input_size"] = (model.in_chans, *model.patch_embed.img_size)
     return LoadedModel(
@@ -91,6 +94,10 @@ def load_model(
         data_config=data_config,
         label_names=label_names,
     )
+
+
+def _require_object(value: Any) -> None:
+    Json(value, "the file").mapping(lambda _: None)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

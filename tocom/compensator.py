@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tocom.dropout import DropoutKey
+from tocom.runtime.checked_json import parse
 from tocom.runtime.errors import InputError
 from tocom.tensorfile import read_tensors
 
@@ -254,12 +255,12 @@ def _shapes(info: CompensatorInfo) -> dict[str, tuple[int, int]]:
 
 def _info_from_metadata(metadata: Mapping[str, str], file: Path) -> CompensatorInfo:
     try:
-        info = CompensatorInfo(**json.loads(metadata["info"]))
+        info = CompensatorInfo(**parse(metadata["info"]))
         sound = all(type(n) is int and 0 < n < 1 << 16 for n in (info.width, info.depth, info.rank, info.groups))
         sound = sound and isinstance(info.training_scale, float | int) and math.isfinite(info.training_scale)
         sound = sound and all(isinstance(name, str) for name in (info.schedule, info.reduction))
         sound = sound and isinstance(info.backbone, str | None)
-    except (ValueError, TypeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, OverflowError):
         sound = False
     if not sound or metadata.get("format") != _FORMAT:
         described = f"{metadata.get('format')}: {metadata['info']}"

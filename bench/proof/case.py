@@ -21,13 +21,14 @@ from tocom.calib.quantize.network import quantized_model
 from tocom.export.artifacts import FusedCheckpoint, OnnxGraph
 from tocom.export.engine.build import build, graph_precision
 from tocom.export.graph.fuse import fuse
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images
 from tocom.reduction import reduction_named
+from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT
 
 _SHA256 = "0" * 64
@@ -35,17 +36,11 @@ _SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as the gates take it.
+    """A model as the gates take it."""
 
-    Attributes:
-        graph: One degree, in the form that the engine takes.
-        reference: What it is compared with.
-        plain: Of a quantized one, the reference that is not quantized.
-    """
-
-    graph: OnnxGraph
-    reference: ReducedViT
-    plain: ReducedViT | None = None
+    graph: OnnxGraph  # one degree, in the form that the engine takes
+    reference: ReducedViT  # what it is compared with
+    plain: ReducedViT | None = None  # of a quantized one, the reference that is not quantized
 
 
 def check(drawn: Drawn) -> dict[str, Any]:
@@ -71,28 +66,14 @@ def check(drawn: Drawn) -> dict[str, Any]:
 
 
 def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
-    """Lowers a model, quantized where the precision is a quantized one.
-
-    Args:
-        drawn: What is asked for.
-        model: Its timm model.
-        folder: Empty; takes the graph and its weights.
-    """
+    """Lowers a model, quantized where the precision is a quantized one."""
     weights = model.state_dict()
     compensation = None
     if drawn.delta_scale is not None:
         compensation = compensator_of(drawn, model).between(0, drawn.degree, drawn.delta_scale)
         weights = fuse(weights, compensation)
-    fused = FusedCheckpoint(
-        weights=weights,
-        model=drawn.kind,
-        degree=drawn.degree,
-        source_degree=0,
-        delta_scale=drawn.delta_scale,
-        checkpoint_sha256=_SHA256,
-        compensator_sha256=None if compensation is None else _SHA256,
-        compensation=compensation,
-    )
+    sha256 = None if compensation is None else _SHA256
+    fused = FusedCheckpoint(weights, drawn.kind, drawn.degree, 0, drawn.delta_scale, _SHA256, sha256, compensation)
     schedule, reduction = drawn.schedule_of(model), reduction_named(drawn.reduction)
     reference, store = reference_model(model, schedule, fused, reduction), WeightStore(folder)
     if drawn.precision not in FORMATS:
@@ -104,19 +85,13 @@ def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
     pixels = torch.cat([torch.from_numpy(batch) for batch in default_images((3, *model.patch_embed.img_size), 4)])
     own = copy.deepcopy(reference.model)
     quantization = calibrate([reference], pixels, Method(format=drawn.precision)).quantization(own)
-    graph = quantized_graph(plain, model, quantization, store, "model.onnx", forms(drawn.backend))
+    graph = quantized_graph(plain, model, quantization, store, "model.onnx", BACKENDS[drawn.backend].qdq)
     quantized = ReducedViT(quantized_model(own, quantization), schedule, reduction=reduction)
     return Subject(graph, quantized, reference)
 
 
 def measured(found: Mapping[str, Any], depth: int, reduction: str) -> dict[str, Any]:
-    """What was found, in units of the number format's unit roundoff.
-
-    Args:
-        found: Findings as JSON.
-        depth: Blocks of the network.
-        reduction: Name of it.
-    """
+    """What was found, in units of the number format's unit roundoff."""
     unit = GATES[found["precision"]].unit_roundoff
     parts: dict[str, float] = {}
     for block in found["blocks"].values():

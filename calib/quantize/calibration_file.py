@@ -15,6 +15,7 @@ from tocom.calib.quantize.calibrate import Calibration, Method
 from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.migrations import Migration, require_possible
 from tocom.calib.quantize.network import products_of
+from tocom.runtime.checked_json import parse
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.files import write_atomically
 from tocom.tensorfile import read_tensors
@@ -59,8 +60,8 @@ def read_calibration(file: Path, made_for: dict[str, str], model: nn.Module) -> 
     if metadata.get("kind") != _KIND or not known_parts:
         raise refusal
     try:
-        method, known = Method(**json.loads(metadata["method"])), json.loads(metadata["made_for"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        method, known = Method(**parse(metadata["method"])), parse(metadata["made_for"])
+    except (KeyError, TypeError, ValueError) as error:
         raise refusal from error
     if not isinstance(known, dict) or method.rounding != "nearest" or method.reconstruct:
         raise refusal  # a rounding that looks at the images again is not written

@@ -20,34 +20,27 @@ import onnx
 from tocom.calib.quantize.grids import FORMATS
 from tocom.export.artifacts import Engine, OnnxGraph
 from tocom.export.engine.tensorrt.plan import (
-    LIBRARIES,
     PlanOptions,
     build_plan,
     layer_information,
-    plan_name,
     plan_recipe,
 )
 from tocom.export.graph.inline import inline
-from tocom.export.graph.insert_qdq import forms
 from tocom.export.graph.operators import DOMAIN
-from tocom.runtime.engines.base import BACKENDS, available, native_operators, open_engine, precisions
+from tocom.runtime.backends import AUTO, BACKENDS, available, engine_module, native_operators, require
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import inlined, layers_of, log_of, passing_plan_of, plan_of, timing_of
 from tocom.runtime.files import sha256_file, write_atomically
 from tocom.runtime.manifest import EngineEntry
-
-AUTO = "auto"
-PLANNED = tuple(LIBRARIES)  # backends whose engines are plans
-
-_EXPANDS_FUNCTIONS = ("onnxruntime", *PLANNED)
-TYPED = ("onnxruntime", *PLANNED)  # compute in the formats that stand in the graph; OpenVINO chooses by a hint
 
 
 def graph_precision(backend: str, precision: str) -> str:
     """The number format that has to stand in the graph for a backend to compute in a precision."""
     if precision in FORMATS:
-        form = forms(backend)
+        form = BACKENDS[backend].qdq
         return "+".join([precision, form.rest, *(["unsigned"] if form.unsigned else [])])
-    return precision if backend in TYPED else "fp32"
+    return precision if BACKENDS[backend].typed else "fp32"
 
 
 def build(
@@ -57,7 +50,7 @@ def build(
 
     Args:
         graph: One degree, lowered in the backend's `graph_precision`.
-        backend: One of `tocom.runtime.engines.base.BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: Number format that the engine computes in.
         plan: How plans are built, for backends that have them.
 
@@ -67,13 +60,13 @@ def build(
         AssertionError: If the engine answers with NaN.
     """
     backends_for(backend, precision)
-    if backend in PLANNED:
+    if BACKENDS[backend].builds_plans:
         return _planned(graph, backend, plan or PlanOptions())
     proto = onnx.load(graph.file, load_external_data=False)
     file, files = graph.file, dict(graph.files)
     native = runs_natively(proto, backend)
     if needs_inlining(proto, backend):
-        file = graph.file.with_suffix(".inlined.onnx")
+        file = inlined(graph.file)
         write_atomically(file, inline(proto).SerializeToString())
         files[file.name] = sha256_file(file)
     if graph_precision(backend, precision) != "fp32":
@@ -85,12 +78,12 @@ def build(
 
 def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     recipe = plan_recipe(backend, options)
-    file = graph.file.with_name(plan_name(graph.file, recipe))
-    built = build_plan(graph.file, backend, options, graph.file.with_name(f"{backend}.timing"))
+    file = plan_of(graph.file, recipe)
+    built = build_plan(graph.file, backend, options, timing_of(graph.file, backend))
     write_atomically(file, built.content)
     build_record = {**recipe, "seconds": round(built.seconds, 2), "bytes": len(built.content), "layers": built.layers}
     log = json.dumps({**build_record, "graph": graph.file.name, "log": built.log}, indent=2)
-    write_atomically(file.with_name(f"{file.name}.log"), log.encode())
+    write_atomically(log_of(file), log.encode())
     engine = Engine(
         file=file,
         backend=backend,
@@ -103,13 +96,13 @@ def _planned(graph: OnnxGraph, backend: str, options: PlanOptions) -> Engine:
     if engine.unrunnable is None:
         _ensure_answers(engine)
         layers = layer_information(built.content, backend)
-        write_atomically(file.with_name(f"{file.name}.layers.json"), layers.encode())
+        write_atomically(layers_of(file), layers.encode())
     return engine
 
 
 def why_unrunnable(entry: EngineEntry, folder: Path) -> str | None:
     """Why a plan of a family cannot be run here, which may be for another GPU; None where it can, or is no plan."""
-    if entry.backend not in PLANNED:
+    if not BACKENDS[entry.backend].builds_plans:
         return None
     return _why_unrunnable(folder / entry.engine, entry.backend, PlanOptions.from_json(entry.build["options"]))
 
@@ -140,10 +133,10 @@ def as_engine(graph: Path, backend: str, build: Mapping[str, Any]) -> Iterator[P
         backend: The engine's.
         build: The engine's, which says how its plan was built.
     """
-    if backend not in PLANNED:
+    if not BACKENDS[backend].builds_plans:
         yield graph
         return
-    plan = graph.with_suffix(".plan")
+    plan = passing_plan_of(graph)
     try:
         plan.write_bytes(build_plan(graph, backend, PlanOptions.from_json(build["options"])).content)
         yield plan
@@ -159,7 +152,7 @@ def runs_natively(proto: onnx.ModelProto, backend: str) -> bool:
 
 def needs_inlining(proto: onnx.ModelProto, backend: str) -> bool:
     """Whether a backend can only run a copy of the graph without model-local functions."""
-    return bool(proto.functions) and backend not in _EXPANDS_FUNCTIONS and not runs_natively(proto, backend)
+    return bool(proto.functions) and not BACKENDS[backend].expands_functions and not runs_natively(proto, backend)
 
 
 def backends_for(backend: str, precision: str) -> list[str]:
@@ -169,11 +162,13 @@ def backends_for(backend: str, precision: str) -> list[str]:
         InputError: If there is no such backend, it does not run here and does not build plans for elsewhere, or it does
             not compute in the precision.
     """
-    asked = [status.name for status in available() if status.usable] if backend == AUTO else [backend]
-    if backend != AUTO and backend not in BACKENDS:
-        raise InputError(f"backend must be {AUTO} or one of {', '.join(BACKENDS)}, got {backend!r}.")
-    names = [name for name in asked if precision in precisions(name)]
+    require(backend, precision)
+    if backend != AUTO:
+        engine_module(backend)  # refuses one that is not installed
+        return [backend]
+    usable = [status.name for status in available() if status.usable]
+    names = [name for name in usable if precision in BACKENDS[name].precisions]
     if not names:
-        known = ", ".join(dict.fromkeys(known for name in asked for known in precisions(name)))
-        raise InputError(f"precision must be one of {known} for {' or '.join(asked)}, got {precision!r}.")
+        known = ", ".join(dict.fromkeys(known for name in usable for known in BACKENDS[name].precisions))
+        raise InputError(f"precision must be one of {known} for {' or '.join(usable)}, got {precision!r}.")
     return names

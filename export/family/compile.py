@@ -7,7 +7,6 @@ degrees run, and the same command finishes the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,20 +24,12 @@ from tocom.export.family.steps import Graphs, Steps
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import QUANTIZED, CompileOptions
+from tocom.export.source.record import write_record
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
-from tocom.runtime.manifest import FILE_NAME, EngineEntry, Family
+from tocom.runtime.family_files import MANIFEST, may_be_deleted
+from tocom.runtime.manifest import EngineEntry, Family
 from tocom.vit import ReducedViT
-
-_DEGREE = r"r\d+-[0-9a-f]{12}"
-_PLAN = rf"{_DEGREE}\.[0-9a-f]{{8}}\.plan"
-_BESIDE_PLAN = (
-    r"(\.log|\.layers\.json|\.[a-z0-9-]+\.cache)"  # what was said while it was built, and what a GPU made of it
-)
-_FILES = rf"{_DEGREE}(\.inlined)?\.onnx|weights-[0-9a-f]{{16}}\.bin|{_PLAN}{_BESIDE_PLAN}?"
-_VARIANT = rf"\.{_DEGREE}(\.inlined)?\.([a-z0-9_]{{8}}\.)?(debug|slice|plan)\.(onnx|plan)"
-_PASSING = rf"\.({_FILES}|family\.json)\.\d+\.tmp|{_VARIANT}"
-_OURS = re.compile(rf"{_FILES}|{_PASSING}")
 
 
 def _silent(_degree: int | None, _stage: str) -> None:
@@ -78,6 +69,7 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
             reused = _finished(steps, family)
             family, failed = _compiled(steps, family, backend.report, notify)
             family = _measure(steps, family, notify)
+        write_record(options, family)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
@@ -110,6 +102,7 @@ def _compiled(
             notify(degree, "FAILED")
             continue
         family = family.with_entry(_entry(steps, degree, report))
+        write_record(steps.inputs.options, family)  # first, so that no listed engine lacks it
         family.write(steps.inputs.options.out)
         notify(degree, "done")
     return family, failed
@@ -122,7 +115,7 @@ def _listed(inputs: Source) -> Family:
         InputError: If the folder holds another family, or a broken one, that is not to be replaced.
     """
     out = inputs.options.out
-    if not (out / FILE_NAME).exists():
+    if not (out / MANIFEST).exists():
         return inputs.family
     try:
         listed = Family.read(out)
@@ -214,9 +207,8 @@ def _accuracy(inputs: Source, entry: EngineEntry, images: LabelledImages) -> dic
 
 def _sweep(out: Path) -> None:
     """Removes what earlier compiles left and no engine listed on disk needs; nobody else's files."""
-    listed = Family.read(out).engines if (out / FILE_NAME).exists() else ()
+    listed = Family.read(out).engines if (out / MANIFEST).exists() else ()
     needed = {name for entry in listed for name in entry.sha256}
     for file in out.iterdir():
-        of_plan = re.fullmatch(rf"({_PLAN}){_BESIDE_PLAN}", file.name)
-        if (of_plan[1] if of_plan else file.name) not in needed and _OURS.fullmatch(file.name):
+        if may_be_deleted(file.name, needed):
             file.unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import LOCK
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def locked(out: Path) -> Iterator[None]:
         OSError: If the folder cannot be made or written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", blocking=False, fallback_to_soft=False)  # a soft lock would outlive its process
+    lock = FileLock(out / LOCK, blocking=False, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire()
     except Timeout as error:

@@ -14,13 +14,15 @@ from tocom.calib.quantize.network import Quantization
 from tocom.export.artifacts import Engine, Notify, OnnxGraph, Report
 from tocom.export.engine.build import build
 from tocom.export.family.quantizer import Drop, Quantizer
-from tocom.export.family.steps import Graphs, Steps, graph_name
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.family.steps import Graphs, Steps
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.debug_copy import runner_of
 from tocom.export.proof.findings import QuantizationFindings
-from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
+from tocom.runtime.backends import BACKENDS
+from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
 
@@ -78,7 +80,7 @@ class QuantizedGraphs(Graphs):
         recipe = inputs.graph_recipe(degree, backend) + ",".join(sorted(quantization.weights))
         name = graph_name(degree, hashlib.sha256(recipe.encode()).hexdigest())
         plain = self.float_graph(degree)
-        graph = quantized_graph(plain, inputs.loaded.model, quantization, self._store, name, forms(backend))
+        graph = quantized_graph(plain, inputs.loaded.model, quantization, self._store, name, BACKENDS[backend].qdq)
         gc.collect()
         return graph
 
@@ -125,7 +127,7 @@ class QuantizedSteps(Steps):
 
     def rival(self, degree: int) -> Engine | None:
         """The float engine of the degree on the same library, in half precision where the library is faster so."""
-        precision = {"openvino": "bf16", "onnxruntime": "fp32"}.get(self.backend)
+        precision = BACKENDS[self.backend].float_rival
         if precision is None:
             return None
         return build(self._graphs.float_graph(degree), backend=self.backend, precision=precision)
@@ -138,7 +140,7 @@ class QuantizedSteps(Steps):
 
     def _drop(self, degree: int, engine: Engine) -> Drop:
         self._notify(degree, "comparing with float32")
-        with proving_runner(engine) as runner:
+        with runner_of(engine) as runner:
             return self._quantizer.drop(degree, runner.infer)
 
     def _losses(self, quantization: Quantization, drop: Drop, sensitivity: Mapping[str, float]) -> QuantizationFindings:

@@ -22,6 +22,7 @@ from tocom.calib.quantize.sensitivity import sensitivity
 from tocom.export.graph.lower import count_gmacs
 from tocom.export.source.load import made_for
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import calibration_name
 from tocom.schedule import MergeSchedule, ScheduleFamily
 from tocom.vit import ReducedViT, schedule_for
 
@@ -154,7 +155,7 @@ class Quantizer:
         if self._options.is_file:
             return read_calibration(self._options.calibration, network, self._inputs.loaded.model)
         recipe = json.dumps([self._options.recipe(), network, degree, self._method.format], sort_keys=True)
-        file = self._folder / f"calibration-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
+        file = self._folder / calibration_name(hashlib.sha256(recipe.encode()).hexdigest())
         if file.exists():
             return read_calibration(file, network, self._inputs.loaded.model)
         degrees = self._observed() if degree is None else (degree,)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tocom.export.engine.build import PLANNED
-from tocom.export.engine.tensorrt.plan import PlanOptions, plan_name, refitted
+from tocom.export.engine.tensorrt.plan import PlanOptions, refitted
 from tocom.export.family.lock import locked
+from tocom.runtime.backends import named
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import plan_of
 from tocom.runtime.files import sha256_file, write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 
@@ -44,7 +45,7 @@ def refit_family(folder: Path, notify: Callable[[int, str], None]) -> Family:
 
 
 def _is_stripped(entry: EngineEntry) -> bool:
-    return entry.backend in PLANNED and PlanOptions.from_json(entry.build["options"]).stripped
+    return named(entry.backend).builds_plans and PlanOptions.from_json(entry.build["options"]).stripped
 
 
 def _refitted(entry: EngineEntry, folder: Path) -> EngineEntry:
@@ -52,7 +53,7 @@ def _refitted(entry: EngineEntry, folder: Path) -> EngineEntry:
     content = refitted(plan.read_bytes(), graph, entry.backend)
     options = {**entry.build["options"], "stripped": False}
     build = {**entry.build, "options": options, "bytes": len(content), "refitted": True}
-    file = folder / plan_name(graph, build)
+    file = plan_of(graph, build)
     write_atomically(file, content)
     files = {name: digest for name, digest in entry.sha256.items() if name != entry.engine}
     return replace(entry, engine=file.name, sha256={**files, file.name: sha256_file(file)}, build=build)

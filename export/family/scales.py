@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from torch.func import functional_call
 
 from tocom.calib.scale_choice import PAPER_SCALES, Classifier, Search, choose_scales
-from tocom.calib.scales_file import FILE_NAME, ChosenFor, ScaleChoices
+from tocom.calib.scales_file import ChosenFor, ScaleChoices
 from tocom.export.family.lock import locked
 from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
-from tocom.runtime.manifest import FILE_NAME as MANIFEST
+from tocom.runtime.family_files import MANIFEST, SCALES
 from tocom.runtime.manifest import Family
 from tocom.vit import ReducedViT
 
@@ -96,7 +96,7 @@ def at_chosen_scales(inputs: Source) -> Source:
         return inputs
     different = choices.made_for.differences(_made_for(inputs))
     if different:
-        raise InputError(f"the scales in {inputs.options.out / FILE_NAME} were chosen for {different}. Choose again "
+        raise InputError(f"the scales in {inputs.options.out / SCALES} were chosen for {different}. Choose again "
                          "with `tocom choose-scale --replace`, or give --scale.")  # fmt: skip
     compensated = (degree for degree in inputs.schedules if degree != inputs.options.source_degree)
     chosen = {degree: choices.degrees[degree].scale for degree in compensated if degree in choices.degrees}
@@ -131,7 +131,7 @@ def _known(inputs: Source) -> ScaleChoices:
         return nothing
     different = known.made_for.differences(made_for)
     if different and not options.replace:
-        raise InputError(f"{options.out / FILE_NAME} holds scales chosen for {different}. Choose another --out, or "
+        raise InputError(f"{options.out / SCALES} holds scales chosen for {different}. Choose another --out, or "
                          "--replace it.")  # fmt: skip
     return nothing if different else known
 
@@ -173,4 +173,4 @@ def _ensure_held_out(inputs: Source, chosen_on: frozenset[str]) -> None:
     shared = sum(image in chosen_on for image in images.content_hashes())
     if shared:
         raise InputError(f"{shared} of the {len(images)} images to report on were used to choose the scales in "
-                         f"{inputs.options.out / FILE_NAME}: report on others, or give --scale.")  # fmt: skip
+                         f"{inputs.options.out / SCALES}: report on others, or give --scale.")  # fmt: skip

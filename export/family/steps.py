@@ -13,6 +13,7 @@ from tocom.export.graph.lower import Lowering, reference_model
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
+from tocom.runtime.family_files import graph_name
 from tocom.vit import ReducedViT
 
 
@@ -99,8 +100,3 @@ class Steps:
         engine = build(graph, backend=self.backend, precision=options.precision, plan=options.plan)
         self._notify(degree, "validating")
         return engine
-
-
-def graph_name(degree: int, recipe: str) -> str:
-    """File name of a degree's graph."""
-    return f"r{degree:02d}-{recipe[:12]}.onnx"

@@ -12,7 +12,7 @@ common; and what is traced once serves every degree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,7 @@ from tocom.export.artifacts import OnnxGraph
 from tocom.export.graph.half_precision import precision_of, typed
 from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.weight_store import WeightStore
+from tocom.runtime.backends import QdqForm
 from tocom.runtime.files import sha256_file, write_atomically
 
 _CODES = {"INT8": np.dtype(np.int8), "FLOAT8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn), "INT4": ml_dtypes.int4}
@@ -36,22 +37,8 @@ _UNSIGNED_ZERO = 128
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
-@dataclass(frozen=True)
-class Form:
-    """How one library takes quantized graphs.
-
-    Attributes:
-        rest: Number format of everything else that stands in the graph.
-        unsigned: Whether inputs are uint8 with 128 for zero, which stands for the same numbers as int8: ONNX Runtime's
-            kernels are fast for that.
-    """
-
-    rest: str = "fp32"
-    unsigned: bool = False
-
-
 def quantized_graph(
-    plain: OnnxGraph, model: nn.Module, quantization: Quantization, store: WeightStore, name: str, form: Form
+    plain: OnnxGraph, model: nn.Module, quantization: Quantization, store: WeightStore, name: str, form: QdqForm
 ) -> OnnxGraph:
     """The graph of a degree with its products quantized.
 
@@ -85,7 +72,7 @@ class InsertQDQ(InPlacePass):
         model: The timm model that it was made from; its weights are not looked at.
         plain: The weights that stand in the graph, by the model's names.
         quantization: What becomes of its products.
-        unsigned: See `Form`.
+        unsigned: See `tocom.runtime.backends.QdqForm`.
     """
 
     def __init__(
@@ -265,19 +252,3 @@ def parts_of(model: nn.Module, module: str) -> list[tuple[str, slice, float]]:
         (f"{block}.{letter}", slice(index * width, (index + 1) * width), scale if letter == "q" else 1.0)
         for index, letter in enumerate("qkv")
     ]
-
-
-def forms(backend: str) -> Form:
-    """How a backend takes quantized graphs.
-
-    OpenVINO has the rest in the format that it is told by a hint, TensorRT in what stands in the graph.
-    """
-    return _FORMS[backend]
-
-
-_FORMS: Mapping[str, Form] = {
-    "onnxruntime": Form(unsigned=True),
-    "openvino": Form(),
-    "tensorrt": Form(rest="fp16"),
-    "tensorrt-rtx": Form(rest="fp16"),
-}

@@ -13,6 +13,7 @@ from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from tocom.export.graph.graph_pass import ProtoPass, apply, copy_of, integers_of, reductions_of
 from tocom.export.graph.operators import DOMAIN
+from tocom.runtime.family_files import slice_bound_of
 
 _ZERO, _ONE = "slice_bound.zero", "slice_bound.one"
 
@@ -59,7 +60,7 @@ class SliceBound(ProtoPass):
 def slice_bound(graph: Path) -> Iterator[Path]:
     """The slice bound of a graph file, beside it; removed afterwards."""
     proto = apply(SliceBound(), onnx.load(graph, load_external_data=False))
-    file = graph.with_name(f".{graph.stem}.slice.onnx")  # its weight files are found relative to it
+    file = slice_bound_of(graph)  # its weight files are found relative to it
     try:
         file.write_bytes(proto.SerializeToString())
         yield file

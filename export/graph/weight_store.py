@@ -15,6 +15,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import weights_name
 from tocom.runtime.files import write_atomically
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
@@ -71,7 +72,7 @@ class WeightStore:
     def _write(self, new: dict[str, ir.TensorProtocol]) -> None:
         if not new:
             return
-        name = f"weights-{_digest(''.join(new).encode())[:16]}.bin"
+        name = weights_name(_digest("".join(new).encode()))
         places, end = {}, 0
         for digest, tensor in new.items():
             places[digest] = _Place(name, end + -end % _ALIGNMENT)

@@ -18,14 +18,14 @@ from tocom.calib.quantize.network import products_of
 from tocom.checkpoint import LoadedModel, hash_tensors, load_model
 from tocom.compensator import Compensator
 from tocom.export.artifacts import FusedCheckpoint
-from tocom.export.engine.build import PLANNED, TYPED, backends_for, graph_precision
+from tocom.export.engine.build import backends_for, graph_precision
 from tocom.export.engine.tensorrt.plan import plan_recipe, require_buildable
 from tocom.export.graph.fuse import fuse
 from tocom.export.graph.half_precision import HALF
 from tocom.export.source.images import default_images
 from tocom.export.source.options import QUANTIZED, CompileOptions, QuantizeOptions
 from tocom.reduction import Reduction, reduction_named
-from tocom.runtime.engines.base import native_operators
+from tocom.runtime.backends import AUTO, BACKENDS, native_operators
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family, InputSpec
 from tocom.runtime.preprocess import find_images
@@ -35,7 +35,6 @@ from tocom.vit import schedule_for
 PIPELINE = 7  # part of every recipe; raised when the same inputs begin to make other engines
 BASELINE = 0  # always compiled: what every other degree is compared with
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript")
-_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu", "openvino": "openvino"}  # of the engine libraries
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,11 @@ class Source:
             backend: The engine's; None takes the options', which must name one then.
         """
         backend = backend or self.options.backend
+        planned = BACKENDS[backend].builds_plans
         parts = {
             "graph": self.graph_recipe(degree, backend),
-            "library": version(_DISTRIBUTIONS[backend]) if backend in _DISTRIBUTIONS else None,
-            "plan": plan_recipe(backend, self.options.plan) if backend in PLANNED else None,
+            "library": None if planned else BACKENDS[backend].version(),
+            "plan": plan_recipe(backend, self.options.plan) if planned else None,
             "precision": self.options.precision,
             "backend": backend,
             "native": sorted(native_operators(backend)),
@@ -150,7 +150,7 @@ def load_source(options: CompileOptions) -> Source:
         InputError: If something given cannot be used.
     """
     backends_for(options.backend, options.precision)
-    if options.backend in PLANNED:
+    if options.backend != AUTO and BACKENDS[options.backend].builds_plans:
         require_buildable(options.backend, options.plan)
     if options.delta_scale is not None and not np.isfinite(options.delta_scale):
         raise InputError(f"the scale must be a finite number, got {options.delta_scale}.")
@@ -246,8 +246,9 @@ def _require_blocks(options: CompileOptions, depth: int) -> None:
         return
     if not all(0 <= block < depth for block in options.float_blocks):
         raise InputError(f"float blocks must be among 0 to {depth - 1}, got {list(options.float_blocks)}.")
-    if options.precision not in HALF or options.backend not in TYPED:
-        raise InputError(f"float blocks are for {' and '.join(HALF)} graphs of {', '.join(TYPED)}, got "
+    typed = [row.name for row in BACKENDS.values() if row.typed]
+    if options.precision not in HALF or options.backend not in typed:
+        raise InputError(f"float blocks are for {' and '.join(HALF)} graphs of {', '.join(typed)}, got "
                          f"{options.precision} on {options.backend}; name one of these with --backend. Quantized "
                          "products are left in float by tocom quantize --keep-float.")  # fmt: skip
 

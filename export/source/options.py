@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tocom.calib.quantize.calibrate import Method
-from tocom.calib.quantize.grids import FORMATS
-from tocom.export.engine.tensorrt.plan import PlanOptions
+from tocom.calib.quantize.method import FORMATS, Method
+from tocom.export.engine.tensorrt.plan_options import PlanOptions
 from tocom.runtime.errors import InputError
+from tocom.runtime.family_files import CALIBRATION_SUFFIX
 from tocom.runtime.files import sha256_file
 
-QUANTIZED = tuple(FORMATS)  # precisions that are quantized ones
+QUANTIZED = FORMATS  # precisions that are quantized ones
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class QuantizeOptions:
     @property
     def is_file(self) -> bool:
         """Whether a calibration is read instead of made."""
-        return self.calibration is not None and self.calibration.suffix == ".safetensors"
+        return self.calibration is not None and self.calibration.suffix == CALIBRATION_SUFFIX
 
     def recipe(self) -> dict[str, Any]:
         """What decides a quantization, beside the network."""

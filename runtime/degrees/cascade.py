@@ -1,6 +1,6 @@
 """A cascade: the most compressed engine first, and only the images that it is unsure of again by a less compressed one.
 
-`cascade.json`, beside the engines, has the plan; `tocom cascade` finds it and writes it.
+`cascade.json`, beside the engines, has the cascade; `tocom cascade` finds it and writes it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checked_json import Json, parse, read_text
+from ..checked_json import AbsentError, Json, parse, read
 from ..errors import InputError, one_line
+from ..family_files import CASCADE
 from ..files import write_atomically
 from ..manifest import Family
 
 FORMAT = 1
-FILE_NAME = "cascade.json"
 
 InferAt = Callable[[np.ndarray, int], np.ndarray]
 """(float32 [B, 3, H, W], degree) -> logits, float32 [B, classes]."""
@@ -46,7 +46,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class CascadePlan:
+class Cascade:
     """Stages, the most compressed first.
 
     Attributes:
@@ -80,47 +80,40 @@ class CascadePlan:
         return tuple(stage.degree for stage in self.stages)
 
     @classmethod
-    def read(cls, folder: Path | str, family: Family) -> CascadePlan:
-        """Reads the plan in a family's folder.
+    def read(cls, folder: Path | str, family: Family) -> Cascade:
+        """Reads the cascade in a family's folder.
 
         Args:
             folder: Of the family.
-            family: Its manifest, whose engines must be those that the plan was found with.
+            family: Its manifest, whose engines must be those that the cascade was found with.
 
         Raises:
-            InputError: There is no plan, it is broken, or it was found with other engines.
+            InputError: There is no cascade, it is broken, or it was found with other engines.
         """
-        file = Path(folder) / FILE_NAME
         again = f"find one with `tocom cascade --engines {one_line(folder)} --images DIR`"
-        try:
-            if not file.is_file():
-                raise InputError(f"there is no {FILE_NAME} in {one_line(folder)}: {again}")
-            text = read_text(file)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the folder's name
-            raise InputError(f"{one_line(file)} cannot be read: {one_line(error)}") from error
-        try:
-            plan = cls.from_json(parse(text))
-            for stage in plan.stages:
+
+        def interpret(value: Any) -> Cascade:
+            cascade = cls.from_json(value)
+            for stage in cascade.stages:
                 if stage.recipe not in ("", family.entry(stage.degree).recipe):
                     raise InputError(f"the engine of degree {stage.degree} was compiled anew since: {again}")
-        except InputError as error:
-            raise InputError(f"{one_line(file)}: {error}") from None
-        except RecursionError:
-            raise InputError(f"{one_line(file)}: it is nested too deeply") from None
-        return plan
+            return cascade
+
+        try:
+            return read(Path(folder) / CASCADE, interpret)
+        except AbsentError:
+            raise InputError(f"there is no {CASCADE} in {one_line(folder)}: {again}") from None
 
     @classmethod
-    def from_json(cls, value: Any) -> CascadePlan:
-        """Reads a parsed plan.
+    def from_json(cls, value: Any) -> Cascade:
+        """Reads a parsed cascade.
 
         Raises:
             InputError: It is newer than this code, or a key is missing, wrongly typed or out of range.
         """
         node = Json(value, "")
         if node.key("format").integer(minimum=1) > FORMAT:
-            node.key("format").refuse(f"{FORMAT} or lower for this version (update ToCom, or find the plan again)")
+            node.key("format").refuse(f"{FORMAT} or lower for this version (update ToCom, or find the cascade again)")
         stages = tuple(
             Stage(
                 degree=item.key("degree").integer(),
@@ -143,12 +136,12 @@ class CascadePlan:
             The file.
 
         Raises:
-            InputError: Something in this plan could not be read back.
+            InputError: Something in this cascade could not be read back.
             OSError: The file cannot be written.
         """
         text = json.dumps(self.to_json(), indent=1) + "\n"
-        CascadePlan.from_json(parse(text))
-        return write_atomically(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        Cascade.from_json(parse(text))
+        return write_atomically(Path(folder) / CASCADE, text.encode("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -166,11 +159,11 @@ class CascadeAnswer:
     confidences: np.ndarray
 
 
-def run(plan: CascadePlan, infer: InferAt, pixel_values: np.ndarray) -> CascadeAnswer:
+def run(cascade: Cascade, infer: InferAt, pixel_values: np.ndarray) -> CascadeAnswer:
     """Classifies a batch; of each stage, the images that it is unsure of are run together by the next.
 
     Args:
-        plan: The cascade.
+        cascade: The cascade.
         infer: Runs the engine of a degree.
         pixel_values: float32 [B, 3, H, W], prepared.
     """
@@ -178,15 +171,15 @@ def run(plan: CascadePlan, infer: InferAt, pixel_values: np.ndarray) -> CascadeA
     logits = np.empty((len(pixel_values), 0), np.float32)
     degrees = np.zeros(len(pixel_values), np.int64)
     confidences = np.zeros(len(pixel_values))
-    for stage in plan.stages:
+    for stage in cascade.stages:
         if not len(waiting):
             break
         # All of a batch goes in as it came: no copy.
-        found = infer(pixel_values if len(waiting) == len(pixel_values) else pixel_values[waiting], stage.degree)
+        answer = infer(pixel_values if len(waiting) == len(pixel_values) else pixel_values[waiting], stage.degree)
         if not logits.shape[1]:
-            logits = np.empty((len(pixel_values), found.shape[1]), np.float32)
-        sureness = confidence(found, stage.temperature)
-        logits[waiting], degrees[waiting], confidences[waiting] = found, stage.degree, sureness
+            logits = np.empty((len(pixel_values), answer.shape[1]), np.float32)
+        sureness = confidence(answer, stage.temperature)
+        logits[waiting], degrees[waiting], confidences[waiting] = answer, stage.degree, sureness
         waiting = waiting[goes_on(sureness, stage)]
     return CascadeAnswer(logits, degrees, confidences)
 
@@ -215,12 +208,12 @@ def goes_on(sureness: np.ndarray, stage: Stage) -> np.ndarray:
     return ~(sureness >= stage.threshold) & (stage.threshold > 0)  # so that what is not a number goes on as well
 
 
-def shares(plan: CascadePlan, degrees: Sequence[int] | np.ndarray) -> tuple[float, ...]:
+def shares(cascade: Cascade, degrees: Sequence[int] | np.ndarray) -> tuple[float, ...]:
     """Share of images that reach each stage, the first of which is 1.
 
     Args:
-        plan: The cascade.
+        cascade: The cascade.
         degrees: Which degree answered, per image.
     """
     answered = np.asarray(degrees)
-    return tuple(float((answered <= stage.degree).mean()) if len(answered) else 0.0 for stage in plan.stages)
+    return tuple(float((answered <= stage.degree).mean()) if len(answered) else 0.0 for stage in cascade.stages)

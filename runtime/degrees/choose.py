@@ -47,7 +47,7 @@ def points(family: Family, latencies: Mapping[int, Times]) -> tuple[Point, ...]:
 
     Args:
         family: Whose accuracies the manifest has.
-        latencies: Degree -> times; degrees without any are left out. Whether a degree pays is judged by the lowest one.
+        latencies: Degree -> times; degrees without any are left out. A degree pays by what it saves against the lowest.
 
     Returns:
         Points in rising order of degree.
@@ -59,21 +59,21 @@ def points(family: Family, latencies: Mapping[int, Times]) -> tuple[Point, ...]:
     if not timed:
         raise InputError("latencies must hold the times of at least one of the family's degrees, got none")
     base = latencies[timed[0].degree].p50_ms
-    found = []
+    measured = []
     for entry in timed:
         times = latencies[entry.degree]
         pays = entry is timed[0] or times.p50_ms <= (1 - SAVES) * base
         top1 = entry.accuracy.get("top1")
-        found.append(Point(entry.degree, times.p50_ms, times.p99_ms, entry.gmacs, top1, pays, on_frontier=False))
-    frontier = _frontier(found)
-    return tuple(replace(point, on_frontier=point.degree in frontier) for point in found)
+        measured.append(Point(entry.degree, times.p50_ms, times.p99_ms, entry.gmacs, top1, pays, on_frontier=False))
+    frontier = _frontier(measured)
+    return tuple(replace(point, on_frontier=point.degree in frontier) for point in measured)
 
 
-def _frontier(found: Sequence[Point]) -> set[int]:
-    known = all(point.top1 is not None for point in found)
-    worth = {point.degree: point.top1 if known else -point.degree for point in found}
+def _frontier(measured: Sequence[Point]) -> set[int]:
+    known = all(point.top1 is not None for point in measured)
+    worth = {point.degree: point.top1 if known else -point.degree for point in measured}
     frontier, best = set(), -math.inf
-    for point in sorted(found, key=lambda point: (point.p50_ms, -worth[point.degree], point.degree)):
+    for point in sorted(measured, key=lambda point: (point.p50_ms, -worth[point.degree], point.degree)):
         if point.pays and worth[point.degree] > best:
             frontier.add(point.degree)
             best = worth[point.degree]
@@ -125,15 +125,15 @@ def _nothing_fits(
 ) -> str:
     best = max(frontier, key=lambda point: (point.top1 or 0.0, -point.degree))
     if not accurate:
-        return f"no degree reaches an accuracy of {min_accuracy:g}: the nearest is {_told(best)}"
+        return f"no degree reaches an accuracy of {min_accuracy:g}: the nearest is {_in_words(best)}"
     if min_accuracy is None:
-        return f"no degree takes {budget_ms:g} ms or less: the nearest is {_told(frontier[0])}"
-    nearest = f"the fastest that is as accurate is {_told(accurate[0])}"
+        return f"no degree takes {budget_ms:g} ms or less: the nearest is {_in_words(frontier[0])}"
+    nearest = f"the fastest that is as accurate is {_in_words(accurate[0])}"
     if within:
-        nearest += f", the most accurate that is as fast is {_told(within[-1])}"
+        nearest += f", the most accurate that is as fast is {_in_words(within[-1])}"
     return f"no degree takes {budget_ms:g} ms or less at an accuracy of {min_accuracy:g}: {nearest}"
 
 
-def _told(point: Point) -> str:
+def _in_words(point: Point) -> str:
     accuracy = "" if point.top1 is None else f" and an accuracy of {point.top1:.4g}"
     return f"degree {point.degree} with {point.p50_ms:.3g} ms{accuracy}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -18,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checked_json import Json, parse, read_text
-from ..engines.base import BACKENDS, open_engine, precisions
+from ..backends import describe
+from ..checked_json import Json, read
+from ..engines.base import open_engine
 from ..errors import InputError, one_line
-from ..files import write_atomically
+from ..files import user_cache, write_atomically
 from ..manifest import EngineEntry, Family
 from .latency import Latency, measure
 
@@ -30,7 +30,7 @@ _SECONDS, _ROUNDS = 2.0, 10
 _TOGETHER = 4  # degrees that are open beside the lowest one: all of a large family would fill the memory
 _PATIENCE_S = 120.0  # how long another process that measures is waited for
 _measuring = threading.Lock()  # two measurements at a time would disturb each other
-_told: set[Path] = set()
+_warned: set[Path] = set()
 
 Tell = Callable[[str], object]
 
@@ -84,7 +84,7 @@ def local_latencies(
     if batch < 1:
         raise InputError(f"batch must be 1 or more, got {batch}")
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     tell = tell or (lambda _line: None)
     machine = this_machine()
     known = {entry.degree: _from_manifest(entry, machine, batch) for entry in family.engines}
@@ -93,16 +93,16 @@ def local_latencies(
     circumstances = _circumstances(family, machine, batch, fixed)
     file = _cache_file(cache, circumstances)
     with _measuring:
-        if (found := _cached(file, family)) is not None:
-            return found
+        if (times := _cached(file, family)) is not None:
+            return times
         with _alone(file):
-            if (found := _cached(file, family)) is not None:
-                return found
+            if (times := _cached(file, family)) is not None:
+                return times
             count = len(family.engines)
             tell(f"measuring {count} engine{'' if count == 1 else 's'} at batch {batch} on this machine, once")
-            found = _measure(Path(folder), family, batch, fixed)
-            _keep(file, circumstances, found, tell)
-            return found
+            times = _measure(Path(folder), family, batch, fixed)
+            _keep(file, circumstances, times, tell)
+            return times
 
 
 def _from_manifest(entry: EngineEntry, machine: str, batch: int) -> Times | None:
@@ -124,31 +124,16 @@ def _circumstances(family: Family, machine: str, batch: int, fixed: bool) -> dic
         }
         for entry in family.engines
     ]
-    libraries = {backend: _library(backend) for backend in sorted({entry.backend for entry in family.engines})}
+    libraries = {backend: describe(backend) for backend in sorted({entry.backend for entry in family.engines})}
     return {"format": FORMAT, "machine": machine, "batch": batch, "fixed": fixed, "libraries": libraries,
             "engines": engines}  # fmt: skip
 
 
-def _library(backend: str) -> str:
-    """Version and devices of an engine library."""
-    precisions(backend)  # refuses one that is unknown or not installed
-    return importlib.import_module(BACKENDS[backend]).describe()
-
-
 def _cache_file(cache: Path | None, circumstances: dict[str, Any]) -> Path | None:
     key = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]
-    folder = _user_cache() if cache is None else cache
-    return None if folder is None else folder / f"{key}.json"
-
-
-def _user_cache() -> Path | None:
-    """None where this user has no home."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # the specification of XDG has relative paths ignored
-        return (named if named.is_absolute() else Path.home() / ".cache") / "tocom" / "latency"
-    except RuntimeError:
-        return None
+    if cache is None and (users := user_cache()) is not None:
+        cache = users / "latency"
+    return None if cache is None else cache / f"{key}.json"
 
 
 def _cached(file: Path | None, family: Family) -> dict[int, Times] | None:
@@ -156,28 +141,32 @@ def _cached(file: Path | None, family: Family) -> dict[int, Times] | None:
     if file is None:
         return None
     try:
-        node = Json(parse(read_text(file)), "")
-        if node.key("format").integer() != FORMAT:
-            return None
-        times = node.key("times").mapping(lambda each: Times(each.key("p50").number(), each.key("p99").number()))
-    except (OSError, ValueError, RecursionError):  # InputError is a ValueError
+        times = read(file, _times)
+    except InputError:
         return None
-    wanted = {str(entry.degree): entry.degree for entry in family.engines}
-    usable = times.keys() == wanted.keys() and all(0 < each.p50_ms <= each.p99_ms for each in times.values())
-    return {degree: times[name] for name, degree in wanted.items()} if usable else None
+    degrees = {str(entry.degree): entry.degree for entry in family.engines}
+    usable = times.keys() == degrees.keys() and all(0 < known.p50_ms <= known.p99_ms for known in times.values())
+    return {degree: times[name] for name, degree in degrees.items()} if usable else None
 
 
-def _keep(file: Path | None, circumstances: dict[str, Any], found: dict[int, Times], tell: Tell) -> None:
-    times = {str(degree): {"p50": each.p50_ms, "p99": each.p99_ms} for degree, each in found.items()}
+def _times(value: Any) -> dict[str, Times]:
+    node = Json(value, "")
+    if node.key("format").integer() != FORMAT:
+        node.key("format").refuse(str(FORMAT))
+    return node.key("times").mapping(lambda times: Times(times.key("p50").number(), times.key("p99").number()))
+
+
+def _keep(file: Path | None, circumstances: dict[str, Any], times: dict[int, Times], tell: Tell) -> None:
+    entries = {str(degree): {"p50": known.p50_ms, "p99": known.p99_ms} for degree, known in times.items()}
     about = {name: circumstances[name] for name in ("format", "machine", "batch", "fixed", "libraries")}
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps({**about, "times": times}, indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps({**about, "times": entries}, indent=1) + "\n").encode())
     except OSError as error:
-        if file.parent not in _told:
-            _told.add(file.parent)
+        if file.parent not in _warned:
+            _warned.add(file.parent)
             tell(f"{one_line(file.parent)} cannot be written ({one_line(error.strerror or error)}): latencies are "
                  "measured again next time")  # fmt: skip
 
@@ -214,12 +203,12 @@ def _measure(folder: Path, family: Family, batch: int, fixed: bool) -> dict[int,
     groups = [others[start : start + _TOGETHER] for start in range(0, len(others), _TOGETHER)] or [[]]
     runs = [_together(folder, [base, *group], batch, fixed) for group in groups]
     typical = statistics.median(run[base.degree].p50 for run in runs)
-    found: dict[int, Times] = {}
+    times: dict[int, Times] = {}
     for run in runs:
         scale = typical / run[base.degree].p50
         for degree, latency in run.items():
-            found.setdefault(degree, Times(round(latency.p50 * scale, 4), round(latency.p99 * scale, 4)))
-    return found
+            times.setdefault(degree, Times(round(latency.p50 * scale, 4), round(latency.p99 * scale, 4)))
+    return times
 
 
 def _together(folder: Path, entries: list[EngineEntry], batch: int, fixed: bool) -> dict[int, Latency]:
@@ -260,6 +249,6 @@ def _gpus() -> list[str]:
     names = []
     with suppress(OSError):
         for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-            found = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            names += [one_line(found.group(1).strip())] if found else []
+            model = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            names += [one_line(model.group(1).strip())] if model else []
     return sorted(names)

@@ -1,49 +1,20 @@
-"""What every engine offers, whatever library runs it, and the list of libraries there are."""
+"""What every engine offers, whatever library runs it."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from ..backends import engine_module, require, why_unusable
 from ..errors import InputError, one_line
-
-# Backend -> the module that alone imports its library. Each module has `describe() -> str` (one line: version and
-# devices), `PRECISIONS`, `native_operators() -> frozenset[str]` (operators of this project that it runs without their
-# function bodies) and `open_engine(path, settings) -> EngineRunner`. One whose library may be there without anything
-# to run on also has `unusable() -> str | None`: why no engine can run here, which `describe` then tells too.
-BACKENDS: dict[str, str] = {
-    "onnxruntime": f"{__package__}.onnxruntime_engine",
-    "openvino": f"{__package__}.openvino_engine",
-    "tensorrt": f"{__package__}.tensorrt.nvidia",
-    "tensorrt-rtx": f"{__package__}.tensorrt.rtx",
-}
-
-# Backend -> its library's module and package, where they are not named like it.
-_LIBRARIES = {"tensorrt": ("tensorrt", "tensorrt-cu13"), "tensorrt-rtx": ("tensorrt_rtx", "'tensorrt-rtx-cu13'")}
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "logits"
-
-
-@dataclass(frozen=True)
-class BackendStatus:
-    """Whether a backend can run on this machine.
-
-    Attributes:
-        name: One of `BACKENDS`.
-        usable: Whether `open_engine` can work with it.
-        detail: One line: version and devices, or why it cannot run and what to do.
-    """
-
-    name: str
-    usable: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,7 @@ class EngineRunner(ABC):
     the same time; a library that runs one call at a time makes the others wait.
 
     Attributes:
-        backend: One of `BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         input_size: (3, H, W) that it takes.
         classes: Logits per image.
     """
@@ -164,7 +135,7 @@ def open_engine(
 
     Args:
         path: The engine's file.
-        backend: One of `BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: See `EngineSettings`, as for all that follow.
         threads: Likewise.
         batch: Likewise.
@@ -175,66 +146,14 @@ def open_engine(
         InputError: The backend is unknown, not installed or cannot run here, a number is below 1, or the file is not a
             usable engine.
     """
-    module = _module(backend)
-    if (why := _unusable(module)) is not None:
+    module = engine_module(backend)
+    if (why := why_unusable(backend)) is not None:
         raise InputError(f"backend {backend} cannot run here, {why}")
     for name, number in (("threads", threads), ("batch", batch)):
         if number is not None and number < 1:
             raise InputError(f"{name} must be 1 or more, got {number}")
-    if precision not in module.PRECISIONS:
-        raise InputError(f"{backend} runs {', '.join(module.PRECISIONS)}, got precision {one_line(precision)}")
+    require(backend, precision)
     path = Path(path)
     if not path.is_file():
         raise InputError(f"an engine must be a file, got {one_line(path)}, which is not one: compile it again")
     return module.open_engine(path, EngineSettings(precision, threads, batch, throughput, share_weights))
-
-
-def precisions(backend: str) -> tuple[str, ...]:
-    """Number formats that a backend computes in.
-
-    Raises:
-        InputError: The backend is unknown or not installed.
-    """
-    return tuple(_module(backend).PRECISIONS)
-
-
-def native_operators(backend: str) -> frozenset[str]:
-    """Operators of this project that a backend runs here without their function bodies.
-
-    Raises:
-        InputError: The backend is unknown or not installed.
-    """
-    return _module(backend).native_operators()
-
-
-def _module(backend: str) -> ModuleType:
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {one_line(backend)}")
-    try:
-        return importlib.import_module(BACKENDS[backend])
-    except ImportError as error:
-        raise InputError(f"backend {backend} cannot run here, {_why_not(backend, error)}") from error
-
-
-def available() -> list[BackendStatus]:
-    """Says of every backend whether it can run here, without loading an engine."""
-    return [_status(name) for name in BACKENDS]
-
-
-def _status(name: str) -> BackendStatus:
-    try:
-        module = importlib.import_module(BACKENDS[name])
-    except ImportError as error:
-        return BackendStatus(name, False, _why_not(name, error))
-    return BackendStatus(name, _unusable(module) is None, module.describe())
-
-
-def _unusable(module: ModuleType) -> str | None:
-    return module.unusable() if hasattr(module, "unusable") else None
-
-
-def _why_not(name: str, error: ImportError) -> str:
-    library, package = _LIBRARIES.get(name, (name, name))
-    if isinstance(error, ModuleNotFoundError) and error.name == library:
-        return f"not installed: pip install {package}"
-    return f"its library does not load: {one_line(error)}"

@@ -104,10 +104,10 @@ def telling(content: bytes, names: Iterable[str]) -> bytes:
 def _removal(node: Any) -> Removal:
     names = tuple(node.output[_DECISIONS])
     numbers = {attribute.name: attribute.i for attribute in node.attribute}
-    found = [_BLOCK.match(name) for name in names]
-    if not names or None in found or not {"tokens", "protected"} <= numbers.keys():
+    blocks = [_BLOCK.match(name) for name in names]
+    if not names or None in blocks or not {"tokens", "protected"} <= numbers.keys():
         raise ValueError(f"an operator of {DOMAIN} must have decisions named block.N and say its tokens")
-    return Removal(int(found[0][1]), names, numbers["tokens"], numbers["protected"])
+    return Removal(int(blocks[0][1]), names, numbers["tokens"], numbers["protected"])
 
 
 @functools.cache

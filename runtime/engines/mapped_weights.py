@@ -25,7 +25,7 @@ def mapped_weights(graph: Path) -> dict[str, np.memmap]:
         google.protobuf.message.DecodeError: Likewise.
     """
     model = read_graph(graph.read_bytes())
-    found = {}
+    arrays = {}
     for tensor in model.graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         file = (graph.parent / place.get("location", "")).resolve()
@@ -37,8 +37,8 @@ def mapped_weights(graph: Path) -> dict[str, np.memmap]:
         array = _mapped.get(key)
         if array is None:
             array = _mapped[key] = np.memmap(file, dtype, "r", offset, shape)
-        found[tensor.name] = array
-    return found
+        arrays[tensor.name] = array
+    return arrays
 
 
 def return_freed_memory() -> None:

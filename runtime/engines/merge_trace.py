@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..backends import native_operators
 from ..errors import InputError, one_line
 from ..manifest import EngineEntry, Family
-from .base import EngineRunner, native_operators, open_engine
+from .base import EngineRunner, open_engine
 
 if TYPE_CHECKING:
     from .graph_file import Removal
@@ -173,9 +174,9 @@ class MergeTracer:
         """Prefix tokens; a degree that removes nothing does not say, and another one of the family does."""
         if teller.removals:
             self._prefix = teller.removals[0].protected
-        elif self._prefix is None and (other := max(self._family.engines, key=lambda each: each.degree)).degree:
-            found = _removals(self._graph(other), other.onnx)
-            self._prefix = found[0].protected if found else None
+        elif self._prefix is None and (other := max(self._family.engines, key=lambda entry: entry.degree)).degree:
+            removed = _removals(self._graph(other), other.onnx)
+            self._prefix = removed[0].protected if removed else None
         return self._prefix
 
     def _decisions(
@@ -185,12 +186,12 @@ class MergeTracer:
         names = [name for removal in teller.removals for name in removal.decisions]
         if not names:
             return {}, "engine"
-        found, decided_by = None, "engine"
+        outputs, decided_by = None, "engine"
         if teller.engine is not None:
-            found = _recorded(teller.engine, pixel_values)
-        if found is None or not set(names) <= found.keys():
-            found, decided_by = self._copy(entry, teller, names).infer_all(pixel_values), "graph"
-        return {name: found[name].reshape(-1) for name in names}, decided_by
+            outputs = _recorded(teller.engine, pixel_values)
+        if outputs is None or not set(names) <= outputs.keys():
+            outputs, decided_by = self._copy(entry, teller, names).infer_all(pixel_values), "graph"
+        return {name: outputs[name].reshape(-1) for name in names}, decided_by
 
     def _copy(self, entry: EngineEntry, teller: _Teller, names: list[str]) -> EngineRunner:
         if entry.degree not in self._copies:

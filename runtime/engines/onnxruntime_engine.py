@@ -12,7 +12,6 @@ from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from .mapped_weights import mapped_weights, return_freed_memory
 
 CPU = "CPUExecutionProvider"
-PRECISIONS = ("fp32", "fp16", "int8")  # the graph says which: all are the same to this module
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FATAL = 4  # errors reach the caller as exceptions, so that nothing needs to be logged to stderr as well
@@ -21,11 +20,6 @@ _FATAL = 4  # errors reach the caller as exceptions, so that nothing needs to be
 def describe() -> str:
     """One line: the version and the providers this build of ONNX Runtime has."""
     return f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
-
-
-def native_operators() -> frozenset[str]:
-    """None: it runs the function bodies."""
-    return frozenset()
 
 
 def open_engine(path: Path, settings: EngineSettings) -> OrtRunner:

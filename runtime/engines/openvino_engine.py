@@ -12,18 +12,17 @@ import openvino
 from openvino.frontend import FrontEndManager
 
 from ..errors import InputError, one_line, readable
-from ..native import library, record
+from ..native import COMMAND, library, record
 from .base import INPUT_NAME, OUTPUT_NAME, EngineRunner, EngineSettings
 from .openvino_fusion import NATIVE, fuse
 
-PRECISIONS = ("fp32", "bf16", "int8")  # int8 stands in the graph, and the rest is bf16 where there is that
 _DEVICE = "CPU"
 
 
 def describe() -> str:
     """One line: the version, and what merges tokens."""
     capabilities = _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
-    merging = "native merge operator" if library() else "no native merge operator (make native)"
+    merging = "native merge operator" if library() else f"no native merge operator ({COMMAND})"
     half = "bf16" if "BF16" in capabilities else "no bf16"
     return f"{openvino.__version__.partition('-')[0]}, {half}, {merging}"
 
@@ -95,7 +94,7 @@ class OpenVinoRunner(EngineRunner):
         except Exception as error:  # OpenVINO raises RuntimeError, and others for what its frontends throw
             if f"ai.tocom.{NATIVE}" in str(error):
                 raise InputError(f"{self._name} needs the native merge operator, which is not there: build it with "
-                                 "`make native`, or compile the family again here") from error  # fmt: skip
+                                 f"`{COMMAND}`, or compile the family again here") from error  # fmt: skip
             raise InputError(f"{self._name} is not a graph that OpenVINO loads: {_reason(error)}") from error
         self.input_size, self.classes = self._contract(model)
         try:
@@ -135,26 +134,28 @@ class OpenVinoRunner(EngineRunner):
         logits = []
         with self._calls:
             for start in range(0, len(parts), len(self._requests)):
-                logits += [found[OUTPUT_NAME] for found in self._run(parts[start : start + len(self._requests)])]
+                logits += [outputs[OUTPUT_NAME] for outputs in self._run(parts[start : start + len(self._requests)])]
         return np.concatenate(logits) if len(logits) > 1 else logits[0]
 
     def _infer_all(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
         """All outputs, and what the native operator decided, under the names of its outputs."""
         with self._calls:
-            return self._told(pixel_values)
+            return self._outputs_and_decisions(pixel_values)
 
-    def _told(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    def _outputs_and_decisions(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
         parts = []
         for part in self._parts(pixel_values):  # one after the other, so that the operator's calls are in order
-            found = {}
-            calls = record(lambda part=part, found=found: found.update(self._run([part])[0])) if self._merges else None
+            outputs = {}
+            calls = None
+            if self._merges:
+                calls = record(lambda part=part, outputs=outputs: outputs.update(self._run([part])[0]))
             if calls is None:
-                found = self._run([part])[0]
+                outputs = self._run([part])[0]
             elif len(calls) != len(self._merges):  # the record is the process's
                 raise InputError(f"{self._name}: other engines merged tokens meanwhile, so its decisions are not known")
             for merge, call in zip(self._merges, calls or (), strict=True):
-                found |= merge.split(call, len(part))
-            parts.append(found)
+                outputs |= merge.split(call, len(part))
+            parts.append(outputs)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, parts: list[np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -212,10 +212,10 @@ def _first_tokens(value: Output) -> Output | None:
     reader = _only_reader(value, "Slice")
     if reader is None:
         return None
-    start, _, step, axes = (each.get_node() for each in reader.input_values()[1:5])
-    if any(each.get_type_name() != "Constant" for each in (start, step, axes)):
+    start, _, step, axes = (operand.get_node() for operand in reader.input_values()[1:5])
+    if any(operand.get_type_name() != "Constant" for operand in (start, step, axes)):
         return None
-    bounds = [each.get_data().tolist() for each in (start, step, axes)]
+    bounds = [operand.get_data().tolist() for operand in (start, step, axes)]
     return reader.output(0) if bounds == [[0], [1], [1]] and _is_static(reader.output(0)) else None
 
 
@@ -230,12 +230,12 @@ def _fuse_merge(node: Node, norm: _Norm | None) -> None:
         inputs[0], addend = residual.input_values()
         inputs += [addend, norm.weight, norm.bias]
         attributes["epsilon"] = norm.epsilon
-    made = _create(NATIVE, inputs, attributes)
+    merge = _create(NATIVE, inputs, attributes)
     if fused:
-        _replace(norm.output, made.output(_NORMED))
+        _replace(norm.output, merge.output(_NORMED))
         if (log_size := _log_of(node.output(1))) is not None:
-            _replace(log_size, made.output(_LOG_SIZE))
-    for old, new in zip(node.outputs(), made.outputs()[:_NORMED], strict=True):
+            _replace(log_size, merge.output(_LOG_SIZE))
+    for old, new in zip(node.outputs(), merge.outputs()[:_NORMED], strict=True):
         _replace(old, new)
 
 
@@ -325,7 +325,7 @@ def _with_parameter(value: Output, kind: str, channels: openvino.Dimension) -> t
     reader = _only_reader(value, kind)
     if reader is None:
         return None
-    others = [each for each in reader.input_values() if each.get_node().get_type_name() == "Constant"]
+    others = [operand for operand in reader.input_values() if operand.get_node().get_type_name() == "Constant"]
     if len(others) != 1 or others[0].get_partial_shape() != openvino.PartialShape([channels]):
         return None
     return reader.output(0), others[0]

@@ -1,6 +1,7 @@
 """The native merge operator: compiled from C++ on the machine that runs it, and found again by the engines.
 
-Without a compiler nothing is lost but speed: engines are then built from the operator's function body.
+It lies in this folder's built/, or in the user's cache where that cannot be written, as in a package that somebody else
+installed. Without a compiler nothing is lost but speed: engines are then built from the operator's function body.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, one_line
+from ..files import user_cache
 
 SOURCE = Path(__file__).resolve().parent
 BUILT = SOURCE / "built"
+COMMAND = f"python -m {__name__}"  # builds it
 
 _FILES = ("openvino_operators.cpp", "token_merge.h", "rows.h", "number.h")
 _LIBRARIES = ("libopenvino", "libopenvino_onnx_frontend", "libtbb")
@@ -34,10 +38,10 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 def library() -> Path | None:
     """The compiled operator for the OpenVINO that is installed and this processor; None if there is none."""
     try:
-        file = _place()
+        name = _name()
     except PackageNotFoundError:
         return None
-    return file if file.is_file() else None
+    return next((folder / name for folder in _folders() if (folder / name).is_file()), None)
 
 
 def record(run: Callable[[], object]) -> list[np.ndarray]:
@@ -58,8 +62,8 @@ def record(run: Callable[[], object]) -> list[np.ndarray]:
     try:
         run()
         count = ctypes.c_size_t()
-        while found := native.tocom_recorded(ctypes.c_size_t(len(calls)), ctypes.byref(count)):
-            calls.append(np.ctypeslib.as_array(found, (count.value,)).copy())
+        while values := native.tocom_recorded(ctypes.c_size_t(len(calls)), ctypes.byref(count)):
+            calls.append(np.ctypeslib.as_array(values, (count.value,)).copy())
     finally:
         native.tocom_record(0)
     return calls
@@ -75,16 +79,48 @@ def build(*, force: bool = False) -> Path:
         The library.
 
     Raises:
-        InputError: OpenVINO or a compiler is missing, or the compiler fails; the message says what to do.
+        InputError: OpenVINO or a compiler is missing, the compiler fails, or no folder can be written; the message says
+            what to do.
     """
     try:
-        file = _place()
+        name = _name()
     except PackageNotFoundError:
         raise InputError(
             "the native merge operator needs OpenVINO, which is not installed: pip install openvino"
         ) from None
-    if file.is_file() and not force:
+    if not force and (file := library()) is not None:
         return file
+    folder = _writable(_folders())
+    _compile(folder / name)
+    for old in set(folder.glob("*.so")) - {folder / name}:
+        old.unlink(missing_ok=True)
+    return folder / name
+
+
+def _folders() -> tuple[Path, ...]:
+    """Where the library may lie, the best place first."""
+    cache = user_cache()
+    return (BUILT,) if cache is None else (BUILT, cache / "native")
+
+
+def _writable(folders: tuple[Path, ...]) -> Path:
+    """The first folder that can be written; it is made if it is not there.
+
+    Raises:
+        InputError: None can.
+    """
+    reasons = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            reasons.append(f"{one_line(folder)} ({error.strerror})")
+    raise InputError(f"the native merge operator cannot be written to {' or to '.join(reasons)}")
+
+
+def _compile(file: Path) -> None:
     package = Path(importlib.util.find_spec("openvino").submodule_search_locations[0])
     command = [
         _compiler(),
@@ -96,7 +132,6 @@ def build(*, force: bool = False) -> Path:
     ]
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        BUILT.mkdir(exist_ok=True)
         done = subprocess.run([*command, "-o", str(temporary)], check=False, capture_output=True, text=True)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
@@ -105,26 +140,23 @@ def build(*, force: bool = False) -> Path:
         temporary.replace(file)
     except OSError as error:
         raise InputError(
-            f"the native merge operator cannot be written to {one_line(BUILT)}: {error.strerror}"
+            f"the native merge operator cannot be written to {one_line(file.parent)}: {error.strerror}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    for old in set(BUILT.glob("*.so")) - {file}:
-        old.unlink(missing_ok=True)
-    return file
 
 
 def _compiler() -> str:
-    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
-    for name in wanted:
-        if found := shutil.which(name):
-            return found
-    raise InputError(f"there is no C++ compiler ({', '.join(wanted)}): engines use the merge operator's function body, "
-                     "which is slower; install one and run `make native`")  # fmt: skip
+    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    for name in compilers:
+        if path := shutil.which(name):
+            return path
+    raise InputError(f"there is no C++ compiler ({', '.join(compilers)}): engines use the merge operator's function "
+                     f"body, which is slower; install one and run `{COMMAND}`")  # fmt: skip
 
 
-def _place() -> Path:
-    """Where the library belongs: its name follows from the sources, OpenVINO's version and the processor.
+def _name() -> str:
+    """Name of the library: it follows from the sources, OpenVINO's version and the processor.
 
     Raises:
         PackageNotFoundError: OpenVINO is not installed.
@@ -134,7 +166,7 @@ def _place() -> Path:
         digest.update((SOURCE / name).read_bytes())
     for text in (version("openvino"), " ".join(_FLAGS), platform.machine(), _processor()):
         digest.update(text.encode() + b"\n")
-    return BUILT / f"openvino-{digest.hexdigest()[:16]}.so"
+    return f"openvino-{digest.hexdigest()[:16]}.so"
 
 
 @functools.cache
@@ -148,7 +180,9 @@ def _processor() -> str:
 def main() -> int:
     """Compiles the operator and says so; where that is not possible, says why and ends well all the same."""
     try:
-        print(f"native merge operator: {build()}")
+        file = build()
+        elsewhere = "" if file.parent == BUILT else f", because {BUILT} cannot be written"
+        print(f"native merge operator: {file}{elsewhere}")
     except InputError as error:
         print(f"native merge operator: {error}", file=sys.stderr)
     return 0

@@ -144,7 +144,7 @@ class _FamilyServer(MLServer):
         self._kafka_server = None
 
     async def start(self, models_settings: list[ModelSettings] = []) -> None:  # noqa: B006  # as in the base class
-        await asyncio.gather(*(self._model_registry.load(each) for each in models_settings))
+        await asyncio.gather(*(self._model_registry.load(settings) for settings in models_settings))
         try:
             await asyncio.gather(self._rest_server.start(), self._grpc_server.start())
         except _TakenError as taken:

@@ -74,8 +74,8 @@ def _misfit(request: Any) -> str:
     for tensor, content in zip(request.inputs, contents, strict=True):
         size = _SIZES.get(tensor.datatype)
         if not (_are_elements(content) if size is None else math.prod(tensor.shape) * size == len(content)):
-            told = readable(f"{tensor.datatype[:20]} {list(tensor.shape)[:8]}")
-            return f"raw contents must have the bytes that datatype and shape say, {told}, got {len(content)}"
+            claim = readable(f"{tensor.datatype[:20]} {list(tensor.shape)[:8]}")
+            return f"raw contents must have the bytes that datatype and shape say, {claim}, got {len(content)}"
     return ""
 
 

@@ -17,9 +17,9 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 from tocom.runtime.engines.base import OUTPUT_NAME
 from tocom.runtime.errors import InputError
 from tocom.serving.mlserver.metrics import ServiceMetrics
-from tocom.serving.protocol.open_inference import Tensor, metadata, read_input, read_want
+from tocom.serving.protocol.open_inference import Tensor, metadata, read_degree_request, read_input
 from tocom.serving.service.errors import ServingError
-from tocom.serving.service.scheduler import Answer
+from tocom.serving.service.request import Answer
 from tocom.serving.service.service import Service
 
 
@@ -50,13 +50,13 @@ class FamilyModel(MLModel):
 
     async def metadata(self) -> MetadataModelResponse:
         """Inputs and outputs of the network that serves."""
-        told = metadata(self.service.family)
+        description = metadata(self.service.family)
         return MetadataModelResponse(
             name=self.name,
             versions=[],
-            platform=told["platform"],
-            inputs=[MetadataTensor(**tensor) for tensor in told["inputs"]],
-            outputs=[MetadataTensor(**tensor) for tensor in told["outputs"]],
+            platform=description["platform"],
+            inputs=[MetadataTensor(**tensor) for tensor in description["inputs"]],
+            outputs=[MetadataTensor(**tensor) for tensor in description["outputs"]],
         )
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
@@ -89,20 +89,20 @@ class FamilyModel(MLModel):
 
     async def _answer(self, payload: InferenceRequest) -> Answer:
         parameters = None if payload.parameters is None else payload.parameters.model_dump()
-        want = read_want(parameters)
+        degree_request = read_degree_request(parameters)
         pixel_values = await asyncio.to_thread(self._prepared, payload)
-        return await asyncio.wrap_future(self.service.submit(pixel_values, want))
+        return await asyncio.wrap_future(self.service.submit(pixel_values, degree_request))
 
     def _prepared(self, payload: InferenceRequest) -> np.ndarray:
         inputs = [
             Tensor(
-                each.name,
-                str(getattr(each.datatype, "value", each.datatype)),
-                each.shape,
-                getattr(each.data, "root", each.data),
-                None if each.parameters is None else each.parameters.content_type,
+                tensor.name,
+                str(getattr(tensor.datatype, "value", tensor.datatype)),
+                tensor.shape,
+                getattr(tensor.data, "root", tensor.data),
+                None if tensor.parameters is None else tensor.parameters.content_type,
             )
-            for each in payload.inputs
+            for tensor in payload.inputs
         ]
-        given = read_input(inputs, self.service.family)
-        return given if isinstance(given, np.ndarray) else self.service.prepare(given)
+        images = read_input(inputs, self.service.family)
+        return images if isinstance(images, np.ndarray) else self.service.prepare(images)

@@ -116,7 +116,7 @@ function listenForImages() {
 // --- the degree
 
 const degreeShown = () => (state.auto ? state.answer?.degree ?? state.family.adaptive.degree : state.degree);
-const entryOf = (degree) => state.family.degrees.find((each) => each.degree === degree);
+const entryOf = (degree) => state.family.degrees.find((entry) => entry.degree === degree);
 
 let settling;
 function choose(degree) {
@@ -145,7 +145,7 @@ function showDegree() {
     : state.family.schedule === "constant" ? "tokens less in every block" : `tokens less, by the schedule ${state.family.schedule}`;
   const slider = of("slider");
   slider.max = degrees.length - 1;
-  slider.value = degrees.findIndex((each) => each.degree === degree);
+  slider.value = degrees.findIndex((entry) => entry.degree === degree);
   slider.setAttribute("aria-valuetext", `degree ${degree}`);
   slider.classList.toggle("auto", state.auto);
   [...of("stops").children].forEach((stop, at) => stop.classList.toggle("now", degrees[at].degree === degree));
@@ -155,12 +155,12 @@ function showDegree() {
 }
 
 function speedWords(entry) {
-  const first = state.family.degrees[0], own = milliseconds(entry.p50_ms);
-  if (entry === first) return `${own} for one image, the least compressed of this family.`;
+  const first = state.family.degrees[0], time = milliseconds(entry.p50_ms);
+  if (entry === first) return `${time} for one image, the least compressed of this family.`;
   const than = `degree ${first.degree} takes ${milliseconds(first.p50_ms)}`;
-  if (!entry.pays) return `Does not pay on this machine: ${own}, where ${than}.`;
+  if (!entry.pays) return `Does not pay on this machine: ${time}, where ${than}.`;
   const less = percent(1 - entry.gmacs / first.gmacs, 0);
-  return `${(first.p50_ms / entry.p50_ms).toFixed(2)}\u00d7 as fast: ${own}, where ${than}; ${less} less to compute.`;
+  return `${(first.p50_ms / entry.p50_ms).toFixed(2)}\u00d7 as fast: ${time}, where ${than}; ${less} less to compute.`;
 }
 
 function familyChanged() {
@@ -180,7 +180,7 @@ function familyChanged() {
     stop.textContent = degree;
     return stop;
   }));
-  of("frontier-note").textContent = family.degrees.some((each) => each.top1 === null)
+  of("frontier-note").textContent = family.degrees.some((entry) => entry.top1 === null)
     ? "No accuracy was measured for this family." : "Press a point to choose it.";
   if (!entryOf(state.degree)) state.degree = family.degrees[0].degree;
   showDegree();
@@ -210,15 +210,15 @@ function showAnswer() {
     of("bars").replaceChildren(empty);
     return;
   }
-  of("bars").replaceChildren(...answer.predictions.map((each) => {
+  of("bars").replaceChildren(...answer.predictions.map((entry) => {
     const item = document.createElement("li"), name = document.createElement("span"), share = document.createElement("span");
     const track = document.createElement("span"), bar = document.createElement("span");
     name.className = "name";
-    name.textContent = each.name ?? `class ${each.class}`;
+    name.textContent = entry.name ?? `class ${entry.class}`;
     share.className = "share";
-    share.textContent = percent(each.probability);
+    share.textContent = percent(entry.probability);
     track.className = "track";
-    bar.style.inlineSize = `${100 * each.probability}%`;
+    bar.style.inlineSize = `${100 * entry.probability}%`;
     track.append(bar);
     item.append(name, share, track);
     return item;

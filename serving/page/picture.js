@@ -30,8 +30,8 @@ export class Picture {
     this.view = view;
     this.trace = trace;
     [this.down, this.across] = trace.grid;
-    const own = Array.from({ length: this.down * this.across }, (_, patch) => patch);
-    this.steps = [{ block: null, groups: own }];
+    const patches = Array.from({ length: this.down * this.across }, (_, patch) => patch);
+    this.steps = [{ block: null, groups: patches }];
     for (const { block, groups } of trace.blocks) this.steps.push({ block, groups: groups.flat() });
     this.means = view && this.#patchMeans();
     this.#colour();

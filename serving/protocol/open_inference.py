@@ -20,7 +20,7 @@ import numpy as np
 from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.manifest import Family
-from tocom.serving.service.scheduler import Want
+from tocom.serving.service.request import DegreeRequest
 
 IMAGE_NAME = "image"
 _DEGREES, _SHARES = ("degree", "min_degree", "max_degree"), ("budget_ms", "min_accuracy")
@@ -47,7 +47,7 @@ class Tensor:
     content_type: str | None = None
 
 
-def read_want(parameters: Mapping[str, Any] | None) -> Want:
+def read_degree_request(parameters: Mapping[str, Any] | None) -> DegreeRequest:
     """Reads what a request says of the degree; other parameters are left to the server.
 
     Args:
@@ -56,9 +56,9 @@ def read_want(parameters: Mapping[str, Any] | None) -> Want:
     Raises:
         InputError: A degree is not a whole number of 0 or more, or another not a number.
     """
-    given = parameters or {}
-    degrees = {name: _read_degree(name, given.get(name)) for name in _DEGREES}
-    return Want(**degrees, **{name: _read_number(name, given.get(name)) for name in _SHARES})
+    parameters = parameters or {}
+    degrees = {name: _read_degree(name, parameters.get(name)) for name in _DEGREES}
+    return DegreeRequest(**degrees, **{name: _read_number(name, parameters.get(name)) for name in _SHARES})
 
 
 def _read_degree(name: str, value: object) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any
 from tocom.runtime.checked_json import Json, parse
 from tocom.runtime.engines.base import OUTPUT_NAME
 from tocom.runtime.errors import InputError, one_line
-from tocom.serving.protocol.open_inference import Tensor, read_want
-from tocom.serving.service.scheduler import Answer, Want
+from tocom.serving.protocol.open_inference import Tensor, read_degree_request
+from tocom.serving.service.request import Answer, DegreeRequest
 
 _LONGEST_ID = 256
 
@@ -22,12 +22,12 @@ class InferRequest:
     Attributes:
         id: What the client calls it; None where it does not.
         inputs: As they came; `tocom.serving.protocol.open_inference.read_input` reads them.
-        want: What degree it asks for.
+        degree_request: What degree it asks for.
     """
 
     id: str | None
     inputs: tuple[Tensor, ...]
-    want: Want
+    degree_request: DegreeRequest
 
 
 def read_request(content: bytes) -> InferRequest:
@@ -51,7 +51,7 @@ def read_request(content: bytes) -> InferRequest:
     if request_id is not None and (len(request_id) > _LONGEST_ID or request_id != one_line(request_id)):
         raise InputError(f"id must be {_LONGEST_ID} printable characters at most")
     inputs = tuple(_tensor(item) for item in node.key("inputs").items())
-    return InferRequest(request_id, inputs, read_want(_parameters(node)))
+    return InferRequest(request_id, inputs, read_degree_request(_parameters(node)))
 
 
 def _tensor(node: Json) -> Tensor:
@@ -66,7 +66,7 @@ def _tensor(node: Json) -> Tensor:
 
 
 def _parameters(node: Json) -> dict[str, Any]:
-    return node.key_or("parameters", {}).mapping(lambda each: each.value)
+    return node.key_or("parameters", {}).mapping(lambda item: item.value)
 
 
 def write_response(name: str, request_id: str | None, answer: Answer) -> bytes:

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from tocom.runtime.errors import InputError, one_line, readable
 from tocom.serving.protocol.http_guard import retry_after
 from tocom.serving.service.errors import BusyError, ServingError
-from tocom.serving.service.scheduler import Want
+from tocom.serving.service.request import DegreeRequest
 
 MAX_IMAGE_BYTES = 10 << 20
 TOP_K = 5
@@ -59,7 +59,7 @@ _Endpoint = Callable[[Request], Awaitable[Response]]
 class PageService(Protocol):
     """What the page asks; see `tocom.serving.service.service.Service`."""
 
-    def predict_image(self, content: bytes, want: Want, top_k: int = 5) -> dict[str, Any]:
+    def predict_image(self, content: bytes, degree_request: DegreeRequest, top_k: int = 5) -> dict[str, Any]:
         """The best classes of an encoded image."""
 
     def merges(self, content: bytes, degree: int) -> dict[str, Any]:
@@ -115,17 +115,17 @@ class _Api:
         top_k = numbers.pop("top_k", TOP_K)
         if top_k < 1:
             raise InputError(f"top_k must be 1 or more, got {top_k}")
-        want, content = _wanted(numbers), await self._body(request)
-        found = await self._predictions.run(lambda: self._service.predict_image(content, want, top_k))
-        return _json(found, headers={DEGREE_HEADER: str(found["degree"])})
+        degree_request, content = _degree_request(numbers), await self._body(request)
+        answer = await self._predictions.run(lambda: self._service.predict_image(content, degree_request, top_k))
+        return _json(answer, headers={DEGREE_HEADER: str(answer["degree"])})
 
     async def merges(self, request: Request) -> Response:
         numbers = _numbers(request, ("degree",))
         if "degree" not in numbers:
             raise InputError("merges are of one degree: ask for ?degree=8, for example")
         degree, content = numbers["degree"], await self._body(request)
-        found = await self._traces.run(lambda: self._service.merges(content, degree))
-        return _json(found, headers={DEGREE_HEADER: str(degree)})
+        trace = await self._traces.run(lambda: self._service.merges(content, degree))
+        return _json(trace, headers={DEGREE_HEADER: str(degree)})
 
     async def _body(self, request: Request) -> bytes:
         """A request's body; what a client says of its length is only believed where it is too much.
@@ -215,24 +215,24 @@ def _numbers(request: Request, names: Collection[str]) -> dict[str, int]:
     Raises:
         InputError: A name is not among the given ones or there twice, or a value is no whole number.
     """
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for name, value in request.query_params.multi_items():
         if name not in names:
             known = ", ".join(names) or "none"
             raise InputError(f"a query may have {known}, got {one_line(name)[:80]}")
-        if name in found:
+        if name in numbers:
             raise InputError(f"{name} must be given once, got it twice")
         if value and not _NUMBER.fullmatch(value):
             raise InputError(f"{name} must be a whole number, 0 or more, got {one_line(value)[:80]}")
         if value:
-            found[name] = int(value)
-    return found
+            numbers[name] = int(value)
+    return numbers
 
 
-def _wanted(numbers: Mapping[str, int]) -> Want:
-    want = Want(**numbers)
-    if want.degree is not None and (want.min_degree, want.max_degree) != (None, None):
+def _degree_request(numbers: Mapping[str, int]) -> DegreeRequest:
+    request = DegreeRequest(**numbers)
+    if request.degree is not None and (request.min_degree, request.max_degree) != (None, None):
         raise InputError("give a degree, or limits on it (min_degree, max_degree), not both")
-    if want.min_degree is not None and want.max_degree is not None and want.min_degree > want.max_degree:
-        raise InputError(f"min_degree must not be above max_degree, got {want.min_degree} and {want.max_degree}")
-    return want
+    if request.min_degree is not None and request.max_degree is not None and request.min_degree > request.max_degree:
+        raise InputError(f"min_degree must not be above max_degree, got {request.min_degree} and {request.max_degree}")
+    return request

@@ -25,8 +25,7 @@ from tocom.runtime.manifest import Family
 from tocom.serving.protocol.http_guard import HttpLimits
 from tocom.serving.ray.ingress import FamilyIngress, IngressOptions, to_ingress
 from tocom.serving.ray.replica import FamilyReplica, Tuning
-from tocom.serving.service.generation import MAX_PIXELS, ServeOptions
-from tocom.serving.service.scheduler import Limits
+from tocom.serving.service.options import MAX_PIXELS, Limits, ServeOptions
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WAITING = 64  # requests that the ingress takes beyond its limit, to refuse them itself
@@ -122,7 +121,7 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
     if args.max_replicas < args.min_replicas:
         raise InputError(f"max_replicas must be min_replicas or more, got {args.max_replicas} and {args.min_replicas}")
     fixed = _fixed(args)
-    if not draining:  # whoever ends does not depend on what lies on disk by then
+    if not draining:  # the end must not depend on what is on the disk by then
         _check(folder, fixed or (() if args.degree is None else (args.degree,)))
     if fixed:
         deployments = {
@@ -133,7 +132,7 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
         tuning = Tuning(objective_ms=args.objective_ms, degree=args.degree, generation=args.generation)
         deployments = {0: _deployment(args, "family", tuning)}
     options = _options(args)
-    handles = {degree: each.bind(str(folder), name, options) for degree, each in deployments.items()}
+    handles = {degree: deployment.bind(str(folder), name, options) for degree, deployment in deployments.items()}
     limits = HttpLimits(args.max_body_mib << 20, max_requests=args.max_requests)
     front = IngressOptions(name, limits, answer_s=args.max_wait_s + _GRACE_S, version=_version())
     return _ingress(args, draining).bind(front, handles)
@@ -142,7 +141,7 @@ def family_app(args: FamilyArgs, *, draining: bool = False) -> Application:
 def _check(folder: Path, degrees: tuple[int, ...]) -> None:
     family = Family.read(folder)
     if not family.engines:
-        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `make engines R=8`")
+        raise InputError(f"{one_line(folder)} has no finished engine: compile one with `tocom compile`")
     for degree in degrees:
         family.entry(degree)
 

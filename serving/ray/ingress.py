@@ -29,7 +29,7 @@ from tocom.serving.protocol.page_routes import DEGREE_HEADER, page_routes
 from tocom.serving.ray.local_cluster import keep_to_loopback
 from tocom.serving.ray.replica import Refusal
 from tocom.serving.service.errors import BusyError, ServingError, WorkerDiedError
-from tocom.serving.service.scheduler import Want
+from tocom.serving.service.request import DegreeRequest
 
 _TRIES = 3  # replicas that may die on one request
 _PAUSE_S = 0.2  # between them: Ray takes a moment to notice
@@ -92,7 +92,7 @@ class FamilyIngress:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes no more requests, or takes them again; returns once those that were accepted are answered.
 
-        Whoever removes the application does this first: Ray ends all deployments of an application at the same time,
+        To be called before the application is removed: Ray ends all deployments of an application at the same time,
         and what the ingress has not passed on by then would wait for replicas that are gone.
 
         Args:
@@ -120,21 +120,21 @@ class FamilyIngress:
         finally:
             self._running -= 1
 
-    def handle(self, want: Want) -> DeploymentHandle:
+    def handle(self, degree_request: DegreeRequest) -> DeploymentHandle:
         """The deployment for a request: that of the first degree which the request allows.
 
         Every replica has the engines of all degrees: a request that allows none of these is answered by the first.
         """
-        allowed = (handle for degree, handle in self._handles.items() if want.allows(degree))
+        allowed = (handle for degree, handle in self._handles.items() if degree_request.allows(degree))
         return next(allowed, self._first)
 
-    async def ask(self, handle: DeploymentHandle, method: str, *given: object) -> Any:
+    async def ask(self, handle: DeploymentHandle, method: str, *arguments: object) -> Any:
         """What a replica answers.
 
         Args:
             handle: Of its deployment.
             method: Of `FamilyReplica`.
-            given: To the method.
+            arguments: To the method.
 
         Raises:
             InputError: What is asked for cannot be answered.
@@ -143,19 +143,19 @@ class FamilyIngress:
         """
         try:
             async with asyncio.timeout(self._options.answer_s):
-                found = await _ask(getattr(handle, method), *given)
+                answer = await _ask(getattr(handle, method), *arguments)
         except TimeoutError:
             raise BusyError(f"no replica answered within {self._options.answer_s:g} s", retry_after_s=5) from None
-        if isinstance(found, Refusal):
-            raise InputError(found.message) if found.status == 400 else _RefusedError(found)
-        return found
+        if isinstance(answer, Refusal):
+            raise InputError(answer.message) if answer.status == 400 else _RefusedError(answer)
+        return answer
 
     async def _infer(self, request: Request) -> Response:
         content = await request.body()
-        want = Want()
+        degree_request = DegreeRequest()
         if len(self._handles) > 1:
-            want = (await asyncio.to_thread(read_request, content)).want
-        reply = await self.ask(self.handle(want), "infer", content)
+            degree_request = (await asyncio.to_thread(read_request, content)).degree_request
+        reply = await self.ask(self.handle(degree_request), "infer", content)
         return Response(reply.content, 200, {DEGREE_HEADER: str(reply.degree)}, "application/json")
 
     async def _metadata(self, request: Request) -> Response:  # noqa: ARG002
@@ -178,7 +178,7 @@ class FamilyIngress:
         return JSONResponse({"ready": True})
 
 
-async def _ask(method: Any, *given: object) -> Any:
+async def _ask(method: Any, *arguments: object) -> Any:
     """Asks replicas until one does not die.
 
     Raises:
@@ -188,7 +188,7 @@ async def _ask(method: Any, *given: object) -> Any:
     """
     for attempt in range(_TRIES):
         try:
-            return await method.remote(*given)
+            return await method.remote(*arguments)
         except BackPressureError:
             raise BusyError("as many requests wait for a replica as may", retry_after_s=1) from None
         except DeploymentUnavailableError:
@@ -208,17 +208,17 @@ class _Page:
     def __init__(self, ingress: FamilyIngress) -> None:
         self._ingress = ingress
 
-    def predict_image(self, content: bytes, want: Want, top_k: int = 5) -> dict[str, Any]:
-        return self._ask(want, "predict_image", content, want, top_k)
+    def predict_image(self, content: bytes, degree_request: DegreeRequest, top_k: int = 5) -> dict[str, Any]:
+        return self._ask(degree_request, "predict_image", content, degree_request, top_k)
 
     def merges(self, content: bytes, degree: int) -> dict[str, Any]:
-        return self._ask(Want(degree), "merges", content, degree)
+        return self._ask(DegreeRequest(degree), "merges", content, degree)
 
     def describe(self) -> dict[str, Any]:
-        return self._ask(Want(), "describe")
+        return self._ask(DegreeRequest(), "describe")
 
-    def _ask(self, want: Want, method: str, *given: object) -> dict[str, Any]:
-        return anyio.from_thread.run(self._ingress.ask, self._ingress.handle(want), method, *given)
+    def _ask(self, degree_request: DegreeRequest, method: str, *arguments: object) -> dict[str, Any]:
+        return anyio.from_thread.run(self._ingress.ask, self._ingress.handle(degree_request), method, *arguments)
 
 
 class _ToIngress:

@@ -1,6 +1,6 @@
 """Ray on this machine only: every port on the loopback address, nothing sent anywhere, all files in one folder.
 
-Ray trusts whoever reaches its ports, so that on one machine nobody else must. On a cluster they are open to the
+Ray trusts everybody who reaches its ports, so on one machine nobody else may. On a cluster they are open to the
 machines of the cluster, and the network has to keep others out.
 """
 
@@ -41,7 +41,6 @@ def local_ray(*, num_cpus: int | None = None, object_store_mib: int = 256, **mor
     """Starts a Ray of its own for as long as the context lasts.
 
     Nothing may have imported `ray` before `prepare_environment`.
-
 
     Args:
         num_cpus: What replicas can be given, in cores; the machine's by default.
@@ -101,8 +100,8 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 def keep_to_loopback() -> None:
     """Has the gRPC server that Ray starts in every replica listen where the rest of a local Ray does.
 
-    It would listen on all addresses, and take pickled objects from whoever reaches it; there is no setting for it. On
-    a node with another address nothing changes.
+    It would listen on all addresses and take pickled objects from everybody who reaches it; there is no setting for it.
+    On a node with another address nothing changes.
     """
     import ray.util
     from grpc.aio._server import Server  # the class that grpc.aio.Server only declares

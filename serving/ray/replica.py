@@ -25,9 +25,10 @@ from tocom.serving.protocol.open_inference import metadata, read_input
 from tocom.serving.protocol.open_inference_json import read_request, write_response
 from tocom.serving.ray.local_cluster import keep_to_loopback
 from tocom.serving.service.errors import BusyError, ServingError
-from tocom.serving.service.scheduler import ANY, Answer, Want
+from tocom.serving.service.options import ServeOptions
+from tocom.serving.service.request import ANY_DEGREE, Answer, DegreeRequest
 from tocom.serving.service.scratch import own_scratch
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.service import Service
 
 _LOG = logging.getLogger("ray.serve")  # whose records Ray keeps with the replica's
 _PAGE_THREADS = 8
@@ -154,24 +155,26 @@ class FamilyReplica:
         request = await asyncio.to_thread(read_request, content)
 
         def prepared() -> np.ndarray:
-            given = read_input(request.inputs, self._service.family)
-            return given if isinstance(given, np.ndarray) else self._service.prepare(given)
+            images = read_input(request.inputs, self._service.family)
+            return images if isinstance(images, np.ndarray) else self._service.prepare(images)
 
-        answer = await self._answer(await asyncio.to_thread(prepared), request.want)
+        answer = await self._answer(await asyncio.to_thread(prepared), request.degree_request)
         return Reply(await asyncio.to_thread(write_response, self._name, request.id, answer), answer.degree)
 
-    async def _answer(self, pixel_values: np.ndarray, want: Want) -> Answer:
+    async def _answer(self, pixel_values: np.ndarray, degree_request: DegreeRequest) -> Answer:
         while True:
             service = self._service
             try:
-                return await asyncio.wrap_future(service.submit(pixel_values, want))
+                return await asyncio.wrap_future(service.submit(pixel_values, degree_request))
             except BusyError:
                 if service is self._service:
                     raise  # else it was closed between the two lines above: the new one takes it
 
-    async def predict_image(self, content: bytes, want: Want, top_k: int) -> dict[str, Any] | Refusal:
+    async def predict_image(
+        self, content: bytes, degree_request: DegreeRequest, top_k: int
+    ) -> dict[str, Any] | Refusal:
         """See `Service.predict_image`."""
-        return await self._told(lambda: self._in_thread(self._service.predict_image, content, want, top_k))
+        return await self._told(lambda: self._in_thread(self._service.predict_image, content, degree_request, top_k))
 
     async def merges(self, content: bytes, degree: int) -> dict[str, Any] | Refusal:
         """See `Service.merges`."""
@@ -179,9 +182,9 @@ class FamilyReplica:
 
     async def describe(self) -> dict[str, Any]:
         """What `Service.describe` tells, and which replica it is; `stale` says why a reload was refused."""
-        told = await asyncio.to_thread(self._service.describe)
+        description = await asyncio.to_thread(self._service.describe)
         replica = serve.get_replica_context().replica_id.unique_id
-        return told | {"replica": {"id": replica, "pid": os.getpid(), "stale": self._stale}}
+        return description | {"replica": {"id": replica, "pid": os.getpid(), "stale": self._stale}}
 
     async def metadata(self) -> dict[str, Any]:
         """What the protocol tells of the model."""
@@ -200,7 +203,7 @@ class FamilyReplica:
         if self._finished == self._finished_at_check:
             zeros = np.zeros((1, *self._service.family.input.size), np.float32)
             try:
-                await self._answer(zeros, ANY)
+                await self._answer(zeros, ANY_DEGREE)
             except (InputError, ServingError) as error:
                 raise RuntimeError(f"the replica does not answer: {error}") from error
         self._finished_at_check = self._finished
@@ -208,23 +211,23 @@ class FamilyReplica:
     async def _told(self, answer: Callable[[], Any]) -> Any:
         """What is answered, or why it is not."""
         try:
-            found = await answer()
+            reply = await answer()
         except InputError as error:
             return self._refuse("bad input", Refusal(400, readable(error)))
         except ServingError as error:
             seconds = error.retry_after_s if isinstance(error, BusyError) else None
             return self._refuse(type(error).__name__, Refusal(error.status, readable(error), seconds))
-        degree = found.degree if isinstance(found, Reply) else found.get("degree")
+        degree = reply.degree if isinstance(reply, Reply) else reply.get("degree")
         self._requests.inc(tags={"degree": str(degree)})
-        return found
+        return reply
 
     def _refuse(self, reason: str, refusal: Refusal) -> Refusal:
         self._refused.inc(tags={"reason": reason})
         return refusal
 
-    async def _in_thread(self, call: Callable[..., Any], *given: object) -> Any:
+    async def _in_thread(self, call: Callable[..., Any], *arguments: object) -> Any:
         """In threads of their own: these calls wait for their answer, and reading requests must not wait for them."""
-        return await asyncio.get_running_loop().run_in_executor(self._page, call, *given)
+        return await asyncio.get_running_loop().run_in_executor(self._page, call, *arguments)
 
     def _on_batch(self, degree: int, _images: int, seconds: float) -> None:
         self._finished += 1

@@ -10,6 +10,7 @@ import logging
 import queue
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,15 @@ def serve_family(arguments: dict[str, Any], where: Where, tell: Callable[[str], 
     if where.address is None:
         _ensure_free(where.host, where.port)
     with _ray(where):
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))  # Ray would abort, with a trace
         taken = _listen(where)
         generation = 0
         try:
             _deploy(arguments)
-            with _caught_signals() as came:
+            with _caught_signals() as signals:
                 tell("Ray Serve ran there already, and listens where it did" if taken
                      else f"listening on http://{where.host}:{where.port}")  # fmt: skip
-                while came.get() == signal.SIGHUP:
+                while signals.get() == signal.SIGHUP:
                     generation += 1
                     tell(_reloaded({**arguments, "generation": generation}))
             tell("ending: answering what was accepted")
@@ -79,7 +81,7 @@ def serve_family(arguments: dict[str, Any], where: Where, tell: Callable[[str], 
 
 
 def _reloaded(arguments: dict[str, Any]) -> str:
-    """Has the replicas look for another family; returns what came of it."""
+    """Has the replicas look for another family; returns a line that says whether they could."""
     try:
         _deploy(arguments)
     except InputError as error:
@@ -141,9 +143,10 @@ def _deploy(arguments: dict[str, Any], *, draining: bool = False) -> None:
     try:
         serve.run(family_app(FamilyArgs(**arguments), draining=draining), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        found = serve.status().applications.get(APPLICATION)
-        reasons = [each.message.strip().splitlines()[-1] for each in (found.deployments.values() if found else ())
-                   if each.message.strip()]  # fmt: skip
+        application = serve.status().applications.get(APPLICATION)
+        deployments = application.deployments.values() if application else ()
+        messages = [deployment.message.strip() for deployment in deployments]
+        reasons = [message.splitlines()[-1] for message in messages if message]
         reason = readable(reasons[0] if reasons else error).removeprefix("tocom.runtime.errors.InputError: ")
         raise InputError(f"Ray Serve cannot run the family: {reason}") from None
 
@@ -151,11 +154,11 @@ def _deploy(arguments: dict[str, Any], *, draining: bool = False) -> None:
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[queue.SimpleQueue[int]]:
     """Queues SIGHUP, SIGINT and SIGTERM instead of being ended by them; afterwards a second Ctrl-C ends at once."""
-    came: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     caught = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda which, _frame: came.put(which)) for number in caught}
+    before = {number: signal.signal(number, lambda which, _frame: signals.put(which)) for number in caught}
     try:
-        yield came
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -169,9 +169,9 @@ class DegreePolicy:
         """Seconds until the last of the queue is answered, or the oldest, whichever has been longer on its way then."""
         degree = self.degrees[at]
         batch = min(queued, self.batch_limit(degree)) or 1
-        own = self._slowness * self._speeds[degree].of(batch)
+        batch_s = self._slowness * self._speeds[degree].of(batch)
         turns = max(math.ceil(queued / (batch * self._workers)), 1)
-        return max(turns * own, waited_s + own)
+        return max(turns * batch_s, waited_s + batch_s)
 
     def _capacity(self, at: int) -> float:
         """Images a second in full batches."""

@@ -25,6 +25,7 @@ from tocom.serving.service.errors import EngineFailedError, WorkerDiedError
 
 _LOG = logging.getLogger("tocom.serving")
 _TRIES = 2
+_STARTS_WITHIN_S = 60.0  # at least: importing and opening take longer than a batch, however short its limit
 
 _family: LoadedFamily  # of the worker process
 
@@ -81,14 +82,14 @@ class EngineProcess:
 
     def _start(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
-        pool = ProcessPoolExecutor(1, context, initializer=_ignore_interrupts)
+        pool = ProcessPoolExecutor(1, context, initializer=_belong_to_server)
         try:
-            self.pid = pool.submit(_open, self._folder, self._threads).result(self._timeout_s)
-        except (BrokenProcessPool, TimeoutError) as death:
+            within_s = max(self._timeout_s, _STARTS_WITHIN_S)
+            self.pid = pool.submit(_open, self._folder, self._threads).result(within_s)
+        except BaseException as error:
             _end(pool)
-            raise WorkerDiedError("a process for the engines does not start") from death
-        except InputError:
-            _end(pool)
+            if isinstance(error, (BrokenProcessPool, TimeoutError)):
+                raise WorkerDiedError("a process for the engines does not start") from error
             raise
         return pool
 
@@ -111,10 +112,19 @@ def _end(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group of processes; the server decides when its workers end."""
+def _belong_to_server() -> None:
+    """Leaves the end of this process to the server: Ctrl-C and SIGTERM may reach the whole group of processes.
+
+    A server that is killed cannot end its workers, so each one watches for that itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_server, name="tocom-watch", daemon=True).start()
+
+
+def _end_with_server() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _open(folder: Path, threads: int | None) -> int:

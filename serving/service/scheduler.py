@@ -19,6 +19,8 @@ import numpy as np
 from tocom.runtime.errors import InputError
 from tocom.serving.service.degree_policy import DegreePolicy
 from tocom.serving.service.errors import BusyError
+from tocom.serving.service.options import Limits
+from tocom.serving.service.request import ANY_DEGREE, Answer, DegreeRequest
 
 Infer = Callable[[np.ndarray, int], np.ndarray]
 """(float32 [B, 3, H, W], degree) -> logits float32 [B, classes]; raises what the request is answered with."""
@@ -26,81 +28,11 @@ Infer = Callable[[np.ndarray, int], np.ndarray]
 _TICK_S = 0.25  # how often an idle worker asks whether the degree may fall back
 
 
-@dataclass(frozen=True)
-class Want:
-    """What a request says of the degree.
-
-    Attributes:
-        degree: This one, whatever the load.
-        min_degree: At least this compressed.
-        max_degree: At most this compressed, whatever the load.
-        budget_ms: At least as compressed as the most accurate degree whose call for one image keeps to it, in ms; the
-            service makes a min_degree of it.
-        min_accuracy: At most as compressed as the most compressed degree that was measured to be as accurate, a share
-            in 0..1; the service makes a max_degree of it.
-    """
-
-    degree: int | None = None
-    min_degree: int | None = None
-    max_degree: int | None = None
-    budget_ms: float | None = None
-    min_accuracy: float | None = None
-
-    def allows(self, degree: int) -> bool:
-        """Whether the request may run at a degree."""
-        return (
-            (self.degree is None or degree == self.degree)
-            and (self.min_degree is None or degree >= self.min_degree)
-            and (self.max_degree is None or degree <= self.max_degree)
-        )
-
-
-ANY = Want()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a request is answered with.
-
-    Attributes:
-        logits: float32 [n, classes].
-        degree: They were computed at.
-        queue_ms: From when the request came to when its batch began, in ms.
-        engine_ms: Of the batch, in ms.
-    """
-
-    logits: np.ndarray
-    degree: int
-    queue_ms: float
-    engine_ms: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the queue.
-
-    Attributes:
-        max_batch: Images in a batch.
-        max_queued: Images that wait.
-        max_wait_s: After so long a request is refused instead of begun, in seconds.
-    """
-
-    max_batch: int = 32
-    max_queued: int = 256
-    max_wait_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1 or self.max_queued < 1:
-            raise InputError(f"max_batch and max_queued must be 1 or more, got {self.max_batch} and {self.max_queued}")
-        if not self.max_wait_s > 0:
-            raise InputError(f"max_wait_s must be more than 0 seconds, got {self.max_wait_s}")
-
-
 @dataclass
 class _Request:
     pixel_values: np.ndarray
-    want: Want
-    came: float
+    degree_request: DegreeRequest
+    accepted_at: float
     future: Future[Answer] = field(default_factory=Future)
 
 
@@ -149,12 +81,12 @@ class Scheduler:
         """Images that wait."""
         return self._queued
 
-    def submit(self, pixel_values: np.ndarray, want: Want = ANY) -> Future[Answer]:
+    def submit(self, pixel_values: np.ndarray, degree_request: DegreeRequest = ANY_DEGREE) -> Future[Answer]:
         """Accepts a request.
 
         Args:
             pixel_values: float32 [n, 3, H, W]; not changed by anybody until it is answered.
-            want: What degree it asks for.
+            degree_request: What degree it asks for.
 
         Returns:
             Its answer to be; cancelling it takes the request out of the queue.
@@ -163,8 +95,9 @@ class Scheduler:
             InputError: There is no degree that the request would run at.
             BusyError: The queue is full, or the scheduler is closing.
         """
-        if not any(want.allows(degree) for degree in self.degrees):
-            raise InputError(f"a request must allow one of the degrees {', '.join(map(str, self.degrees))}, got {want}")
+        if not any(degree_request.allows(degree) for degree in self.degrees):
+            degrees = ", ".join(map(str, self.degrees))
+            raise InputError(f"a request must allow one of the degrees {degrees}, got {degree_request}")
         images = len(pixel_values)
         with self._changed:
             now = self._clock()
@@ -177,7 +110,7 @@ class Scheduler:
                     f"{self._queued} images wait, of {self.limits.max_queued} that may",
                     retry_after_s=self._policy.drain_s(self._queued),
                 )
-            request = _Request(pixel_values, want, now)
+            request = _Request(pixel_values, degree_request, now)
             self._waiting.append(request)
             self._queued += images
             self._changed.notify()
@@ -219,13 +152,13 @@ class Scheduler:
             if not self._waiting:
                 return [], 0
             first = self._waiting[0]
-            chosen = self._policy.choose(self._queued, now - first.came, now)
-            degree = nearest(self.degrees, chosen, first.want)
+            chosen = self._policy.choose(self._queued, now - first.accepted_at, now)
+            degree = nearest(self.degrees, chosen, first.degree_request)
             batch = self._gather(degree, chosen, min(self.limits.max_batch, self._policy.batch_limit(degree)))
         return batch, degree
 
     def _drop_late(self, now: float) -> None:
-        while self._waiting and now - self._waiting[0].came > self.limits.max_wait_s:
+        while self._waiting and now - self._waiting[0].accepted_at > self.limits.max_wait_s:
             late = self._waiting.popleft()
             self._queued -= len(late.pixel_values)
             _refuse(late, BusyError(f"it waited more than {self.limits.max_wait_s:g} s",
@@ -238,7 +171,7 @@ class Scheduler:
         while self._waiting:
             request = self._waiting.popleft()
             size = len(request.pixel_values)
-            if nearest(self.degrees, chosen, request.want) != degree:
+            if nearest(self.degrees, chosen, request.degree_request) != degree:
                 passed.append(request)
             elif batch and images + size > most:
                 passed.append(request)
@@ -265,36 +198,38 @@ class Scheduler:
             self._policy.finished(degree, images, seconds)
         at = 0
         for request in batch:
-            own = logits[at : at + len(request.pixel_values)]
+            rows = logits[at : at + len(request.pixel_values)]
             at += len(request.pixel_values)
-            _answer(request, Answer(own, degree, 1e3 * (began - request.came), 1e3 * seconds))
+            _answer(request, Answer(rows, degree, 1e3 * (began - request.accepted_at), 1e3 * seconds))
         self._on_batch(degree, images, seconds)  # last: whatever it does, the requests have their answers
 
     def _parts(self, batch: list[_Request]) -> Iterable[np.ndarray]:
         """The batch's images, as many at a time as a batch may have: only a single large request has more parts."""
-        whole = batch[0].pixel_values if len(batch) == 1 else np.concatenate([each.pixel_values for each in batch])
+        whole = (
+            batch[0].pixel_values if len(batch) == 1 else np.concatenate([request.pixel_values for request in batch])
+        )
         for start in range(0, len(whole), self.limits.max_batch):
             yield whole[start : start + self.limits.max_batch]
 
 
-def nearest(degrees: Sequence[int], chosen: int, want: Want) -> int:
+def nearest(degrees: Sequence[int], chosen: int, request: DegreeRequest) -> int:
     """The allowed degree that is closest to the chosen one; of two, the less compressed.
 
     Args:
         degrees: All there are, at least one of which is allowed.
         chosen: By the load.
-        want: Of the request.
+        request: What the request says of its degree.
 
-    >>> nearest((0, 8, 16), 16, Want(max_degree=8))
+    >>> nearest((0, 8, 16), 16, DegreeRequest(max_degree=8))
     8
     """
-    return min((degree for degree in degrees if want.allows(degree)), key=lambda degree: (abs(degree - chosen), degree))
+    return min(filter(request.allows, degrees), key=lambda degree: (abs(degree - chosen), degree))
 
 
 def _refuse(request: _Request, error: Exception) -> None:
     try:
         request.future.set_exception(error)
-    except InvalidStateError:  # whoever asked has cancelled it
+    except InvalidStateError:  # the client has cancelled it
         return
 
 

@@ -19,7 +19,7 @@ def own_scratch() -> Path | None:
     there are no such locks, nothing is made or removed.
 
     Returns:
-        The folder; whoever ends in order removes it.
+        The folder, to be removed when the process ends in order; None where there are no such locks.
 
     Raises:
         OSError: There is no place for temporary files.

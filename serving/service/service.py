@@ -21,10 +21,9 @@ from tocom.runtime.manifest import Family
 from tocom.runtime.predictor import Prediction
 from tocom.runtime.preprocess import decode_image, preprocess
 from tocom.serving.service.errors import BusyError
-from tocom.serving.service.generation import Generation, ServeOptions
-from tocom.serving.service.scheduler import ANY, Answer, Want
-
-__all__ = ["ServeOptions", "Service"]
+from tocom.serving.service.generation import Generation
+from tocom.serving.service.options import ServeOptions
+from tocom.serving.service.request import ANY_DEGREE, Answer, DegreeRequest
 
 _DEFAULTS = ServeOptions()
 _TOGETHER = 4  # times the pixels of one image that all images of a request may have
@@ -102,22 +101,22 @@ class Service:
         most = self.options.limits.max_queued
         if not 1 <= len(contents) <= most:
             raise InputError(f"a request must have 1 to {most} images, got {len(contents)}")
-        spec, each = self.family.input, self.options.max_pixels
-        prepared, left = [], _TOGETHER * each
+        spec, most_pixels = self.family.input, self.options.max_pixels
+        prepared, left = [], _TOGETHER * most_pixels
         for content in contents:
-            image = decode_image(content, each)
+            image = decode_image(content, most_pixels)
             left -= image.width * image.height
             if left < 0:
-                raise InputError(f"the images of a request must have {_TOGETHER * each} pixels at most together")
+                raise InputError(f"the images of a request must have {_TOGETHER * most_pixels} pixels at most together")
             prepared.append(preprocess(image, spec))
         return np.stack(prepared)
 
-    def submit(self, pixel_values: np.ndarray, want: Want = ANY) -> Future[Answer]:
+    def submit(self, pixel_values: np.ndarray, degree_request: DegreeRequest = ANY_DEGREE) -> Future[Answer]:
         """Accepts a request.
 
         Args:
             pixel_values: float32 [n, 3, H, W].
-            want: What degree it asks for.
+            degree_request: What degree it asks for.
 
         Returns:
             Its answer to be; what goes wrong later is raised there.
@@ -137,9 +136,9 @@ class Service:
             raise InputError("pixel_values must be finite numbers, got others")
         while True:
             generation = self._generation
-            want = generation.resolved(want)
+            degree_request = generation.resolved(degree_request)
             try:
-                accepted = generation.scheduler.submit(pixel_values, want)
+                accepted = generation.scheduler.submit(pixel_values, degree_request)
             except BusyError as busy:
                 if generation is self._generation:
                     self._on_end(busy)
@@ -154,12 +153,14 @@ class Service:
             error = done.exception()
             self._on_end(done.result() if error is None else error)
 
-    def predict_image(self, content: bytes, want: Want = ANY, top_k: int = 5) -> dict[str, Any]:
+    def predict_image(
+        self, content: bytes, degree_request: DegreeRequest = ANY_DEGREE, top_k: int = 5
+    ) -> dict[str, Any]:
         """Classifies an encoded image, and waits for it.
 
         Args:
             content: PNG, JPEG, or whatever Pillow reads.
-            want: What degree it asks for.
+            degree_request: What degree it asks for.
             top_k: Classes to tell.
 
         Returns:
@@ -169,7 +170,7 @@ class Service:
             InputError: It is no usable image, or there is no such degree.
             ServingError: The queue is full, or the engine failed.
         """
-        answer = self.submit(self.prepare([content]), want).result()
+        answer = self.submit(self.prepare([content]), degree_request).result()
         best = Prediction.of(answer.logits[0], self.family.class_names, top_k, answer.degree)
         predictions = [
             {"class": index, "name": name, "probability": probability}
@@ -242,12 +243,12 @@ class Service:
             OSError: It cannot be copied; likewise.
         """
         with self._reloading:
-            old, found = self._generation, Family.read(self.folder)
-            if found == old.family:
+            old, family = self._generation, Family.read(self.folder)
+            if family == old.family:
                 return False
             for what, one, other in (
-                ("input", found.input, old.family.input),
-                ("classes", found.classes, old.family.classes),
+                ("input", family.input, old.family.input),
+                ("classes", family.classes, old.family.classes),
             ):
                 if one != other:
                     raise InputError(f"the {what} must stay as they are served, {other}, got {one}: start another "

@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.checked_json import Json
 from tocom.runtime.engines.base import INPUT_NAME, OUTPUT_NAME
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import EngineEntry, Family
+from tocom.runtime.preprocess import MAX_PIXELS
 from tocom.serving.triton.prototext import Word, entries
 
 IMAGE_NAME = "image"
 LABELS = "labels.txt"
 
-# Backend of an engine -> Triton's backend and the file that it opens.
-FILES = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "tensorrt": "model.plan"}
-
 _FP32, _BYTES = Word("TYPE_FP32"), Word("TYPE_STRING")
 _DEFAULT_MAX_BATCH = 32
-_MAX_PIXELS = 40_000_000  # of an image that is sent encoded: decoded, three bytes each
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def engine_config(
         name: The model's.
         family: Whose degree it is.
         entry: The degree.
-        backend: Triton's, one of `FILES`.
+        backend: One that Triton has, of `tocom.runtime.backends.BACKENDS`.
         options: How it is to run.
 
     Raises:
@@ -80,15 +78,16 @@ def engine_config(
     """
     most, best = _batches(entry, backend, options)
     batch = [] if most else [-1]
+    row = BACKENDS[backend]
     return {
         "name": name,
-        "backend": backend,
-        "default_model_filename": FILES[backend],
+        "backend": row.triton.backend,
+        "default_model_filename": row.triton.file,
         "max_batch_size": most,
         "input": {"name": INPUT_NAME, "data_type": _FP32, "dims": [*batch, *family.input.size]},
         "output": _logits(family, batch),
         "version_policy": {"latest": {"num_versions": 1}},
-        "instance_group": _instances(options, gpu=backend == "tensorrt" or (backend == "onnxruntime" and options.gpu)),
+        "instance_group": _instances(options, gpu=row.builds_plans or (backend == "onnxruntime" and options.gpu)),
         "dynamic_batching": _queue(options, best, options.queue_delay_us if most else None),
         "model_warmup": [_warmup(family, size, batched=bool(most)) for size in dict.fromkeys([1, *best])],
         "parameters": _texts(_about(entry) | _openvino(entry, backend)),
@@ -107,7 +106,7 @@ def preprocess_config(name: str, family: Family, options: TritonOptions, most: i
     parameters = {
         "input": json.dumps(family.input.to_json(), sort_keys=True),
         "max_images": str(most),
-        "max_pixels": str(_MAX_PIXELS),
+        "max_pixels": str(MAX_PIXELS),
     }
     return {
         "name": name,
@@ -132,8 +131,8 @@ def ensemble_config(name: str, family: Family, preprocess: str, engine: str) -> 
         engine: Name of the model of the degree.
     """
 
-    def step(model: str, taken: str, given: str) -> dict[str, Any]:
-        maps = {"input_map": entries({taken: taken}), "output_map": entries({given: given})}
+    def step(model: str, input_name: str, output_name: str) -> dict[str, Any]:
+        maps = {"input_map": entries({input_name: input_name}), "output_map": entries({output_name: output_name})}
         return {"model_name": model, "model_version": -1, **maps}
 
     return {
@@ -159,14 +158,15 @@ def _batches(entry: EngineEntry, backend: str, options: TritonOptions) -> tuple[
     Raises:
         InputError: The engine cannot be run with the largest batch that was asked for.
     """
-    if backend == "openvino":
+    row = BACKENDS[backend]
+    if not row.triton.batches:
         if options.max_batch is not None:
             raise InputError(
-                f"max-batch must be left out for Triton's openvino backend, got {options.max_batch}: it would pad "
-                "every call to that many images; give --backend onnxruntime to have requests batched"
+                f"max-batch must be left out for Triton's {row.triton.backend} backend, got {options.max_batch}: it "
+                "would pad every call to that many images; give --backend onnxruntime to have requests batched"
             )
         return 0, []
-    if backend != "tensorrt":
+    if not row.builds_plans:
         most = options.max_batch or _DEFAULT_MAX_BATCH
         timed = (int(size) for size in entry.latency_ms if size.isascii() and size.isdigit() and len(size) < 10)
         return most, sorted(size for size in timed if 1 < size <= most)

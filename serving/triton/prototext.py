@@ -34,11 +34,11 @@ def prototext(message: Mapping[str, Any], indent: str = "") -> str:
     """
     lines = []
     for field, value in message.items():
-        for each in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
-            if isinstance(each, Mapping):
-                lines.append(f"{indent}{field} {{\n{prototext(each, indent + '  ')}{indent}}}\n")
-            elif each is not None:
-                lines.append(f"{indent}{field}: {_scalar(each)}\n")
+        for item in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+            if isinstance(item, Mapping):
+                lines.append(f"{indent}{field} {{\n{prototext(item, indent + '  ')}{indent}}}\n")
+            elif item is not None:
+                lines.append(f"{indent}{field}: {_scalar(item)}\n")
     return "".join(lines)
 
 

@@ -16,12 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tocom.runtime.preprocess
-from tocom.runtime.checked_json import Json, parse, read_text
+from tocom.runtime.backends import BACKENDS
+from tocom.runtime.checked_json import Json, read
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import is_data
 from tocom.runtime.files import write_atomically
 from tocom.runtime.manifest import EngineEntry, Family
 from tocom.serving.triton.config import (
-    FILES,
     LABELS,
     TritonOptions,
     engine_config,
@@ -36,8 +37,8 @@ CLIENT, ENSEMBLE = "client", "ensemble"
 VERSION = "1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "files.py", "manifest.py", "preprocess.py")
-_PORTABLE = ("fp32", "fp16")  # precisions whose graphs say all, so that ONNX Runtime computes what was proven
+_ENOUGH = ("__init__.py", "checked_json.py", "errors.py", "family_files.py", "files.py", "manifest.py", "preprocess.py")
+_PORTABLE = ("fp32", "fp16")  # precisions whose graphs say all, so that ONNX Runtime computes what was validated
 
 
 @dataclass(frozen=True)
@@ -151,33 +152,33 @@ def _models(
     Raises:
         InputError: See `write_repository`.
     """
-    wanted = options.degrees or tuple(entry.degree for entry in family.engines)
-    if not wanted:
+    degrees = options.degrees or tuple(entry.degree for entry in family.engines)
+    if not degrees:
         raise InputError(f"a family must have engines to serve, got none in {one_line(engines)}: compile one")
     folder = re.sub(r"[^A-Za-z0-9_.-]+", "_", engines.resolve().name).lstrip("_.-")
     name = options.name or folder or "family"
     labels = {} if family.class_names is None else {LABELS: _labels(family)}
     preparing, most = f"{name}_preprocess", []
-    for degree in sorted(set(wanted)):
+    for degree in sorted(set(degrees)):
         entry = family.entry(degree)
         backend = _backend(entry, options)
         family.check_files(engines, entry)
-        own = f"{name}_r{degree:02d}"
-        config = engine_config(own, family, entry, backend, options.running)
-        yield Model(own, degree, config, _engine_files(engines, entry, backend, inlined) | labels)
+        engine_name = f"{name}_r{degree:02d}"
+        config = engine_config(engine_name, family, entry, backend, options.running)
+        yield Model(engine_name, degree, config, _engine_files(engines, entry, backend, inlined) | labels)
         if options.preprocess == ENSEMBLE:
             most.append(largest_batch(entry, backend, options.running))
-            ensemble = f"{own}_image"
+            ensemble = f"{engine_name}_image"
             # Triton wants a version folder where no file lies
             files = {f"{VERSION}/.keep": b"", **labels}
-            yield Model(ensemble, degree, ensemble_config(ensemble, family, preparing, own), files)
+            yield Model(ensemble, degree, ensemble_config(ensemble, family, preparing, engine_name), files)
     if most:
         config = preprocess_config(preparing, family, options.running, max(most))
         yield Model(preparing, None, config, dict(_preprocess_files()))
 
 
 def _backend(entry: EngineEntry, options: RepositoryOptions) -> str:
-    """Triton's backend for an engine.
+    """The backend that Triton runs an engine with: its own, or the one that was asked for.
 
     Raises:
         InputError: There is none.
@@ -188,12 +189,13 @@ def _backend(entry: EngineEntry, options: RepositoryOptions) -> str:
             f"{entry.degree} in {entry.precision} for {entry.backend}: leave out --backend"
         )
     backend = options.backend or entry.backend
-    if backend not in FILES:
+    served = [row.name for row in BACKENDS.values() if row.triton is not None]
+    if backend not in served:
         raise InputError(
-            f"Triton has backends for {', '.join(FILES)}, got degree {entry.degree} for {one_line(backend)}: compile "
+            f"Triton has backends for {', '.join(served)}, got degree {entry.degree} for {one_line(backend)}: compile "
             "the family for one of these, or give --backend onnxruntime"
         )
-    if backend == "tensorrt":
+    if BACKENDS[backend].builds_plans:
         built = Json(entry.build, "build").key("options")
         for option, name in (("stripped", "stripped"), ("own_kernels", "plugin")):
             if built.key_or(option, False).boolean():
@@ -212,23 +214,25 @@ def _engine_files(
     Raises:
         InputError: The manifest has them where no graph could name them.
     """
-    opened = f"{VERSION}/{FILES[backend]}"
-    if backend == "tensorrt":
+    row = BACKENDS[backend]
+    opened = f"{VERSION}/{row.triton.file}"
+    if row.builds_plans:
         return {opened: engines / entry.engine}
     graph = PurePosixPath(entry.onnx if backend == "onnxruntime" else entry.engine)
-    beside = [name for name in entry.sha256 if PurePosixPath(name).suffix not in (".onnx", ".plan")]
+    beside = [name for name in entry.sha256 if is_data(name)]
     for name in beside:
         if not PurePosixPath(name).is_relative_to(graph.parent):
             raise InputError(f"weights must lie beside their graph {graph} or below, got {name}: compile it again")
     weights = {f"{VERSION}/{PurePosixPath(name).relative_to(graph.parent)}": engines / name for name in beside}
-    return {opened: inlined(engines / graph) if backend == "openvino" else engines / graph, **weights}
+    return {opened: engines / graph if row.expands_functions else inlined(engines / graph), **weights}
 
 
 def _preprocess_files() -> Iterator[tuple[str, bytes]]:
     yield f"{VERSION}/model.py", Path(__file__).with_name("preprocess_model.py").read_bytes()
-    source = Path(tocom.runtime.preprocess.__file__).parent
+    runtime = Path(tocom.runtime.preprocess.__file__).parent
+    yield f"{VERSION}/tocom/__init__.py", b""  # else a tocom that the server's Python has would be found first
     for name in _ENOUGH:
-        yield f"{VERSION}/tocom/runtime/{name}", b"" if name == "__init__.py" else (source / name).read_bytes()
+        yield f"{VERSION}/tocom/runtime/{name}", b"" if name == "__init__.py" else (runtime / name).read_bytes()
 
 
 def _labels(family: Family) -> bytes:
@@ -239,26 +243,26 @@ def _write_model(repository: Path, model: Model, copies: dict[Path, Path]) -> Wr
     """Writes a model's folder; `copies` says where a file of the family lies already, and is told of new ones."""
     folder = repository / model.name
     size = linked = 0
-    for name, source in model.files.items():
+    for name, content in model.files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, bytes):
-            target.write_bytes(source)
-        elif source in copies and _linked(copies[source], target):
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif content in copies and _linked(copies[content], target):
             linked += target.stat().st_size
         else:
-            shutil.copyfile(source, target)
-            copies[source] = target
+            shutil.copyfile(content, target)
+            copies[content] = target
         size += target.stat().st_size
     config = folder / "config.pbtxt"
     config.write_text(prototext(model.config), encoding="utf-8")
     return Written(model, size + config.stat().st_size, linked)
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _linked(file: Path, target: Path) -> bool:
     """Whether a file could be given a second name, which not every file system has."""
     try:
-        os.link(source, target)
+        os.link(file, target)
     except OSError:
         return False
     return True
@@ -276,11 +280,11 @@ def _ensure_replaceable(engines: Path, out: Path, *, replace: bool) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise InputError(f"a repository must be a folder, got {one_line(out)}, which is not one: give another --out")
-    found = {path.name for path in out.iterdir()}
-    ours = {MARKER, *_marked(out)}
-    if found <= ours or (replace and all(name == MARKER or (out / name / "config.pbtxt").is_file() for name in found)):
+    names = {path.name for path in out.iterdir()}
+    known = {MARKER, *_marked(out)}
+    if names <= known or (replace and all(name == MARKER or (out / name / "config.pbtxt").is_file() for name in names)):
         return
-    foreign = one_line(min(found - ours))
+    foreign = one_line(min(names - known))
     way_out = "give another --out" if replace else "give another --out, or --replace if it is a model repository"
     raise InputError(f"{one_line(out)} must hold only what this command wrote, got {foreign}: {way_out}")
 
@@ -288,10 +292,9 @@ def _ensure_replaceable(engines: Path, out: Path, *, replace: bool) -> None:
 def _marked(out: Path) -> list[str]:
     """Names of the models that a repository's marker lists; none where there is no marker that can be read."""
     try:
-        names = parse(read_text(out / MARKER))["models"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return read(out / MARKER, lambda value: [name.text() for name in Json(value, "").key("models").items()])
+    except InputError:
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _put_in_place(making: Path, out: Path) -> None:

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 
 import tocom.calib.cascade
 from tocom.calib.cascade import CAUTION, Costs, Goal, calibrate, fit_temperature, most_accurate
-from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence, run, shares
+from tocom.runtime.degrees.cascade import Cascade, Stage, confidence, run, shares
 from tocom.runtime.degrees.local_latency import Times
 from tocom.runtime.errors import InputError
 
@@ -96,7 +96,7 @@ def brute_force(logits, labels, goal, costs):
         for chain in itertools.combinations(sorted(logits, reverse=True), length):
             sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
             for threshold in tocom.calib.cascade.thresholds(np.concatenate(sureness)):
-                plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
+                plan = Cascade([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
                                     for degree in chain])  # fmt: skip
                 right, reached = one_by_one(logits, labels, plan)
                 if goal.accuracy is None:
@@ -127,7 +127,7 @@ def test_the_cheapest_of_all_cascades_is_found(monkeypatch, goal, seed):
         return
     cost, plan, accuracy, reached = expected
     assert found.cost == pytest.approx(cost, rel=1e-12)
-    assert (found.plan, found.accuracy) == (plan, pytest.approx(accuracy))
+    assert (found.cascade, found.accuracy) == (plan, pytest.approx(accuracy))
     assert found.shares == pytest.approx(reached)
 
 
@@ -152,7 +152,7 @@ def test_a_goal_is_broken_less_often_than_the_margin_allows():
         found = calibrate(*drawn(400, seed, strengths), Goal(max_drop=2.0), costs).cascade
         if found is not None:
             tried += 1
-            broken += one_by_one(logits, labels, found.plan)[0].mean() < base - 0.02
+            broken += one_by_one(logits, labels, found.cascade)[0].mean() < base - 0.02
     assert tried >= 50 and broken / tried <= 0.1  # 2% per chain; the best of several chains is a little worse
 
 
@@ -160,10 +160,10 @@ def test_the_single_degree_is_the_cheapest_that_keeps_the_goal():
     logits, labels = drawn(400, 7, {0: 2.0, 8: 1.9, 16: 0.5})
     costs = Costs.of_gmacs({0: 1.0, 8: 0.6, 16: 0.3})
     found = calibrate(logits, labels, Goal(max_drop=10), costs)
-    assert found.single.plan.degrees == (8,) and found.single.shares == (1.0,)
+    assert found.single.cascade.degrees == (8,) and found.single.shares == (1.0,)
     assert found.single.accuracy == (logits[8].argmax(axis=1) == labels).mean()
     only = calibrate(logits, labels, Goal(max_drop=0), costs)
-    assert only.single.plan.degrees == (0,)  # nothing is lost against itself
+    assert only.single.cascade.degrees == (0,)  # nothing is lost against itself
 
 
 def test_nothing_reaches_too_high_a_goal():
@@ -178,14 +178,14 @@ def test_only_the_degrees_that_may_take_part_do():
     logits, labels = drawn(300, 9, {0: 2.0, 4: 1.9, 8: 1.5, 16: 1.0})
     costs = Costs.of_gmacs({0: 1.0, 4: 0.99, 8: 0.6, 16: 0.3})
     found = calibrate(logits, labels, Goal(max_drop=5), costs, degrees=(0, 8))
-    assert set(found.cascade.plan.degrees) <= {0, 8} and set(found.single.plan.degrees) <= {0, 8}
+    assert set(found.cascade.cascade.degrees) <= {0, 8} and set(found.single.cascade.degrees) <= {0, 8}
 
 
 def test_engines_that_are_equally_sure_of_all_images_make_no_cascade():
     labels = np.array([0, 1] * 50)
     logits = {degree: np.eye(2, dtype=np.float32)[labels] for degree in (0, 8)}
     found = calibrate(logits, labels, Goal(max_drop=2), Costs.of_gmacs({0: 1, 8: 0.5}))
-    assert found.single.plan.degrees == (8,) and found.single.cost <= found.cascade.cost
+    assert found.single.cascade.degrees == (8,) and found.single.cost <= found.cascade.cost
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -196,7 +196,7 @@ def test_whatever_is_found_keeps_the_goal_when_it_runs(seed, images, drop):
     found = calibrate(logits, labels, Goal(max_drop=drop), costs).cascade
     if found is None:
         return
-    right, reached = one_by_one(logits, labels, found.plan)
+    right, reached = one_by_one(logits, labels, found.cascade)
     assert right.mean() == pytest.approx(found.accuracy)
     assert right.mean() >= (logits[0].argmax(axis=1) == labels).mean() - drop / 100
     assert reached == pytest.approx(found.shares)
@@ -212,7 +212,7 @@ def test_the_most_accurate_at_a_cost(at):
             temperatures = {degree: round(fit_temperature(logits[degree], labels), 6) for degree in chain}
             sureness = [confidence(logits[degree], temperatures[degree]) for degree in chain[:-1]]
             for threshold in tocom.calib.cascade.thresholds(np.concatenate(sureness)) if sureness else [0.0]:
-                plan = CascadePlan([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
+                plan = Cascade([Stage(degree, temperatures[degree], 0.0 if degree == chain[-1] else threshold)
                                     for degree in chain])  # fmt: skip
                 right, reached = one_by_one(logits, labels, plan)
                 cost = sum(costs.per_image[degree] * share for degree, share in zip(chain, reached, strict=True))
@@ -224,7 +224,11 @@ def test_the_most_accurate_at_a_cost(at):
         assert found is None
         return
     accuracy, cost, degrees = max(expected, key=lambda each: each[0])
-    assert (found.accuracy, -found.cost, found.plan.degrees) == (pytest.approx(accuracy), pytest.approx(cost), degrees)
+    assert (found.accuracy, -found.cost, found.cascade.degrees) == (
+        pytest.approx(accuracy),
+        pytest.approx(cost),
+        degrees,
+    )
 
 
 def test_how_many_images_a_goal_needs():

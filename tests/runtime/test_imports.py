@@ -1,6 +1,7 @@
 """Tests that the runtime runs without torch, timm and onnx, and that its imports point the right way."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -94,3 +95,15 @@ def test_runs_in_a_bare_environment(tmp_path, family_folder, photos):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6 and "100.00% correct" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("door", ["tocom", "tocom.runtime.engines.onnxruntime_engine"])
+@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
+def test_no_engine_library_reports_to_its_makers(tmp_path, door, library):
+    """Their reports begin with an identifier that they keep below HOME."""
+    environment = {
+        name: value for name, value in os.environ.items() if name[:4] not in ("XDG_", "ORT_") and name != "CI"
+    }
+    command = [sys.executable, "-c", f"import {door}, {library}"]
+    subprocess.run(command, check=True, env=environment | {"HOME": str(tmp_path)}, cwd=ROOT)
+    assert not list(tmp_path.iterdir())

@@ -58,7 +58,7 @@ def test_entry_lists_the_degrees_there_are(family_folder):
     family = Family.read(family_folder)
     assert family.entry(8).degree == 8
     message = refusal(family.entry, 4)
-    assert "(2, 8)" in message and "got 4" in message and "make engines R=4" in message
+    assert "(2, 8)" in message and "got 4" in message and "tocom compile --degrees 4" in message
 
 
 def test_with_entry_replaces_the_same_degree_and_keeps_the_order(family_folder, entry_of):
@@ -85,7 +85,7 @@ def test_a_byte_order_mark_is_no_obstacle(written):
 def test_no_manifest_says_how_to_make_one(tmp_path):
     for folder in (tmp_path, tmp_path / "missing", "\0"):
         assert refusal(Family.read, folder)
-    assert "make engines R=8,16" in refusal(Family.read, tmp_path)
+    assert "tocom compile" in refusal(Family.read, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_check_files_names_the_file_that_is_not_the_compiled_one(family_folder):
         file.write(b"x")
     family.check_files(family_folder, family.entry(2))
     message = refusal(family.check_files, family_folder, family.entry(8))
-    assert "r08/model.onnx" in message and "it has changed" in message and "make engines R=8" in message
+    assert "r08/model.onnx" in message and "it has changed" in message and "tocom compile --degrees 8" in message
     pathlib.Path(family_folder / "r08/model.onnx").unlink()
     assert "r08/model.onnx is missing" in refusal(family.check_files, family_folder, family.entry(8))
 

@@ -179,6 +179,42 @@ def test_what_is_not_a_number_ranks_first_as_in_pytorch_and_never_crashes(run_dr
             ]
 
 
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    """What this machine's user has built lies elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def copying_compiler(tmp_path, monkeypatch):
+    """A compiler that is quick: it writes down what it was asked for."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor last in "$@"; do :; done\necho "$@" > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def test_where_the_package_cannot_be_written_the_users_cache_is(tmp_path, monkeypatch, capsys, copying_compiler):
+    (tmp_path / "package").write_text("a file, so that no folder can be made below")
+    built = tmp_path / "package" / "built"
+    monkeypatch.setattr(tocom.runtime.native, "BUILT", built)
+    assert tocom.runtime.native.main() == 0
+    file = library()
+    assert file.parent == tmp_path / "cache/tocom/native" and "openvino_operators.cpp" in file.read_text()
+    assert capsys.readouterr().out == f"native merge operator: {file}, because {built} cannot be written\n"
+    (file.parent / "openvino-of-yesterday.so").touch()
+    assert build(force=True) == file and list(file.parent.iterdir()) == [file]
+
+
+def test_where_nothing_can_be_written_both_places_are_told(tmp_path, monkeypatch, copying_compiler):
+    (tmp_path / "package").touch()
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "package/built")
+    with pytest.raises(InputError, match=r"cannot be written to .*package/built \(.*\) or to .*tocom/native \("):
+        build()
+
+
 @pytest.mark.full
 def test_the_library_is_built_once_and_again_when_forced(tmp_path, monkeypatch):
     monkeypatch.setattr(tocom.runtime.native, "BUILT", tmp_path / "built")

@@ -6,7 +6,6 @@ import contextlib
 import io
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +17,14 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 
+from tests.waiting import SAFETY_S, eventually
 from tocom.export.artifacts import Engine
 from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
 from tocom.serving.protocol.page_routes import page_routes
-from tocom.serving.service.scheduler import Limits
-from tocom.serving.service.service import ServeOptions, Service
+from tocom.serving.service.options import Limits, ServeOptions
+from tocom.serving.service.service import Service
 
 MAX_BATCH = 8
 DEGREES = {0: (4.0, 0.90), 8: (3.0, 0.89), 16: (2.0, 0.85)}  # degree -> ms and top-1 that its manifest claims
@@ -63,15 +63,13 @@ def served(service: object, **options: object) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 10
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.01)
-    assert server.started
+    eventually(lambda: server.started, "the server's start")
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(SAFETY_S)
+        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

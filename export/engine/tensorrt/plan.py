@@ -7,15 +7,11 @@ Quantized weights stay codes and scales, from which the library chooses its kern
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
-import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -26,67 +22,23 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from tocom.export.engine.tensorrt.four_bit import PutScalesInBlocks
+from tocom.export.engine.tensorrt.plan_options import CURRENT, DEFAULT_TARGETS, PlanOptions
 from tocom.export.graph.graph_pass import apply
 from tocom.export.graph.inline import inline
 from tocom.export.graph.trace import INPUT
+from tocom.runtime.backends import BACKENDS
 from tocom.runtime.engines.tensorrt import device
 from tocom.runtime.engines.tensorrt.runner import complaints, logger
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import flat_of
 from tocom.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX; TensorRT builds for the GPU it runs on
 _FP8_FROM = "sm89"  # the first that has products of 8-bit floats
-CURRENT = "current"  # the GPU of the machine that builds
-_TARGET = re.compile(rf"sm\d+|{CURRENT}")
 _UNLIMITED = 1 << 62
 _ITERATIONS = 3  # of folding: what follows from a folded value is folded next
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """How plans are built.
-
-    Attributes:
-        batch: Smallest, most frequent and largest batch.
-        targets: GPU architectures that a plan of TensorRT for RTX is for, like "sm89", or `CURRENT`; none takes
-            `DEFAULT_TARGETS`, of a graph with 8-bit floats those of them that have such products.
-        hardware_compatible: Whether TensorRT's plan also runs on later GPUs than the one it is built on, sm80 at least.
-        version_compatible: Whether it also runs in later versions of the same major version of TensorRT.
-        stripped: Whether it leaves out the weights, which a refit with the graph's files puts in.
-        own_kernels: Whether merging is our Triton kernels (`.plugin`) instead of the operator's body.
-
-    Raises:
-        InputError: If a value is not one of these.
-    """
-
-    batch: tuple[int, int, int] = (1, 8, 32)
-    targets: tuple[str, ...] = ()
-    hardware_compatible: bool = False
-    version_compatible: bool = False
-    stripped: bool = False
-    own_kernels: bool = False
-
-    def __post_init__(self) -> None:
-        smallest, best, largest = self.batch
-        if not 1 <= smallest <= best <= largest:
-            raise InputError(f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, like 1:8:32, got "
-                             f"{':'.join(map(str, self.batch))}.")  # fmt: skip
-        for target in self.targets:
-            if not _TARGET.fullmatch(target):
-                raise InputError(f"a target must be a GPU architecture like sm89, got {one_line(target)}.")
-
-    def to_json(self) -> dict[str, Any]:
-        """For recipes and the manifest."""
-        return {**asdict(self), "batch": list(self.batch), "targets": list(self.targets)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PlanOptions:
-        """What `to_json` gave."""
-        return cls(**{**value, "batch": tuple(value["batch"]), "targets": tuple(value["targets"])})
 
 
 @dataclass(frozen=True)
@@ -113,7 +65,7 @@ def library_of(backend: str) -> ModuleType:
         InputError: If it is not installed.
     """
     try:
-        return importlib.import_module(LIBRARIES[backend])
+        return importlib.import_module(BACKENDS[backend].library)
     except ImportError as error:
         raise InputError(f"backend {backend} cannot build plans here: {one_line(error)}") from error
 
@@ -272,7 +224,7 @@ def folded(graph: Path, folder: Path, *, own_kernels: bool = False) -> Path:
         folder: Where the copy and its weights are put.
         own_kernels: Whether merging becomes nodes of our plugins.
     """
-    flat = graph.with_name(f".{graph.stem.lstrip('.')}.plan.onnx")  # its weights are found beside it
+    flat = flat_of(graph)  # its weights are found beside it
     try:
         flat.write_bytes(_without_functions(graph, own_kernels=own_kernels).SerializeToString())
         model = ir.load(flat)
@@ -347,8 +299,3 @@ def layer_information(plan: bytes, backend: str) -> str:
             raise InputError(f"{backend} does not load the plan: {_last(messages)}")
         inspector: trt.EngineInspector = engine.create_engine_inspector()
         return inspector.get_engine_information(library.LayerInformationFormat.JSON)
-
-
-def plan_name(graph: Path, recipe: dict[str, Any]) -> str:
-    """File name of the plan that is built from a graph in one way."""
-    return f"{graph.stem}.{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.plan"

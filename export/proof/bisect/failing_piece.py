@@ -33,7 +33,7 @@ import onnxruntime
 
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.polygraphy_tools import load_graph, plain_session, reduced
-from tocom.runtime.engines.base import BACKENDS, precisions
+from tocom.runtime.backends import BACKENDS, engine_module, named
 from tocom.runtime.errors import InputError, one_line
 
 # What imports torch is imported where it is needed: the process that tries pieces has to start soon.
@@ -77,7 +77,7 @@ class Trial:
     """What a piece is tried with.
 
     Attributes:
-        backend: One of `tocom.runtime.engines.base.BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: Number format that it computes in.
         plan: How plans are built, for backends that have them; else None.
         values: File with what a piece's inputs are fed, where it is run.
@@ -101,7 +101,7 @@ def smallest_failing_piece(
 
     Args:
         graph: ONNX file; its weights lie beside it. Where the library runs it, its inputs are float32.
-        backend: One of `tocom.runtime.engines.base.BACKENDS`.
+        backend: One of `tocom.runtime.backends.BACKENDS`.
         precision: Number format that the backend computes in; differences are judged by it. Default: the graph's.
         plan: How plans are built, for backends that have them.
         notify: Told of every piece that was tried.
@@ -113,7 +113,8 @@ def smallest_failing_piece(
         InputError: If the file is no graph, the library is not installed, or ONNX Runtime does not run the graph, so
             that there is nothing to compare with.
     """
-    proto, known = load_graph(graph), precisions(backend)
+    proto, known = load_graph(graph), named(backend).precisions
+    engine_module(backend)  # refuses one that is not installed
     with _Worker(backend) as worker, tempfile.TemporaryDirectory() as folder:
         from tocom.export.graph.insert_qdq import format_of  # while the worker loads the library
 
@@ -138,11 +139,11 @@ def _forms(
     Yields:
         The graph's file, how a plan is built of it (None for libraries that run it), and whether its batch is fixed.
     """
-    from tocom.export.engine.build import PLANNED, needs_inlining
+    from tocom.export.engine.build import needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions, folded, require_buildable
     from tocom.export.graph.inline import inline
 
-    if backend in PLANNED:
+    if BACKENDS[backend].builds_plans:
         plan = replace(plan or PlanOptions(), stripped=False)
         require_buildable(backend, plan)
     else:
@@ -300,9 +301,8 @@ def _keep_silent() -> None:
 
 
 def _load_library(backend: str) -> None:
-    importlib.import_module(
-        BACKENDS[backend] if backend in ("onnxruntime", "openvino") else "tocom.export.engine.tensorrt.plan"
-    )
+    row = BACKENDS[backend]
+    importlib.import_module("tocom.export.engine.tensorrt.plan" if row.builds_plans else row.module)
 
 
 def _failure(trial: Trial, piece: Path) -> str | None:

@@ -19,14 +19,15 @@ from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.engine.build import build
 from tocom.export.engine.tensorrt.plan import PlanOptions
 from tocom.export.graph.half_precision import HALF
-from tocom.export.graph.insert_qdq import forms, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import Lowering
 from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.findings import Findings
-from tocom.export.proof.observe import in_format
-from tocom.export.proof.validate import EXACT, validate
+from tocom.export.proof.reference import EXACT, in_format
+from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source
+from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT
 
 Remake = Callable[[tuple[int, ...]], Report]
@@ -133,7 +134,7 @@ def _quantized(
 ) -> OnnxGraph:
     if not own.weights:
         return base
-    return quantized_graph(base, source.loaded.model, own, WeightStore(folder), _name(kept), forms(backend))
+    return quantized_graph(base, source.loaded.model, own, WeightStore(folder), _name(kept), BACKENDS[backend].qdq)
 
 
 def _name(kept: tuple[int, ...]) -> str:

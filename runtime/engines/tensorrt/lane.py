@@ -61,18 +61,18 @@ class Lane:
         self._plain: trt.IExecutionContext | None = None
         self._plain_part: tuple[int, int] | None = None
         self._graphs: dict[tuple[int, int], Graph | None] = {}
-        with contextlib.ExitStack() as made:
+        with contextlib.ExitStack() as resources:
             self.stream = Stream()
-            made.callback(self.stream.close)
+            resources.callback(self.stream.close)
             self._buffers: dict[str, Buffer] = {}
             for tensor in tensors:
                 self._buffers[tensor.name] = Buffer((largest, *tensor.shape), tensor.dtype)
-                made.callback(self._buffers[tensor.name].close)
+                resources.callback(self._buffers[tensor.name].close)
             self._activations = None if activations is None else Memory(activations)
             if self._activations is not None:
-                made.callback(self._activations.close)
-            made.callback(self._forget_contexts)
-            self._made = made.pop_all()
+                resources.callback(self._activations.close)
+            resources.callback(self._forget_contexts)
+            self._resources = resources.pop_all()
 
     def run(self, images: np.ndarray, part: Part, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Runs one part of a batch and waits for it.
@@ -143,7 +143,7 @@ class Lane:
             if graph is None:
                 self._contexts.pop()
         if graph is not None:
-            self._made.callback(graph.close)
+            self._resources.callback(graph.close)
         return graph
 
     def _context(self) -> trt.IExecutionContext:
@@ -183,7 +183,7 @@ class Lane:
         try:
             self.stream.synchronize()
         finally:
-            self._made.close()
+            self._resources.close()
 
 
 class Pool:

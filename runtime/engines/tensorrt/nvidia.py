@@ -8,9 +8,9 @@ import tensorrt
 
 from ..base import EngineSettings
 from . import device
-from .runner import PRECISIONS, TensorRtRunner
+from .runner import TensorRtRunner
 
-__all__ = ["PRECISIONS", "describe", "native_operators", "open_engine", "unusable"]
+__all__ = ["describe", "open_engine", "unusable"]
 
 _OLDEST = (10, 13)
 
@@ -27,11 +27,6 @@ def unusable() -> str | None:
     """Why no plan can run here; None where one can."""
     why = device.unusable()
     return why and f"{why}: run it where there is an NVIDIA GPU with its driver"
-
-
-def native_operators() -> frozenset[str]:
-    """None: it runs the function bodies."""
-    return frozenset()
 
 
 def open_engine(path: Path, settings: EngineSettings) -> TensorRtRunner:  # noqa: ARG001  # a plan has them built in

@@ -6,9 +6,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...backends import BACKENDS
 from ...errors import InputError, one_line
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+TITLES = {row.name: row.title for row in BACKENDS.values() if row.builds_plans}
 
 _TAGS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 # tag, format of the header, 8 bytes of it, length of the file (TensorRT for RTX), version of the library
@@ -95,6 +96,6 @@ def cut(batch: int, profiles: Sequence[Profile]) -> list[Part]:
     for start in range(0, batch, most):
         images = min(most, batch - start)
         fitting = [profile for profile in profiles if images <= profile.largest]
-        profile = min(fitting, key=lambda each: (max(images, each.smallest), abs(each.best - images), each.index))
+        profile = min(fitting, key=lambda fit: (max(images, fit.smallest), abs(fit.best - images), fit.index))
         parts.append(Part(start, images, max(images, profile.smallest), profile.index))
     return parts

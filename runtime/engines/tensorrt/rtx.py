@@ -6,22 +6,22 @@ What it compiled is kept beside the plan, so that this is done once per GPU.
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tensorrt_rtx
 
+from ...family_files import kernels_of
 from ...files import write_atomically
 from ..base import EngineSettings
 from . import device
-from .runner import PRECISIONS, TensorRtRunner
+from .runner import TensorRtRunner
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
-__all__ = ["PRECISIONS", "RtxRunner", "describe", "native_operators", "open_engine", "unusable"]
+__all__ = ["RtxRunner", "describe", "open_engine", "unusable"]
 
 
 def describe() -> str:
@@ -33,11 +33,6 @@ def unusable() -> str | None:
     """Why no plan can run here; None where one can."""
     why = device.unusable()
     return why and f"{why}: plans can be built here, not run"
-
-
-def native_operators() -> frozenset[str]:
-    """None: it runs the function bodies."""
-    return frozenset()
 
 
 def open_engine(path: Path, settings: EngineSettings) -> RtxRunner:
@@ -69,8 +64,7 @@ class RtxRunner(TensorRtRunner):
         """
         super().__init__(path, tensorrt_rtx, "tensorrt-rtx", cuda_graphs=cuda_graphs, lanes=lanes)
         self._eager = eager
-        gpu = re.sub(r"[^a-z0-9]+", "-", device.name().lower()).strip("-")
-        self._cache_file = Path(path).with_name(f"{Path(path).name}.{gpu}.cache")
+        self._cache_file = kernels_of(Path(path), device.name())
         compiled: trt.IRuntimeCache = self._engine.create_runtime_config().create_runtime_cache()
         self._compiled = compiled
         self._keeping = threading.Lock()

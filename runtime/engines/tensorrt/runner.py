@@ -24,8 +24,6 @@ from .plan import TITLES, Profile, check_header, cut
 if TYPE_CHECKING:  # the types that this code names are the same in all libraries it serves
     import tensorrt_rtx as trt
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights", "int4-weights")
-
 _listeners: dict[int, list[str]] = {}
 
 
@@ -131,11 +129,11 @@ class TensorRtRunner(EngineRunner):
 
     def _run(self, pixel_values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         with self._lane(len(pixel_values)) as lane:
-            found = [
+            outputs = [
                 lane.run(pixel_values[part.start : part.start + part.images], part, names)
                 for part in cut(len(pixel_values), self._profiles)
             ]
-        return {name: np.concatenate([part[name] for part in found]) for name in names} if found[1:] else found[0]
+        return {name: np.concatenate([part[name] for part in outputs]) for name in names} if outputs[1:] else outputs[0]
 
     @contextlib.contextmanager
     def _lane(self, batch: int) -> Iterator[Lane]:

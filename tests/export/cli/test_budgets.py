@@ -18,7 +18,7 @@ import tocom.runtime.infer
 from tocom.calib.cascade_trial import Row, Trial
 from tocom.export.cli import __main__ as cli
 from tocom.export.cli.cascade import better_single
-from tocom.runtime.degrees.cascade import CascadePlan
+from tocom.runtime.degrees.cascade import Cascade
 from tocom.runtime.degrees.local_latency import this_machine
 from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import EngineEntry, Family, InputSpec
@@ -111,7 +111,7 @@ def test_a_cascade_is_found_written_run_and_drawn(run, family, images, tmp_path,
                          "--json", tmp_path / "found.json")  # fmt: skip
     assert status == 0 and "cascade 8, 0" in out and "wrote" in out
     found = json.loads((tmp_path / "found.json").read_text())
-    plan = CascadePlan.read(family, Family.read(family))
+    plan = Cascade.read(family, Family.read(family))
     assert plan.to_json() == found["plan"] and plan.degrees == (8, 0)
     trial = found["trial"]
     low, high = trial["singles"]
@@ -219,7 +219,7 @@ def test_the_frontier_without_accuracies(run, family, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--batch", "1,x"), "whole numbers of 1 or more parted by commas"),
+        (("--batch", "1,x"), "whole numbers of 1 or more separated by commas"),
         (("--batch", "0"), "whole numbers of 1 or more"),
         (("--out", "frontier.gif"), ".png or .svg"),
         (("--out", "/nowhere/frontier.png"), "a folder that is there"),

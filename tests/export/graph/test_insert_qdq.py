@@ -19,13 +19,14 @@ from tocom.calib.quantize.grids import FORMATS
 from tocom.calib.quantize.network import quantized_model
 from tocom.export.engine.build import build
 from tocom.export.graph.fuse import fuse
-from tocom.export.graph.insert_qdq import Form, forms, quantized_format_of, quantized_graph
+from tocom.export.graph.insert_qdq import quantized_format_of, quantized_graph
 from tocom.export.graph.lower import Lowering
 from tocom.export.graph.operators import DOMAIN
 from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.validate import validate
 from tocom.reduction import MERGE, PRUNE
+from tocom.runtime.backends import BACKENDS, QdqForm
 from tocom.runtime.engines.base import open_engine
 from tocom.vit import ReducedViT, schedule_for
 
@@ -42,7 +43,7 @@ def lowered(make_vit, exported, noise, tmp_path):
         calibration = calibrate([float_reference], torch.from_numpy(noise(8, height, width)), method or Method())
         quantization = calibration.quantization(model).without(without)
         plain = exported(family, degree, reduction).source
-        form = form or forms("onnxruntime")
+        form = form or BACKENDS["onnxruntime"].qdq
         graph = quantized_graph(plain, model, quantization, WeightStore(tmp_path), f"{form.unsigned}.onnx", form)
         reference = ReducedViT(quantized_model(model, quantization), schedule, reduction=reduction)
         return graph, reference, quantization, model
@@ -113,10 +114,10 @@ def test_only_products_of_blocks_read_quantized_numbers(family, lowered):
 
 
 def test_codes_are_unsigned_only_in_name(lowered, noise):
-    signed, _, _, model = lowered("deit_tiny", 8, form=Form())
+    signed, _, _, model = lowered("deit_tiny", 8, form=QdqForm())
     pixels = noise(4, *model.patch_embed.img_size, seed=2)
     expected = run(signed.file, pixels, optimized=False)
-    unsigned, *_ = lowered("deit_tiny", 8, form=Form(unsigned=True))
+    unsigned, *_ = lowered("deit_tiny", 8, form=QdqForm(unsigned=True))
     np.testing.assert_array_equal(run(unsigned.file, pixels, optimized=False), expected)
 
 
@@ -192,7 +193,7 @@ def test_codes_that_degrees_have_in_common_are_stored_once(make_vit, make_compen
         fused = replace(fused_of(own, degree), weights=weights, compensation=compensation)
         plain = lowering.lower(schedule_for(model, degree), fused, f"{degree}.onnx")
         quantization = calibration.quantization(own)
-        graphs[degree] = quantized_graph(plain, model, quantization, store, f"{degree}.onnx", Form())
+        graphs[degree] = quantized_graph(plain, model, quantization, store, f"{degree}.onnx", QdqForm())
     places = {
         degree: {
             each.name: tuple((entry.key, entry.value) for entry in each.external_data)
@@ -208,7 +209,7 @@ def test_codes_that_degrees_have_in_common_are_stored_once(make_vit, make_compen
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_format_is_what_stands_in_the_graph(name, lowered):
-    graph, _, quantization, _ = lowered("deit_tiny", 8, form=Form(), method=Method(format=name))
+    graph, _, quantization, _ = lowered("deit_tiny", 8, form=QdqForm(), method=Method(format=name))
     proto = onnx.load(graph.file, load_external_data=False)
     assert graph.precision == quantized_format_of(proto) == name
     inputs = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
@@ -217,7 +218,7 @@ def test_the_format_is_what_stands_in_the_graph(name, lowered):
 
 def test_openvino_computes_the_quantized_network(lowered, noise):
     pytest.importorskip("openvino")
-    graph, reference, _, model = lowered("deit_tiny", 0, form=forms("openvino"))
+    graph, reference, _, model = lowered("deit_tiny", 0, form=BACKENDS["openvino"].qdq)
     pixels = noise(8, *model.patch_embed.img_size, seed=3)
     engine = build(graph, backend="openvino", precision="int8")
     with open_engine(engine.file, "openvino", precision="int8") as runner:

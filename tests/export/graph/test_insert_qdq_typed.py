@@ -29,7 +29,7 @@ from tocom.export.graph.inline import inline
 from tocom.export.graph.insert_qdq import InsertQDQ, quantized_format_of
 from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.runtime.engines.tensorrt.runner import PRECISIONS
+from tocom.runtime.backends import PRECISIONS
 from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT, schedule_for
 

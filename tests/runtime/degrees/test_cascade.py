@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tocom.runtime.degrees.cascade import CascadePlan, Stage, confidence, run, shares
+from tocom.runtime.degrees.cascade import Cascade, Stage, confidence, run, shares
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
 
-TWO = CascadePlan((Stage(8, 1.5, 0.9, "made by a test"), Stage(2, 0.8, 0.0, "made by a test")), {"accuracy": 0.75})
+TWO = Cascade((Stage(8, 1.5, 0.9, "made by a test"), Stage(2, 0.8, 0.0, "made by a test")), {"accuracy": 0.75})
 
 
 def softmax_of_one(row: np.ndarray, temperature: float) -> list[float]:
@@ -23,7 +23,7 @@ def softmax_of_one(row: np.ndarray, temperature: float) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def one_by_one(plan: CascadePlan, table: dict[int, np.ndarray]) -> list[tuple[int, list[float]]]:
+def one_by_one(plan: Cascade, table: dict[int, np.ndarray]) -> list[tuple[int, list[float]]]:
     """Degree and logits of every image, each taken by itself."""
     answers = []
     for image in range(len(table[plan.stages[0].degree])):
@@ -45,7 +45,7 @@ def one_by_one(plan: CascadePlan, table: dict[int, np.ndarray]) -> list[tuple[in
 def test_a_batch_is_answered_as_its_images_one_by_one(images, classes, seed, degrees, thresholds, temperature):
     degrees = sorted(degrees, reverse=True)
     thresholds = [*thresholds[: len(degrees) - 1], 0.0]
-    plan = CascadePlan([Stage(*each) for each in zip(degrees, [temperature] * 4, thresholds, strict=False)])
+    plan = Cascade([Stage(*each) for each in zip(degrees, [temperature] * 4, thresholds, strict=False)])
     draws = np.random.default_rng(seed)
     table = {degree: draws.normal(0, 3, (images, classes)).astype(np.float32) for degree in degrees}
     calls: list[tuple[int, int]] = []
@@ -86,9 +86,9 @@ def test_no_image_is_no_call():
 def test_what_is_written_is_read_back(family_folder):
     family = Family.read(family_folder)
     file = TWO.write(family_folder)
-    assert file.name == "cascade.json" and CascadePlan.read(family_folder, family) == TWO
+    assert file.name == "cascade.json" and Cascade.read(family_folder, family) == TWO
     before = file.read_bytes()
-    CascadePlan.read(family_folder, family).write(family_folder)
+    Cascade.read(family_folder, family).write(family_folder)
     assert file.read_bytes() == before and TWO.degrees == (8, 2)
 
 
@@ -97,17 +97,17 @@ def test_a_plan_of_other_engines_is_refused(family_folder):
     TWO.write(family_folder)
     anew = family.with_entry(replace(family.entry(8), recipe="another"))
     with pytest.raises(InputError, match=r"cascade.json: the engine of degree 8 was compiled anew since: find"):
-        CascadePlan.read(family_folder, anew)
+        Cascade.read(family_folder, anew)
     with pytest.raises(InputError, match=r"cascade.json: degree must be one the family was compiled for \(2\), got 8"):
-        CascadePlan.read(family_folder, replace(family, engines=family.engines[:1]))
+        Cascade.read(family_folder, replace(family, engines=family.engines[:1]))
 
 
 def test_no_plan_says_how_to_find_one(family_folder):
     with pytest.raises(InputError, match=r"no cascade.json in .*: find one with `tocom cascade --engines"):
-        CascadePlan.read(family_folder, Family.read(family_folder))
+        Cascade.read(family_folder, Family.read(family_folder))
     for folder in ("\0", family_folder / "missing"):
         with pytest.raises(InputError):
-            CascadePlan.read(folder, Family.read(family_folder))
+            Cascade.read(folder, Family.read(family_folder))
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_no_plan_says_how_to_find_one(family_folder):
 )
 def test_plans_that_make_no_sense_are_refused(stages, words):
     with pytest.raises(InputError, match=words):
-        CascadePlan(stages)
+        Cascade(stages)
 
 
 def test_a_plan_that_could_not_be_read_back_is_not_written(family_folder):
     with pytest.raises(InputError, match="NaN is not a JSON number"):
-        CascadePlan(TWO.stages, {"accuracy": math.nan}).write(family_folder)
+        Cascade(TWO.stages, {"accuracy": math.nan}).write(family_folder)
     assert not (family_folder / "cascade.json").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_plan_that_could_not_be_read_back_is_not_written(family_folder):
 def test_a_broken_file_gives_one_line(family_folder, raw, words):
     (family_folder / "cascade.json").write_bytes(raw)
     with pytest.raises(InputError, match=words) as caught:
-        CascadePlan.read(family_folder, Family.read(family_folder))
+        Cascade.read(family_folder, Family.read(family_folder))
     assert str(caught.value).isprintable() and "cascade.json" in str(caught.value)
 
 
@@ -165,6 +165,6 @@ def test_any_replaced_value_gives_a_plan_or_one_line(family_folder, stage, key, 
     data["stages"][stage][key] = value
     (family_folder / "cascade.json").write_text(json.dumps(data))
     try:
-        assert CascadePlan.read(family_folder, Family.read(family_folder)).stages
+        assert Cascade.read(family_folder, Family.read(family_folder)).stages
     except InputError as error:
         assert str(error).isprintable() and len(str(error)) < 1000

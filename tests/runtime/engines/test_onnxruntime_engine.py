@@ -2,13 +2,15 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from tocom.runtime.engines import base as engines
-from tocom.runtime.engines.base import EngineRunner, available, open_engine
+from tocom.runtime import backends
+from tocom.runtime.backends import BACKENDS, available
+from tocom.runtime.engines.base import EngineRunner, open_engine
 from tocom.runtime.engines.onnxruntime_engine import CPU, OrtRunner
 from tocom.runtime.errors import InputError
 
@@ -153,7 +155,7 @@ def test_available_says_the_version_or_how_to_install(graph, monkeypatch):
     monkeypatch.delitem(sys.modules, "tocom.runtime.engines.onnxruntime_engine")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status = available()[0]
-    assert not status.usable and status.detail == "not installed: pip install onnxruntime"
+    assert not status.usable and status.detail == "not installed: pip install onnxruntime (or 'tocom[cpu]')"
     with pytest.raises(InputError, match="cannot run here, not installed: pip install onnxruntime"):
         open_engine(graph, "onnxruntime")
 
@@ -161,6 +163,7 @@ def test_available_says_the_version_or_how_to_install(graph, monkeypatch):
 def test_a_library_that_does_not_load_is_told_from_one_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "broken_backend.py").write_text("raise ImportError('libx.so: cannot open\\nshared object')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(engines, "BACKENDS", {"broken": "broken_backend"})
+    broken = replace(BACKENDS["onnxruntime"], name="broken", module="broken_backend")
+    monkeypatch.setattr(backends, "BACKENDS", {"broken": broken})
     (status,) = available()
     assert not status.usable and status.detail == r"its library does not load: libx.so: cannot open\nshared object"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tocom.runtime.engines.openvino_engine
-from tocom.runtime.engines.base import native_operators, open_engine
+from tocom.runtime.backends import native_operators
+from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.native import library
 
@@ -87,8 +88,8 @@ def test_without_the_native_operator_a_graph_that_needs_it_is_refused(exported, 
     engine = exported("deit_tiny", 8)
     monkeypatch.setattr(tocom.runtime.engines.openvino_engine, "library", lambda: None)
     assert native_operators("openvino") == frozenset()
-    assert "make native" in tocom.runtime.engines.openvino_engine.describe()
-    with pytest.raises(InputError, match="make native"):
+    assert "python -m tocom.runtime.native" in tocom.runtime.engines.openvino_engine.describe()
+    with pytest.raises(InputError, match="python -m tocom.runtime.native"):
         open_engine(engine.file, "openvino")
 
 

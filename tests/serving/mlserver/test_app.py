@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,9 +25,11 @@ import tritonclient.http as over_http
 from tritonclient.utils import InferenceServerException
 
 import tocom
+from tests.ports import leased_ports
+from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.manifest import Family
 
-ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.timing
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Server:
     def ask(self, path: str, content: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", content, headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=SAFETY_S) as reply:
                 return reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read()
         except urllib.error.HTTPError as refused:
             with refused:
@@ -58,45 +59,54 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(SAFETY_S)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        bound = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for each in bound:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in bound]
+def _listens(server: Server) -> bool:
+    """Waits until a server is ready; false where it ended, because another program was faster to take a port.
+
+    Raises:
+        AssertionError: It ended for another reason.
+    """
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError):
+            return server.ask("/v2/health/ready")[0] == 200
+        return False
+
+    eventually(lambda: server.process.poll() is not None or is_ready(), "the server", every=0.05)
+    if server.process.poll() is None:
+        return True
+    assert "cannot be listened on" in server.log.read_text() or "cannot listen" in server.log.read_text(), (
+        server.log.read_text()
+    )
+    return False
 
 
 @contextlib.contextmanager
 def running(folder: Path, log: Path, *options: str) -> Iterator[Server]:
-    port, grpc_port = free_ports(2)
-    command = [sys.executable, "-m", "tocom", "serve", str(folder), "--name", "tiny", "--port", str(port),
-               "--grpc-port", str(grpc_port), "--threads", "1", "--max-batch", "8", *options]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True)
-    server = Server(process, port, grpc_port, folder, log)
-    try:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and process.poll() is None:
-            with contextlib.suppress(OSError):
-                if server.ask("/v2/health/ready")[0] == 200:
-                    break
-            time.sleep(0.05)
-        assert process.poll() is None, log.read_text()
-        yield server
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(10)
+    for _ in range(5):
+        with leased_ports(2) as (port, grpc_port), log.open("w") as file:
+            command = [sys.executable, "-m", "tocom", "serve", str(folder), "--name", "tiny", "--port", str(port),
+                       "--grpc-port", str(grpc_port), "--threads", "1", "--max-batch", "8", *options]  # fmt: skip
+            process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, text=True)
+            server = Server(process, port, grpc_port, folder, log)
+            try:
+                if _listens(server):
+                    yield server
+                    return
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait(SAFETY_S)
+    pytest.fail(f"every port was taken: {log.read_text()}")
 
 
 @pytest.fixture(scope="module")
 def server(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     scratch = tmp_path_factory.mktemp("served")
     folder = shutil.copytree(tiny_family, scratch / "family")
-    with running(folder, scratch / "log.txt", "--objective-ms", "1000") as started:
+    with running(folder, scratch / "log.txt", "--objective-ms", "60000") as started:
         yield started
         assert started.stop() == 0
         log = started.log.read_text()
@@ -261,7 +271,7 @@ def test_ending_answers_what_was_accepted(tiny_family: Path, tmp_path: Path, pix
         assert server.stop() == 0
         for future in futures:  # what was not accepted any more is told so
             with contextlib.suppress(InferenceServerException):
-                assert close(future.result(60).as_numpy("logits"), wanted)
+                assert close(future.result(SAFETY_S).as_numpy("logits"), wanted)
         assert sum(future.exception() is None for future in futures) >= 1
 
 
@@ -278,19 +288,33 @@ def test_ending_answers_what_was_accepted(tiny_family: Path, tmp_path: Path, pix
     ],
 )
 def test_bad_usage_is_one_line(tiny_family: Path, options: list[str], says: str) -> None:
-    with contextlib.closing(socket.socket()) as taken:
+    with contextlib.closing(socket.socket()) as taken, contextlib.ExitStack() as held:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         places = {"FAMILY": str(tiny_family), "TAKEN": str(taken.getsockname()[1])}
-        ports = free_ports(2)
         given = [places.get(option, option) for option in options]
+        ports = held.enter_context(leased_ports(2))
         for name, port in zip(("--port", "--grpc-port"), ports, strict=True):
             given += [] if name in given else [name, str(port)]
         command = [sys.executable, "-m", "tocom", "serve", *given]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, cwd=tiny_family.parent, capture_output=True, text=True, timeout=SAFETY_S, check=False
+        )
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert says in lines[-1] and len(lines) == 1, done.stderr
+
+
+def test_a_server_that_is_still_opening_engines_can_be_ended(tiny_family: Path, tmp_path: Path) -> None:
+    with leased_ports(2) as (port, grpc_port):
+        command = [sys.executable, "-m", "tocom", "serve", str(tiny_family), "--port", str(port), "--grpc-port",
+                   str(grpc_port)]  # fmt: skip
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            eventually(lambda: list(tmp_path.glob("tocom-scratch-*")) or process.poll() is not None, "its own folder")
+            process.terminate()
+            assert process.wait(SAFETY_S) == 0, process.stderr.read()
+    assert not list(tmp_path.glob("tocom-*"))
 
 
 def test_the_worker_can_be_killed(server: Server, picture: bytes) -> None:

@@ -12,6 +12,8 @@ from tritonclient.grpc import service_pb2
 
 from tocom.serving.mlserver.grpc_guard import MessageGuard
 
+pytestmark = pytest.mark.timing
+
 SERVICE = "inference.GRPCInferenceService"
 
 
@@ -37,7 +39,7 @@ async def _call(message: bytes, method: str = "ModelInfer") -> object:
         try:
             if method == "ModelStreamInfer":
                 return [each async for each in channel.stream_stream(f"/{SERVICE}/{method}")(iter([message]))]
-            return await channel.unary_unary(f"/{SERVICE}/{method}")(message, timeout=10)
+            return await channel.unary_unary(f"/{SERVICE}/{method}")(message, timeout=60)
         except grpc.aio.AioRpcError as error:
             return error
         finally:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import uvicorn
@@ -18,47 +19,83 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tests.waiting import SAFETY_S, eventually
 from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 
-LIMITS = HttpLimits(
-    max_body_bytes=1000, body_s=0.5, header_s=0.4, max_header_bytes=4096, max_requests=2, max_connections=6
-)
+pytestmark = pytest.mark.timing
+
+LIMITS = HttpLimits(max_body_bytes=1000, body_s=600, header_s=600, max_header_bytes=4096, max_requests=2,
+                    max_connections=6)  # fmt: skip
 
 
-async def _length(request: Request) -> Response:
-    return Response(str(len(await request.body())))
+class Served:
+    """A real server, its state, and an application that a test can hold up."""
 
+    def __init__(self, limits: HttpLimits) -> None:
+        self.begun, self.release = threading.Semaphore(0), threading.Event()
+        routes = [Route("/length", self._length, methods=["POST"]), Route("/slow", self._slow, methods=["POST"])]
+        config = uvicorn.Config(Guard(Starlette(routes=routes), limits), http=guarded_protocol(limits), ws="none",
+                                lifespan="off", log_config=None, port=0)  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        eventually(lambda: self._server.started, "the server's start")
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
-async def _slow(request: Request) -> Response:
-    await request.body()
-    await asyncio.sleep(0.8)
-    return Response("done")
+    async def _length(self, request: Request) -> Response:
+        self.begun.release()
+        return Response(str(len(await request.body())))
+
+    async def _slow(self, request: Request) -> Response:
+        await request.body()
+        self.begun.release()
+        assert await asyncio.to_thread(self.release.wait, SAFETY_S)
+        return Response("done")
+
+    def wait_for_connections(self, count: int) -> None:
+        """Waits until the server knows of so many open connections."""
+        eventually(lambda: len(self._server.server_state.connections) == count, f"{count} connections")
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.should_exit = True
+        self._thread.join(SAFETY_S)
+        assert not self._thread.is_alive()
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
-    app = Starlette(routes=[Route("/length", _length, methods=["POST"]), Route("/slow", _slow, methods=["POST"])])
-    config = uvicorn.Config(Guard(app, LIMITS), http=guarded_protocol(LIMITS), ws="none", lifespan="off",
-                            log_config=None, port=0)  # fmt: skip
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(5)
+def serve() -> Iterator[Callable[[HttpLimits], Served]]:
+    made: list[Served] = []
+
+    def build(limits: HttpLimits) -> Served:
+        made.append(Served(limits))
+        return made[-1]
+
+    yield build
+    for server in made:
+        server.close()
 
 
 @pytest.fixture
-def dial(port: int) -> Iterator[Callable[[], socket.socket]]:
+def server(serve: Callable[[HttpLimits], Served]) -> Served:
+    """One whose limits on time are never reached."""
+    return serve(LIMITS)
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Served], socket.socket]]:
     with contextlib.ExitStack() as stack:
 
-        def connect() -> socket.socket:
-            made = socket.create_connection(("127.0.0.1", port), timeout=5)
+        def dial(server: Served) -> socket.socket:
+            made = socket.create_connection(("127.0.0.1", server.port), timeout=SAFETY_S)
             return stack.enter_context(contextlib.closing(made))
 
-        yield connect
+        yield dial
+
+
+@pytest.fixture
+def dial(server: Served, connect: Callable[[Served], socket.socket]) -> Callable[[], socket.socket]:
+    return lambda: connect(server)
 
 
 def post(body: bytes, path: str = "/length", headers: str = "", length: int | None = None) -> bytes:
@@ -113,78 +150,94 @@ def test_a_compressed_body_is_refused(dial: Callable[[], socket.socket]) -> None
     assert "Content-Encoding" in json.loads(body)["error"]
 
 
-def test_a_slow_body(dial: Callable[[], socket.socket]) -> None:
-    connection = dial()
+def test_a_slow_body(serve: Callable[[HttpLimits], Served], connect: Callable[[Served], socket.socket]) -> None:
+    connection = connect(serve(replace(LIMITS, body_s=0.3)))
+    began = time.monotonic()
     connection.sendall(post(b"a", length=10))
-    began = time.monotonic()
-    status, _, _ = answer(connection)
-    assert status == 408
-    assert 0.3 < time.monotonic() - began < 3
+    status, _, body = answer(connection)
+    assert status == 408 and "within 0.3 s" in json.loads(body)["error"]
+    assert time.monotonic() - began > 0.2  # it was waited for
 
 
-def test_slow_headers(dial: Callable[[], socket.socket]) -> None:
-    silent, trickling = dial(), dial()
-    began = time.monotonic()
-    with contextlib.suppress(OSError):
-        for byte in b"POST /length HTTP/1.1\r\n" * 3:
-            trickling.sendall(bytes([byte]))
-            time.sleep(0.05)
-            if time.monotonic() - began > 2:
-                pytest.fail("a connection that sends a byte now and then is kept")
-    with contextlib.suppress(OSError):
-        assert answer(silent)[0] == 0
+def test_slow_headers(serve: Callable[[HttpLimits], Served], connect: Callable[[Served], socket.socket]) -> None:
+    server = serve(replace(LIMITS, header_s=0.3))
+    silent, trickling = connect(server), connect(server)
+    trickling.sendall(b"POST /length HTTP/1.1\r\nHost: x\r\nX: ")
+    trickling.settimeout(0.05)
+    sent = 0
+    while not ended(trickling):
+        with contextlib.suppress(OSError):
+            sent += trickling.send(b"y")
+        assert sent < 4000, "a connection that sends a byte now and then is kept"  # by time, not by size
+    assert answer(silent)[0] == 0
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the server has ended a connection, after waiting as long as the socket's timeout is."""
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
 
 
 def test_endless_headers(dial: Callable[[], socket.socket]) -> None:
     connection = dial()
-    connection.sendall(b"POST /length HTTP/1.1\r\nHost: x\r\nX: ")
-    with pytest.raises(OSError), contextlib.suppress(AssertionError):
-        for _ in range(1000):
-            connection.sendall(b"y" * 1024)
-            time.sleep(0.001)
-        pytest.fail("a header without an end is read")
+    with contextlib.suppress(OSError):  # it may be ended before all of it is sent
+        connection.sendall(b"POST /length HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 5000)
+    assert ended(connection), "a header without an end is read"
 
 
-def test_too_many_requests_at_once(dial: Callable[[], socket.socket]) -> None:
+def test_too_many_requests_at_once(server: Served, dial: Callable[[], socket.socket]) -> None:
     busy = [dial(), dial()]
     for connection in busy:
         connection.sendall(post(b"x", path="/slow"))
-    time.sleep(0.2)
+        assert server.begun.acquire(timeout=SAFETY_S)
     third = dial()
     third.sendall(post(b"x"))
     status, headers, body = answer(third)
     assert status == 503
     assert headers["retry-after"] == "1"
     assert "2 requests" in json.loads(body)["error"]
+    server.release.set()
     assert [answer(connection)[::2] for connection in busy] == [(200, b"done")] * 2
-    again = dial()
-    again.sendall(post(b"xyz"))
-    assert answer(again)[::2] == (200, b"3")
+    assert_answers(dial, b"xyz")
 
 
-def test_too_many_connections(dial: Callable[[], socket.socket]) -> None:
+def assert_answers(dial: Callable[[], socket.socket], body: bytes) -> None:
+    """A request is answered as soon as the server has noticed that others have ended."""
+
+    def answered() -> bool:
+        connection = dial()
+        connection.sendall(post(body))
+        status, _, content = answer(connection)
+        connection.close()
+        assert status in (200, 503)
+        return status == 200 and content == str(len(body)).encode()
+
+    eventually(answered, "an answer")
+
+
+def test_too_many_connections(server: Served, dial: Callable[[], socket.socket]) -> None:
     idle = [dial() for _ in range(6)]
-    time.sleep(0.1)
+    server.wait_for_connections(6)
     seventh = dial()
     status, headers, _ = answer(seventh)
     assert (status, headers["retry-after"]) == (503, "1")
     for connection in idle:
         connection.close()
-    time.sleep(0.2)
-    again = dial()
-    again.sendall(post(b"xy"))
-    assert answer(again)[::2] == (200, b"2")
+    assert_answers(dial, b"xy")
 
 
-def test_a_client_that_leaves_halfway_leaves_nothing_behind(dial: Callable[[], socket.socket]) -> None:
+def test_a_client_that_leaves_halfway_leaves_nothing_behind(server: Served, dial: Callable[[], socket.socket]) -> None:
     for _ in range(10):
         connection = dial()
         connection.sendall(post(b"abc", length=100))
+        assert server.begun.acquire(timeout=SAFETY_S)
         connection.close()
-    time.sleep(0.2)
-    connection = dial()
-    connection.sendall(post(b"abcd"))
-    assert answer(connection)[::2] == (200, b"4")
+        server.wait_for_connections(0)
+    assert_answers(dial, b"abcd")
 
 
 def test_retry_after_is_whole_seconds() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family, InputSpec
-from tocom.serving.protocol.open_inference import Tensor, metadata, read_input, read_want
-from tocom.serving.service.scheduler import Want
+from tocom.serving.protocol.open_inference import Tensor, metadata, read_degree_request, read_input
+from tocom.serving.service.request import DegreeRequest
 
 SPEC = InputSpec((3, 2, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")
 FAMILY = Family("tiny", 5, SPEC, 0, None, None, None, ())
@@ -65,22 +65,22 @@ def test_bad_input_is_told_in_one_line(tensors: list[Tensor], says: str) -> None
 
 
 def test_want() -> None:
-    assert read_want(None) == read_want({}) == Want()
-    assert read_want({"degree": 8, "other": "x"}) == Want(degree=8)
-    assert read_want({"min_degree": "4", "max_degree": 12}) == Want(min_degree=4, max_degree=12)
+    assert read_degree_request(None) == read_degree_request({}) == DegreeRequest()
+    assert read_degree_request({"degree": 8, "other": "x"}) == DegreeRequest(degree=8)
+    assert read_degree_request({"min_degree": "4", "max_degree": 12}) == DegreeRequest(min_degree=4, max_degree=12)
 
 
 def test_want_in_time_or_accuracy() -> None:
-    assert read_want({"budget_ms": 5, "min_accuracy": "0.9"}) == Want(budget_ms=5, min_accuracy=0.9)
+    assert read_degree_request({"budget_ms": 5, "min_accuracy": "0.9"}) == DegreeRequest(budget_ms=5, min_accuracy=0.9)
     for value in (-1, "x", True, float("nan"), float("inf"), [1], "1e3", "nan"):
         with pytest.raises(InputError, match="must be a number"):
-            read_want({"budget_ms": value})
+            read_degree_request({"budget_ms": value})
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "x", "-3", "1e3", True, [8], {"a": 1}, "9" * 400])
 def test_a_degree_that_is_none(value: object) -> None:
     with pytest.raises(InputError, match="whole number") as refused:
-        read_want({"degree": value})
+        read_degree_request({"degree": value})
     assert len(str(refused.value)) < 200
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import http.client
 import io
+import itertools
 import json
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import tocom
+from tests.waiting import SAFETY_S
 from tocom.runtime.engines.merge_trace import MergeTracer
 from tocom.runtime.errors import InputError
 from tocom.serving.protocol.page_routes import PageService, page_routes
 from tocom.serving.service.errors import BusyError
+
+pytestmark = pytest.mark.timing
 
 
 class Connection:
@@ -27,7 +31,7 @@ class Connection:
         self.port = port
 
     def __call__(self, method, path, body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SAFETY_S)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -190,7 +194,7 @@ def test_a_body_may_have_as_many_bytes_as_allowed(small_server):
 @pytest.mark.parametrize("head", ["Content-Length: 99999999999999999999", "Content-Length: 1001",
                                   "Transfer-Encoding: chunked"])  # fmt: skip
 def test_what_is_too_large_is_refused_before_it_has_come(small_server, head):
-    with socket.create_connection(("127.0.0.1", small_server), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", small_server), timeout=SAFETY_S) as connection:
         connection.sendall(f"POST /api/predict HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
         if "chunked" in head:
             connection.sendall(b"3e8\r\n" + bytes(1000) + b"\r\n" + b"1\r\n0\r\n")  # and no end
@@ -212,31 +216,23 @@ def test_refusals_of_the_service(serve_page, error, status, after):
 
 
 def test_waiting_requests_are_bounded(serve_page):
-    release, started = threading.Event(), threading.Event()
+    release = threading.Event()
 
     def slow(*_):
-        started.set()
-        assert release.wait(20)
+        assert release.wait(SAFETY_S)
         return {"degree": 8}
 
     with serve_page(Fixed(slow)) as port, ThreadPoolExecutor(12) as clients:
         ask = Connection(port)
         asked = [clients.submit(ask, "POST", "/api/merges?degree=8", b"x") for _ in range(12)]
-        assert started.wait(10)
-        status, headers, _ = next(each for each in _finished(asked))
-        assert (status, headers["retry-after"]) == (503, "1")
-        assert ask("GET", "/api/family")[0] == 200  # is not kept waiting by them
-        release.set()
+        try:  # none of the accepted ones is answered before all of the others are refused
+            refused = [future.result() for future in itertools.islice(as_completed(asked, SAFETY_S), 4)]
+            assert ask("GET", "/api/family")[0] == 200  # is not kept waiting by them
+        finally:
+            release.set()
         statuses = [each.result()[0] for each in asked]
+    assert [(status, headers["retry-after"]) for status, headers, _ in refused] == [(503, "1")] * 4
     assert sorted(statuses) == [200] * 8 + [503] * 4
-
-
-def _finished(futures):
-    done = threading.Event()
-    for future in futures:
-        future.add_done_callback(lambda _: done.set())
-    assert done.wait(10)
-    return [future.result() for future in futures if future.done()]
 
 
 def test_many_at_the_same_time(ask, picture):

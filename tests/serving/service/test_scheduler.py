@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
+from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.errors import InputError
 from tocom.serving.service.degree_policy import DegreePolicy, Speed
 from tocom.serving.service.errors import BusyError
-from tocom.serving.service.scheduler import Answer, Limits, Scheduler, Want
+from tocom.serving.service.options import Limits
+from tocom.serving.service.request import Answer, DegreeRequest
+from tocom.serving.service.scheduler import Scheduler
+
+pytestmark = pytest.mark.timing
 
 DEGREES = (0, 8, 16)
+
+
+class Clock:
+    """Tells the time that a test has set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Engine:
@@ -27,7 +41,7 @@ class Engine:
         self.fails: Exception | None = None
 
     def __call__(self, pixel_values: np.ndarray, degree: int) -> np.ndarray:
-        assert self.allowed.wait(10)
+        assert self.allowed.wait(SAFETY_S)
         self.batches.append((len(pixel_values), degree))
         if self.fails is not None:
             raise self.fails
@@ -40,7 +54,12 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def make(engine: Engine) -> Iterator[Callable[..., Scheduler]]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(engine: Engine, clock: Clock) -> Iterator[Callable[..., Scheduler]]:
     made: list[Scheduler] = []
 
     def build(objective_s: float | None = None, workers: int = 1, **limits: float) -> Scheduler:
@@ -48,7 +67,7 @@ def make(engine: Engine) -> Iterator[Callable[..., Scheduler]]:
         policy = DegreePolicy(
             {degree: Speed(0.0, 0.01 / (1 + degree)) for degree in DEGREES}, objective_s, max_batch=most["max_batch"]
         )
-        made.append(Scheduler([engine] * workers, DEGREES, policy, Limits(**most)))
+        made.append(Scheduler([engine] * workers, DEGREES, policy, Limits(**most), clock=clock))
         return made[-1]
 
     yield build
@@ -65,8 +84,7 @@ def held_up(engine: Engine, scheduler: Scheduler) -> Future[Answer]:
     """Sends a request that keeps the worker busy until `engine.allowed` is set."""
     engine.allowed.clear()
     first = scheduler.submit(images(-1))
-    while scheduler.queued:
-        time.sleep(0.001)
+    eventually(lambda: scheduler.queued == 0, "a worker that takes it")
     return first
 
 
@@ -77,7 +95,7 @@ def test_every_request_gets_its_own_rows(engine: Engine, make: Callable[..., Sch
     sent = [images(*(1000 * number + at for at in range(size))) for number, size in enumerate(sizes)]
     futures = [scheduler.submit(each) for each in sent]
     for each, future in zip(sent, futures, strict=True):
-        assert np.array_equal(future.result(10).logits[:, 0], each[:, 0, 0, 0])
+        assert np.array_equal(future.result(SAFETY_S).logits[:, 0], each[:, 0, 0, 0])
     assert sum(count for count, _ in engine.batches) == sizes.sum()
     assert max(count for count, _ in engine.batches) <= 4
 
@@ -87,17 +105,24 @@ def test_what_waits_runs_together(engine: Engine, make: Callable[..., Scheduler]
     first = held_up(engine, scheduler)
     futures = [scheduler.submit(images(value)) for value in range(5)]
     engine.allowed.set()
-    assert [future.result(10).logits[0, 0] for future in (first, *futures)] == [-1, 0, 1, 2, 3, 4]
+    assert [future.result(SAFETY_S).logits[0, 0] for future in (first, *futures)] == [-1, 0, 1, 2, 3, 4]
     assert [count for count, _ in engine.batches] == [1, 4, 1]
 
 
 def test_pins_and_limits_are_kept_and_do_not_share_batches(engine: Engine, make: Callable[..., Scheduler]) -> None:
     scheduler = make()
     held_up(engine, scheduler)
-    wants = [Want(degree=8), Want(), Want(min_degree=8), Want(max_degree=8), Want(degree=8), Want(degree=16)]
+    wants = [
+        DegreeRequest(degree=8),
+        DegreeRequest(),
+        DegreeRequest(min_degree=8),
+        DegreeRequest(max_degree=8),
+        DegreeRequest(degree=8),
+        DegreeRequest(degree=16),
+    ]
     futures = [scheduler.submit(images(value), want) for value, want in enumerate(wants)]
     engine.allowed.set()
-    answers = [future.result(10) for future in futures]
+    answers = [future.result(SAFETY_S) for future in futures]
     assert [answer.degree for answer in answers] == [8, 0, 8, 0, 8, 16]
     assert [answer.logits[0, 0] for answer in answers] == [0, 1, 2, 3, 4, 5]
     assert engine.batches[1:] == [(3, 8), (2, 0), (1, 16)]
@@ -106,9 +131,9 @@ def test_pins_and_limits_are_kept_and_do_not_share_batches(engine: Engine, make:
 def test_no_degree_that_a_request_allows(make: Callable[..., Scheduler]) -> None:
     scheduler = make()
     with pytest.raises(InputError, match="one of the degrees 0, 8, 16"):
-        scheduler.submit(images(1), Want(degree=7))
+        scheduler.submit(images(1), DegreeRequest(degree=7))
     with pytest.raises(InputError, match="one of the degrees"):
-        scheduler.submit(images(1), Want(min_degree=9, max_degree=15))
+        scheduler.submit(images(1), DegreeRequest(min_degree=9, max_degree=15))
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, make: Callable[..., Scheduler]) -> None:
@@ -119,8 +144,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, make: C
         scheduler.submit(images(9))
     assert refused.value.retry_after_s > 0
     engine.allowed.set()
-    assert [future.result(10).logits[0, 0] for future in accepted] == list(range(8))
-    assert scheduler.submit(images(9)).result(10).logits[0, 0] == 9
+    assert [future.result(SAFETY_S).logits[0, 0] for future in accepted] == list(range(8))
+    assert scheduler.submit(images(9)).result(SAFETY_S).logits[0, 0] == 9
 
 
 def test_a_cancelled_request_is_not_run(engine: Engine, make: Callable[..., Scheduler]) -> None:
@@ -129,18 +154,21 @@ def test_a_cancelled_request_is_not_run(engine: Engine, make: Callable[..., Sche
     gone, stays = scheduler.submit(images(1)), scheduler.submit(images(2))
     assert gone.cancel()
     engine.allowed.set()
-    assert stays.result(10).logits[0, 0] == 2
+    assert stays.result(SAFETY_S).logits[0, 0] == 2
     assert engine.batches == [(1, 0), (1, 0)]
 
 
-def test_what_waited_too_long_is_refused(engine: Engine, make: Callable[..., Scheduler]) -> None:
-    scheduler = make(max_wait_s=0.05)
-    held_up(engine, scheduler)
+def test_what_waited_too_long_is_refused(engine: Engine, clock: Clock, make: Callable[..., Scheduler]) -> None:
+    scheduler = make(max_wait_s=5)
+    first = held_up(engine, scheduler)
     late = scheduler.submit(images(1))
-    time.sleep(0.1)
+    clock.now = 0.5
+    in_time = scheduler.submit(images(2))
+    clock.now = 5.1
     engine.allowed.set()
-    with pytest.raises(BusyError, match="waited more than"):
-        late.result(10)
+    with pytest.raises(BusyError, match="waited more than 5 s"):
+        late.result(SAFETY_S)
+    assert [future.result(SAFETY_S).logits[0, 0] for future in (first, in_time)] == [-1, 2]
 
 
 def test_what_fails_is_told_to_all_of_the_batch_and_to_nobody_else(
@@ -153,9 +181,9 @@ def test_what_fails_is_told_to_all_of_the_batch_and_to_nobody_else(
     engine.allowed.set()
     for future in (first, *both):
         with pytest.raises(RuntimeError, match="broken"):
-            future.result(10)
+            future.result(SAFETY_S)
     engine.fails = None
-    assert scheduler.submit(images(3)).result(10).logits[0, 0] == 3
+    assert scheduler.submit(images(3)).result(SAFETY_S).logits[0, 0] == 3
 
 
 def test_closing_answers_what_was_accepted(engine: Engine, make: Callable[..., Scheduler]) -> None:
@@ -164,12 +192,11 @@ def test_closing_answers_what_was_accepted(engine: Engine, make: Callable[..., S
     accepted = [scheduler.submit(images(value)) for value in range(6)]
     closing = threading.Thread(target=scheduler.close)
     closing.start()
-    while not scheduler._closing:
-        time.sleep(0.001)
+    eventually(lambda: scheduler._closing, "the beginning of the end")
     with pytest.raises(BusyError, match="shutting down"):
         scheduler.submit(images(7))
     engine.allowed.set()
-    closing.join(10)
+    closing.join(SAFETY_S)
     assert all(future.done() for future in (first, *accepted))
     assert [future.result().logits[0, 0] for future in accepted] == list(range(6))
 
@@ -181,26 +208,33 @@ def test_closing_without_draining_refuses(engine: Engine, make: Callable[..., Sc
     closing = threading.Thread(target=scheduler.close, kwargs={"drain": False})
     closing.start()
     with pytest.raises(BusyError, match="shutting down"):
-        waiting.result(10)
+        waiting.result(SAFETY_S)
     engine.allowed.set()
-    closing.join(10)
-    assert first.result(1).degree == 0
+    closing.join(SAFETY_S)
+    assert first.result(SAFETY_S).degree == 0
 
 
-def test_a_queue_raises_the_degree_and_an_idle_one_lets_it_fall(engine: Engine, make: Callable[..., Scheduler]) -> None:
+def test_a_queue_raises_the_degree_and_an_idle_one_lets_it_fall(
+    engine: Engine, clock: Clock, make: Callable[..., Scheduler]
+) -> None:
     scheduler = make(objective_s=0.05, max_queued=1000)
-    scheduler._policy._hold_s = 0.1
     held_up(engine, scheduler)
     futures = [scheduler.submit(images(value)) for value in range(200)]
-    pinned = scheduler.submit(images(500), Want(max_degree=0))
+    pinned = scheduler.submit(images(500), DegreeRequest(max_degree=0))
     engine.allowed.set()
-    answered = [future.result(10).degree for future in futures]
+    answered = [future.result(SAFETY_S).degree for future in futures]
     assert answered[0] == 16
-    assert pinned.result(10).degree == 0
-    until = time.monotonic() + 10
-    while scheduler.degree and time.monotonic() < until:
-        time.sleep(0.05)
-    assert scheduler.degree == 0
+    assert pinned.result(SAFETY_S).degree == 0
+    assert scheduler.degree == 16  # nothing is as late as it was, but it has not been so for long
+    fell = set()
+
+    def passed() -> bool:
+        clock.now += 1  # seconds, in which nothing comes
+        fell.add(scheduler.degree)
+        return scheduler.degree == 0
+
+    eventually(passed, "the fall of the degree", every=0.3)
+    assert fell == {16, 8, 0}  # step by step
 
 
 @pytest.mark.parametrize(

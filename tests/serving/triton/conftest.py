@@ -1,28 +1,30 @@
 """The example's family, and a real Triton server on loopback.
 
 The server comes from the wheel that `make test` unpacks into build/triton: Triton itself with its Python backend
-alone. The backends onnxruntime and openvino are stood in for by those in backends/, which read the same repository.
+alone. The backends onnxruntime and openvino are stood in for by those in backends/, which read the same repository; a
+model of the first can be held up.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.ports import HOST, leased_ports
+from tests.waiting import SAFETY_S, eventually
 from tocom.export.artifacts import OnnxGraph
 from tocom.export.engine.build import build
 from tocom.export.family.steps import Graphs
@@ -32,11 +34,9 @@ from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import EngineEntry, Family
 
 ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "examples" / "digits"
 WHEEL = ROOT / "build" / "triton"
 SERVER = WHEEL / "pytriton" / "tritonserver"
 DEGREES = (0, 8, 16)
-_STARTS_WITHIN, _STOPS_WITHIN = 90, 60  # seconds
 
 
 def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
@@ -48,11 +48,11 @@ def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
     )  # fmt: skip
 
 
-def _make_families(root: Path) -> None:
+def _make_families(example: Path, root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
-    digits.mkdir(parents=True)
-    given = {"compensator": EXAMPLE / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
-    source = load_source(CompileOptions(model=str(EXAMPLE), out=digits, degrees=DEGREES, **given))
+    digits.mkdir()
+    given = {"compensator": example / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
+    source = load_source(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
     with Graphs(source, WeightStore(digits, []), lambda degree, stage: None) as lowered:
         graphs = {degree: lowered.graph(degree, "onnxruntime") for degree in DEGREES}
     family = source.family
@@ -65,16 +65,9 @@ def _make_families(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The example for ONNX Runtime, and its degree 8 for OpenVINO; made by the first of several test processes."""
-    root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "triton-families"
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            making = root.with_suffix(".making")
-            _make_families(making)
-            making.rename(root)
+def families(once: Callable[[str, Callable[[Path], object]], Path], small_example: Path) -> dict[str, Path]:
+    """The example in miniature for ONNX Runtime, and its degree 8 for OpenVINO."""
+    root = once("triton-families", partial(_make_families, small_example))
     return {"digits": root / "digits", "vino": root / "vino"}
 
 
@@ -91,16 +84,42 @@ class Running:
     Attributes:
         http: Its address, as clients want it.
         grpc: Likewise.
+        metrics: Likewise.
         log: What it says.
         process: Itself.
         shared: What the names of its shared memory begin with.
+        repositories: What it serves.
     """
 
     http: str
     grpc: str
+    metrics: str
     log: Path
     process: subprocess.Popen
     shared: str
+    repositories: tuple[Path, ...]
+
+    @contextmanager
+    def held_up(self, model: str) -> Iterator[None]:
+        """Keeps a model from running what it is given until the context ends; see the backend for ONNX Runtime."""
+        (folder,) = (each / model for each in self.repositories if (each / model).is_dir())
+        (folder / "hold").touch()
+        try:
+            yield
+        finally:
+            (folder / "hold").unlink()
+
+    def begun(self, model: str) -> int:
+        """Images of all calls of a model that have begun, as its backend says."""
+        return sum(map(int, re.findall(f"{model} runs ([0-9]+) images", self.log.read_text(errors="replace"))))
+
+    def waiting(self, model: str) -> int:
+        """Requests for a model that wait, as its metrics say."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=SAFETY_S) as answer:
+            lines = answer.read().decode().splitlines()
+        (line,) = (each for each in lines if each.startswith("nv_inference_pending_request_count{")
+                   and f'model="{model}"' in each)  # fmt: skip
+        return int(float(line.split()[-1]))
 
 
 def _why_not() -> str | None:
@@ -130,7 +149,8 @@ def _make_python(folder: Path) -> Path:
     packages.mkdir(parents=True)
     for name in ("numpy", "numpy.libs"):
         (packages / name).symlink_to(WHEEL / name)
-    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    others = [each for each in sys.path if Path(each).name == "site-packages"]  # an environment may lie over another
+    (packages / "others.pth").write_text("".join(f"{each}\n" for each in others))
     executable = Path(sys.executable).resolve()
     (folder / "bin").mkdir()
     for name in ("python3", "python"):
@@ -148,14 +168,6 @@ def _make_backends(folder: Path) -> Path:
     return folder
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def _is_ready(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=5) as answer:
@@ -164,40 +176,54 @@ def _is_ready(address: str) -> bool:
         return False
 
 
+def _command(folder: Path, repositories: Sequence[Path], backends: Path, ports: Sequence[int]) -> list[str]:
+    http, grpc, metrics = ports
+    return [
+        str(SERVER / "bin" / "tritonserver"), *(f"--model-repository={each}" for each in repositories),
+        f"--backend-directory={backends}", "--disable-auto-complete-config",
+        f"--backend-config=python,shm-region-prefix-name={_shared(folder)}", "--exit-timeout-secs=120",
+        f"--http-address={HOST}", f"--http-port={http}", f"--grpc-address={HOST}", f"--grpc-port={grpc}",
+        f"--metrics-address={HOST}", f"--metrics-port={metrics}", "--allow-gpu-metrics=false",
+    ]  # fmt: skip
+
+
+def _shared(folder: Path) -> str:
+    return f"tocom_test_{os.getpid()}_{folder.name}"
+
+
 @contextmanager
 def run_triton(folder: Path, repositories: Sequence[Path]) -> Iterator[Running]:
     """A Triton server for some model repositories; skips the test where there is none."""
     if (why := _why_not()) is not None:
         pytest.skip(why)
-    http, grpc, metrics = _free_ports(3)
-    shared = f"tocom_test_{os.getpid()}"
-    command = [
-        str(SERVER / "bin" / "tritonserver"), *(f"--model-repository={each}" for each in repositories),
-        f"--backend-directory={_make_backends(folder / 'backends')}", "--disable-auto-complete-config",
-        f"--backend-config=python,shm-region-prefix-name={shared}", "--exit-timeout-secs=30",
-        "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
-        "--metrics-address=127.0.0.1", f"--metrics-port={metrics}", "--allow-gpu-metrics=false",
-    ]  # fmt: skip
-    log = folder / "log.txt"
-    with log.open("w") as told:
-        environment = _environment(_make_python(folder / "python")) | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, env=environment, cwd=folder)
-    try:
-        deadline = time.monotonic() + _STARTS_WITHIN
-        while not _is_ready(f"127.0.0.1:{http}"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(0.1)
-        yield Running(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log, process, shared)
-    finally:
-        if process.poll() is None:
-            process.terminate()
+    backends, python = _make_backends(folder / "backends"), _make_python(folder / "python")
+    environment, log = _environment(python) | {"OMP_NUM_THREADS": "1"}, folder / "log.txt"
+    for _ in range(5):
+        with leased_ports(3) as ports, log.open("w") as told:
+            http, grpc, metrics = (f"{HOST}:{port}" for port in ports)
+            command = _command(folder, repositories, backends, ports)
+            process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, env=environment, cwd=folder)
             try:
-                process.wait(_STOPS_WITHIN)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for left in Path("/dev/shm").glob(f"{shared}*"):
-            left.unlink()
+                eventually(lambda: process.poll() is not None or _is_ready(http), "the server", every=0.05)  # noqa: B023
+                if process.poll() is None:
+                    yield Running(http, grpc, metrics, log, process, _shared(folder), tuple(repositories))
+                    return
+                assert "in use" in log.read_text(), log.read_text()[-5000:]  # another program was faster
+            finally:
+                _end(process)
+                for left in Path("/dev/shm").glob(f"{_shared(folder)}*"):
+                    left.unlink()
+    pytest.fail(f"every port was taken: {log.read_text()[-5000:]}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(SAFETY_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

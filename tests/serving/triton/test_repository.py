@@ -154,7 +154,7 @@ def test_the_preprocessing_model_needs_nothing_of_this_checkout(families: dict[s
     script = f"""
 import importlib.util, pathlib, sys, types
 import numpy as np
-for module in ("torch", "onnx", "onnxruntime"):
+for module in ("torch", "onnx", "onnxruntime", "tocom.serving", "tocom.export"):
     sys.modules[module] = None
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 spec = importlib.util.spec_from_file_location("model", {str(out / "digits_preprocess/1/model.py")!r})

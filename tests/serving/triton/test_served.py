@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +14,15 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from tests.waiting import SAFETY_S, eventually
 from tocom.export.cli.export_triton import _inlined
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
 from tocom.runtime.preprocess import preprocess
 from tocom.serving.triton.config import TritonOptions
 from tocom.serving.triton.repository import RepositoryOptions, write_repository
+
+pytestmark = pytest.mark.timing
 
 DEGREES = (0, 8, 16)
 PROTOCOLS = (tritonclient.http, tritonclient.grpc)
@@ -137,60 +138,73 @@ def test_concurrent_requests_share_calls(server, families, noise) -> None:
     expected = local(families["digits"], 8, pixels)
     with connect(server, tritonclient.grpc) as client:
         before = statistics(client, "digits_r08")
-        found, errors = burst(client, "digits_r08", pixels)
-        deadline = time.monotonic() + 10  # an answer may be there before it is counted
-        while (after := statistics(client, "digits_r08")).inference_count < before.inference_count + 32:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    assert not errors
-    worst = max(np.abs(found[index] - expected[index : index + 1]).max() for index in range(32))
+        burst = Burst(server, client, "digits_r08")
+        with server.held_up("digits_r08"):
+            for index in range(32):
+                burst.send(pixels[index : index + 1])
+            eventually(burst.has_come, "the last request")
+        found = [burst.answer(index) for index in range(32)]
+        # an answer may be there before it is counted
+        eventually(lambda: statistics(client, "digits_r08").inference_count == before.inference_count + 32, "the count")
+        after = statistics(client, "digits_r08")
+    worst = max(np.abs(row - expected[index : index + 1]).max() for index, row in enumerate(found))
     assert worst <= 1e-5 * np.abs(expected).max()  # each its own answer
     assert after.execution_count - before.execution_count <= 16
     assert max(each.batch_size for each in after.batch_stats) > 3
 
 
 def test_a_full_queue_is_refused(server, noise) -> None:
-    pixels = noise(24, 32, 32)
-    with connect(server, tritonclient.grpc) as client:
-        found, errors = burst(client, "tight_r16", pixels)
-    assert found and errors and len(found) + len(errors) == 24
-    assert all("Exceeds maximum queue size" in str(error) for error in errors.values())
-
-
-def test_a_full_queue_is_status_503(server, noise) -> None:
-    given = [tensor(tritonclient.http, "pixel_values", noise(1, 32, 32))]
-    statuses = []
-    with tritonclient.http.InferenceServerClient(server.http, concurrency=16) as client:
-        for waiting in [client.async_infer("tight_r16", given) for _ in range(16)]:
-            try:
-                waiting.get_result()
-                statuses.append("200")
-            except InferenceServerException as error:
-                statuses.append(error.status())
-    assert set(statuses) == {"200", "503"}
+    """What waits is bounded however fast requests come: while the model is held up none leaves the queue."""
+    given = tensor(tritonclient.http, "pixel_values", noise(1, 32, 32))
+    with connect(server, tritonclient.grpc) as client, connect(server, tritonclient.http) as http:
+        burst = Burst(server, client, "tight_r16")
+        with server.held_up("tight_r16"):
+            while not burst.errors:
+                assert burst.send(noise(1, 32, 32)) < 100, "nothing is refused"
+                eventually(lambda: burst.errors or burst.has_come(), "a request")
+            with pytest.raises(InferenceServerException) as refused:
+                http.infer("tight_r16", [given])
+            assert refused.value.status() == "503"
+        assert all("Exceeds maximum queue size" in str(error) for error in burst.errors.values())
+        accepted = [index for index in range(burst.sent) if index not in burst.errors]
+        assert accepted and all(burst.answer(index).shape == (1, 10) for index in accepted)
+        assert http.infer("tight_r16", [given]).as_numpy("logits").shape == (1, 10)
 
 
 def statistics(client, model: str):
     return client.get_inference_statistics(model).model_stats[0]
 
 
-def burst(client, model: str, pixels: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, Exception]]:
-    """Sends every image as a request of its own, all at once."""
-    found, errors, done = {}, {}, threading.Semaphore(0)
+class Burst:
+    """Requests of one image each, for a model that nobody else asks, sent without waiting for their answers."""
 
-    def keep(index: int, result, error) -> None:
+    def __init__(self, server, client, model: str) -> None:
+        self._server, self._client, self._model = server, client, model
+        self._before, self.sent = server.begun(model), 0
+        self.found: dict[int, np.ndarray] = {}
+        self.errors: dict[int, InferenceServerException] = {}
+
+    def send(self, pixels: np.ndarray) -> int:
+        """Sends a request; returns its number."""
+        number, self.sent = self.sent, self.sent + 1
+        given = [tensor(tritonclient.grpc, "pixel_values", pixels)]
+        self._client.async_infer(self._model, given, lambda result, error: self._keep(number, result, error))
+        return number
+
+    def has_come(self) -> bool:
+        """Whether all that was sent waits in the server or is in calls that have begun."""
+        return self._server.waiting(self._model) + self._server.begun(self._model) - self._before == self.sent
+
+    def _keep(self, number: int, result, error) -> None:
         if error is None:
-            found[index] = result.as_numpy("logits")
+            self.found[number] = result.as_numpy("logits")
         else:
-            errors[index] = error
-        done.release()
+            self.errors[number] = error
 
-    for index in range(len(pixels)):
-        given = [tensor(tritonclient.grpc, "pixel_values", pixels[index : index + 1])]
-        client.async_infer(model, given, lambda result, error, index=index: keep(index, result, error))
-    for _ in range(len(pixels)):
-        assert done.acquire(timeout=60)
-    return found, errors
+    def answer(self, number: int) -> np.ndarray:
+        eventually(lambda: number in self.found or number in self.errors, f"the answer to request {number}")
+        assert number not in self.errors, self.errors[number]
+        return self.found[number]
 
 
 def test_what_does_not_fit_is_refused(server, noise) -> None:
@@ -226,15 +240,23 @@ def _huge() -> bytes:
     return file.getvalue()
 
 
-def test_a_stopped_server_has_answered_what_it_took(server, noise) -> None:
-    """Last, because no other test finds the server again."""
-    pixels = noise(40, 32, 32)
-    with connect(server, tritonclient.grpc) as client:
-        stopped = threading.Timer(0.02, server.process.terminate)
-        stopped.start()
-        found, errors = burst(client, "digits_r00", pixels)
-        stopped.join()
-    assert len(found) + len(errors) == len(pixels)
-    assert all("UNAVAILABLE" in error.status() for error in errors.values())
-    assert server.process.wait(60) == 0
+def test_a_stopped_server_has_answered_what_it_took(families, triton, noise, tmp_path) -> None:
+    """It ends while a call runs and others wait: these are answered, what comes later is refused."""
+    write_repository(families["digits"], tmp_path / "one", RepositoryOptions((0,), "one"), _inlined)
+    pixels = noise(20, 32, 32)
+    expected = local(families["digits"], 0, pixels)
+    with triton(tmp_path, [tmp_path / "one"]) as server, connect(server, tritonclient.grpc) as client:
+        burst = Burst(server, client, "one_r00")
+        with server.held_up("one_r00"):
+            for index in range(20):
+                burst.send(pixels[index : index + 1])
+            eventually(burst.has_come, "the last request")
+            server.process.terminate()
+            eventually(lambda: "Waiting for in-flight requests" in server.log.read_text(), "the beginning of the end")
+            with pytest.raises(InferenceServerException) as refused:
+                client.infer("one_r00", [tensor(tritonclient.grpc, "pixel_values", pixels[:1])])
+        assert refused.value.status() == "StatusCode.UNAVAILABLE"
+        found = np.concatenate([burst.answer(index) for index in range(20)])
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert server.process.wait(SAFETY_S) == 0
     assert not list(Path("/dev/shm").glob(f"{server.shared}*"))
