@@ -114,7 +114,7 @@ def find_cascade(
         lambda done: on_progress("timing the cascade beside single degrees", done, len(batches)),
     )  # fmt: skip
     gmacs = {entry.degree: entry.gmacs for entry in family.engines}
-    on_reporting = {degree: each[reporting] for degree, each in logits.items()}
+    on_reporting = {degree: rows[reporting] for degree, rows in logits.items()}
     trial = compare(cascade.cascade, on_reporting, labels[reporting], times, gmacs, options.batch)
     _ensure_kept(options.goal, trial)
     rivals = [row for row in trial.singles if single is not None and row.degrees == single.cascade.degrees]

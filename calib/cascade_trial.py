@@ -126,13 +126,13 @@ def measure_times(
         ):
             staged = {first: infer} | dict.fromkeys(later, infer_rest)
             runs.append(_timed(cascade, [base, *group], infer, staged, batches, tell))
-    fewest = min(len(found["cascade"]) for found in runs)
-    typical = statistics.median(float(np.median(found[_name(base)])) for found in runs)
+    fewest = min(len(run_times["cascade"]) for run_times in runs)
+    typical = statistics.median(float(np.median(run_times[_name(base)])) for run_times in runs)
     times: dict[str, np.ndarray] = {}
-    for found in runs:
-        scale = typical / float(np.median(found[_name(base)]))
-        for name, each in found.items():
-            times.setdefault(name, scale * each[:fewest])
+    for run_times in runs:
+        scale = typical / float(np.median(run_times[_name(base)]))
+        for name, measured in run_times.items():
+            times.setdefault(name, scale * measured[:fewest])
     return times
 
 

@@ -251,13 +251,14 @@ def _require_float_ends(graph: ir.Graph, error: type[Exception]) -> None:
 
 
 def _made_of(graph: ir.Graph, values: Iterable[ir.Value], how_many: Callable[[Iterable[bool]], bool]) -> set[ir.Node]:
-    """Nodes that read, of what no weight decides, any or all from these values or from what is made of them."""
+    """Nodes that read, of the floats that depend on the input, any or all from these values or what is made of them."""
     moving, derived, nodes = set(graph.inputs), set(values), set()
     for node in graph:
         read = moving.intersection(node.inputs)
-        moving.update(node.outputs if read else ())
+        floats = [value for value in node.outputs if value.dtype in (FLOAT, *HALF.values())]  # counts do not move
+        moving.update(floats if read else ())
         if read and how_many(value in derived for value in read):
-            derived.update(node.outputs)
+            derived.update(floats)
             nodes.add(node)
     return nodes
 
