@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine, and set up what they need first:
 #   make engines R=8,16      compile one engine per degree
-#   make test                run the tests
+#   make test                run the tests (test-full: all of them; test-stress: what waits, 20 times on a busy machine)
 #   make serve               serve the compiled family (the example where there is none; ARGS="--objective-ms 50")
 #   make experiment          repeat the paper's experiment (resumable; QUICK=1 for a quarter of an hour)
 # Your own model:  make engines R=8,16 MODEL=deit_small_patch16_224 CHECKPOINT=my.safetensors
@@ -35,7 +35,7 @@ TENSORRT_API := 10.16.1.11 11.4.0.106
 # wheels that hold a Triton server with its Python backend, which only works with this numpy: served by in tests
 TRITON := nvidia-pytriton==0.7.0 numpy==1.26.4
 
-.PHONY: engines serve test test-full experiment bench gpu-check lint native setup clean
+.PHONY: engines serve test test-bench test-full test-stress experiment bench gpu-check lint native setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready native
@@ -57,8 +57,22 @@ serve: .venv/ready-serve
 test: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
 
+# the campaigns of bench/, of which `make test` runs a thin slice
+test-bench: .venv/ready-dev native
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "" tests/bench
+
 test-full: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
-	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m ""
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "" --hypothesis-profile others
+
+# what waits for threads, processes and sockets, N times beside two processes that never rest, in another order each time
+N ?= 20
+test-stress: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
+	@for number in 1 2; do $(BIN)/python -c 'while True: pass' & busy="$$busy $$!"; done; trap "kill $$busy" EXIT; \
+	trap 'exit 130' INT TERM; \
+	for round in $$(seq $(N)); do \
+	  seed=$$(date +%s); echo "round $$round of $(N), --random-order-seed=$$seed"; \
+	  $(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "timing and not full" --random-order-seed=$$seed || exit 1; \
+	done
 
 experiment: .venv/ready-dev
 	$(BIN)/python -m bench.experiment --preset $(if $(QUICK),quick,$(or $(PRESET),small)) $(ARGS)

@@ -6,7 +6,9 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,18 +18,49 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from timm.layers import Attention
 from torch import Tensor, nn
 
 import tocom.export.engine.measure_latency
+from tests.oracles import naive_match, naive_merge, naive_prune, naive_select
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.artifacts import Engine, FusedCheckpoint, OnnxGraph
+from tocom.export.family.compile import compile_family
 from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.source.options import CompileOptions
 from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.vit import schedule_for
+
+# An example that takes long on a busy machine is no fault; `make test` tries the same examples everywhere, and
+# `make test-full` others every time
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None, print_blob=True)
+settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their module makes run in one process, so that it is made once; the others run in any."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(each[-1].scope == "module" and each[-1].baseid == item.parent.nodeid for each in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.parent.nodeid))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in a line what was skipped and why."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped {len(skipped)} ({why})")
+
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores
 os.environ["TOCOM_BACKEND"] = "onnxruntime"  # trying every engine library is tested once
@@ -97,8 +130,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 OTHERS = {"two_patches": partial(tiny_vit, "deit_tiny_patch16_224", img_size=(8, 16))}
 WITHOUT_CLASS_TOKEN = ("gap", "map", "reg1_gap", "reg4_gap", "max")
+LIKE_OTHERS = ("deit_base", "augreg", "reg1_gap")  # what they have others have too: exported in the full run only
 DEGREES = (0, 1, 4, 8, 13, 16)
-DEFAULT_DEGREES = {"deit_tiny": (0, 1, 8, 16), "deit_distilled": (1, 8), "map": (0, 16), "reg4_dinov2": (4, 13)}
+DEFAULT_DEGREES = {"deit_tiny": (0, 8, 16), "deit_distilled": (8,), "map": (16,), "reg4_dinov2": (13,)}
 DEFAULT_PRUNED = {"deit_tiny": (8,), "reg4_dinov2": (13,)}
 
 
@@ -109,8 +143,8 @@ def _export_grid() -> list[object]:
     """
     grid = []
     for index, family in enumerate(FAMILIES):
-        default = {MERGE: DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],)),
-                   PRUNE: DEFAULT_PRUNED.get(family, ())}  # fmt: skip
+        degrees = () if family in LIKE_OTHERS else DEFAULT_DEGREES.get(family, ((8, 16, 4, 13, 1)[index % 5],))
+        default = {MERGE: degrees, PRUNE: DEFAULT_PRUNED.get(family, ())}
         for reduction in (MERGE,) if family in WITHOUT_CLASS_TOKEN else (MERGE, PRUNE):
             for degree in DEGREES:
                 marks = () if degree in default[reduction] else pytest.mark.full
@@ -216,27 +250,46 @@ def fused_of() -> Callable[[nn.Module, int], FusedCheckpoint]:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    tmp_path_factory: pytest.TempPathFactory, fused_of: Callable[[nn.Module, int], FusedCheckpoint]
-) -> Callable[..., Engine]:
-    """Exports a family at a degree, once per session: worker processes find each other's exports on disk."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder once per session: of several test processes the first one makes it, and the others wait for it.
+
+    It is shared, so nobody may change what is in it.
+    """
     root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports"
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                making = root / f".{name}"
+                shutil.rmtree(making, ignore_errors=True)  # of a process that failed on it
+                making.mkdir()
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def exported(
+    once: Callable[[str, Callable[[Path], object]], Path], fused_of: Callable[[nn.Module, int], FusedCheckpoint]
+) -> Callable[..., Engine]:
+    """Exports a family at a degree, once per session."""
 
     @cache
     def export(family: str, degree: int, reduction: Reduction = MERGE) -> Engine:
         model = (FAMILIES | OTHERS)[family]()
-        folder = root / f"{family}-r{degree}-{reduction.name}"
         fused = fused_of(model, degree)
-        if not folder.exists():
-            making = root / f".{folder.name}-{os.getpid()}"
-            making.mkdir(parents=True)
+
+        def make(making: Path) -> None:
             store = WeightStore(making)
             graph = lower(model, schedule_for(model, degree), fused, store, "model.onnx", reduction)
             (making / "graph.json").write_text(json.dumps([dict(graph.files), graph.tokens, graph.gmacs]))
-            # where another process was faster, its export stands
-            if not folder.exists():
-                making.rename(folder)
+
+        folder = once(f"export-{family}-r{degree}-{reduction.name}", make)
         files, tokens, gmacs = json.loads((folder / "graph.json").read_text())
         graph = OnnxGraph(folder / "model.onnx", files, tuple(tokens), gmacs, fused)
         return Engine(graph.file, "onnxruntime", "fp32", files, graph)
@@ -244,78 +297,52 @@ def exported(
     return export
 
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits"
+SMALL = "vit_tiny_patch16_224"
+SMALL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def small_family(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with `model.safetensors`, of SMALL with SMALL_ARGS, and `family`, compiled from it at degree 4.
+
+    To be copied by who changes anything.
+    """
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        save_file(timm.create_model(SMALL, num_classes=10, **SMALL_ARGS).state_dict(), folder / "model.safetensors")
+        checkpoint = folder / "model.safetensors"
+        options = CompileOptions(SMALL, folder / "family", (4,), checkpoint=checkpoint, model_args=SMALL_ARGS)
+        assert not compile_family(options).failed
+
+    return once("small-family", make)
+
+
+@pytest.fixture(scope="session")
+def small_example(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The digits example in miniature: a model folder with random weights, `compensator.safetensors` beside them."""
+
+    def make(folder: Path) -> None:
+        config = json.loads((EXAMPLE / "config.json").read_text())
+        config["model_args"]["depth"] = depth = 2
+        (folder / "config.json").write_text(json.dumps(config))
+        model = randomize_(timm.create_model(config["architecture"], num_classes=10, **config["model_args"]))
+        save_file(model.state_dict(), folder / "model.safetensors")
+        torch.manual_seed(0)
+        width = config["model_args"]["embed_dim"]
+        compensator = Compensator(CompensatorInfo(width=width, depth=depth, backbone=config["architecture"]))
+        for weight in compensator.parameters():
+            weight.data.normal_(0, 0.3)
+        (folder / "compensator.safetensors").write_bytes(compensator.to_safetensors())
+
+    return once("small-example", make)
+
+
 @pytest.fixture(scope="session")
 def engine_at() -> Callable[[Engine, Path], Engine]:
     """An engine whose graph is another file: for graphs that were tampered with."""
     return lambda engine, file: replace(engine, file=file, source=replace(engine.source, file=file))
-
-
-def naive_match(
-    metric: Sequence[Sequence[float]], r: int, protected: int, keep_order: bool
-) -> tuple[list[int], list[int], list[int]]:
-    """The merge decisions for one image, token by token, as design.md words them: src, dst, unm."""
-    tokens = len(metric)
-    free = range(protected, tokens)
-    sources, destinations = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
-
-    def cosine(i: int, j: int) -> float:
-        lengths = math.hypot(*metric[i]) * math.hypot(*metric[j])
-        return math.fsum(p * q for p, q in zip(metric[i], metric[j], strict=True)) / lengths if lengths else 0.0
-
-    best: dict[int, tuple[float, int]] = {}
-    for i in sources:
-        for j in destinations:
-            if i not in best or cosine(i, j) > best[i][0]:
-                best[i] = cosine(i, j), j
-    ranked = sorted(sources, key=lambda i: (-best[i][0], i))
-    r = min(r, (tokens - protected) // 2)
-    src, unm = ranked[:r], ranked[r:]
-    return src, [best[i][1] for i in src], sorted(unm) if keep_order else unm
-
-
-def naive_merge(
-    x: np.ndarray, token_size: np.ndarray, decisions: tuple[list[int], list[int], list[int]], protected: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One image's tokens [N, C] and sizes [N] after merging, summed token by token."""
-    src, dst, unm = decisions
-    tokens, sizes = [], []
-    odd = [i for i in range(protected, len(x)) if i % 2 == 1]
-    for position in [*range(protected), *unm, *odd]:
-        members = [position] + [i for i, j in zip(src, dst, strict=True) if j == position]
-        size = sum(float(token_size[i]) for i in members)
-        tokens.append(sum(x[i].astype(np.float64) * float(token_size[i]) for i in members) / size)
-        sizes.append(size)
-    return np.stack(tokens), np.array(sizes)
-
-
-def naive_select(attention: Sequence[float], r: int, protected: int) -> tuple[list[int], list[int]]:
-    """The pruning decisions for one image: the least attended token goes, the last of equals, r + 1 times."""
-    kept, dropped = list(range(protected, len(attention))), []
-    for _ in range(r + 1):
-        least = kept[0]
-        for i in kept:
-            if attention[i] <= attention[least]:
-                least = i
-        kept.remove(least)
-        dropped.append(least)
-    return kept, sorted(dropped)
-
-
-def naive_prune(
-    x: np.ndarray,
-    token_size: np.ndarray,
-    attention: Sequence[float],
-    decisions: tuple[list[int], list[int]],
-    protected: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One image's tokens [N, C] and sizes [N] after pruning; the plain mean where nothing dropped was attended."""
-    kept, dropped = decisions
-    total = math.fsum(float(attention[i]) for i in dropped)
-    shares = [float(attention[i]) / total if total else 1 / len(dropped) for i in dropped]
-    fused = sum(share * x[i].astype(np.float64) for share, i in zip(shares, dropped, strict=True))
-    stay = [*range(protected), *kept]
-    sizes = [float(token_size[i]) for i in stay] + [sum(float(token_size[i]) for i in dropped)]
-    return np.stack([*(x[i].astype(np.float64) for i in stay), fused]), np.array(sizes)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_the_compensator_gives_back_what_merging_takes(engines: Path) -> None:
     family = Family.read(engines)
     plain, merged = family.entry(0).accuracy, family.entry(16).accuracy
@@ -43,6 +44,7 @@ def test_the_compensator_gives_back_what_merging_takes(engines: Path) -> None:
     assert family.entry(16).gmacs < family.entry(0).gmacs / 1.8
 
 
+@pytest.mark.full
 def test_infer_as_a_script(engines: Path) -> None:
     """As the README shows it, from another folder, and agreeing with what the compile measured."""
     script = [sys.executable, ROOT / "runtime" / "infer.py", "--engines", engines, "--degree", "16", EXAMPLE]
@@ -51,6 +53,7 @@ def test_infer_as_a_script(engines: Path) -> None:
     assert f"{Family.read(engines).entry(16).accuracy['top1']:.2%} correct" in done.stderr
 
 
+@pytest.mark.full
 def test_the_python_api_does_what_its_page_shows(
     engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,33 +1,39 @@
-"""`tocom validate`: proves a family, says where one goes wrong, and writes the report."""
+"""`tocom validate`: validates a family, says where one goes wrong, and writes the report."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Group, Parameter
 from rich.markup import escape
 
 from tocom.export.cli.console import complain, open_console, stages
+from tocom.export.cli.exits import Exit
+from tocom.export.cli.extras import require_extra
 from tocom.export.cli.options import (
-    BisectFolder,
+    MEASURING,
     Checkpoint,
-    Compare,
     CompensatorFile,
-    Images,
+    Degrees,
+    FamilyFolder,
     Limit,
     Model,
     ModelArgs,
     NumClasses,
-    read_degrees,
-    read_model_args,
+    existing,
+    flag,
+    option,
+    whole,
 )
+from tocom.export.cli.reading import read_model_args
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -35,78 +41,134 @@ if TYPE_CHECKING:
 
     from tocom.export.artifacts import Engine, Report
     from tocom.export.proof.validate_family import FamilyValidation, ValidatedDegree, ValidateOptions
+    from tocom.export.source.options import CompileOptions
 
+COMPARISON = Group("What is compared", sort_key=7)
+FINDINGS = Group("What is found", sort_key=8)
 _SIDE = (
     "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
     "another family of the checkpoint"
 )
 
 
-_VERSIONS = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino")  # of the report
+_VERSIONS = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino")  # of the report, where installed
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the family was made from, where its compile.toml does not say, or files have moved."""
+
+    model: Model | None = None
+    checkpoint: Checkpoint = None
+    compensator: CompensatorFile | None = None
+    num_classes: NumClasses = None
+    model_arg: ModelArgs = ()
+
+    def files_of(self, family: Path, degrees: tuple[int, ...], images: Path | None, limit: int) -> CompileOptions:
+        """What the family's engines are compared with is made from these.
+
+        Raises:
+            InputError: If a model argument is no pair.
+        """
+        from tocom.export.source.options import CompileOptions
+
+        return CompileOptions(
+            model=self.model, out=family, degrees=degrees, checkpoint=self.checkpoint, compensator=self.compensator,
+            images=images, limit=limit, num_classes=self.num_classes, model_args=read_model_args(self.model_arg),
+        )  # fmt: skip
+
+
+_AS_RECORDED = Origin()
 
 
 def validate_command(
-    engines: Annotated[Path, typer.Option(help="Folder of the family.")],
-    model: Model,
-    checkpoint: Checkpoint = None,
-    compensator: CompensatorFile = None,
-    degrees: Annotated[str | None, typer.Option(help="Degrees to validate. Default: all.")] = None,
-    images: Images = None,
+    family: FamilyFolder,
+    /,
+    *,
+    origin: Origin = _AS_RECORDED,
+    degrees: Degrees = (),
+    images: Annotated[
+        Path | None,
+        existing("Folder of images; with one folder per class, top-1 is measured too.", panel=MEASURING,
+                 metavar="FOLDER"),
+    ] = None,
     limit: Limit = 500,
-    num_classes: NumClasses = None,
-    model_arg: ModelArgs = None,
-    candidate: Annotated[str, typer.Option(metavar="WHO", help=f"What is validated: {_SIDE}.")] = "engines",
+    candidate: Annotated[
+        str, option(f"What is validated: {_SIDE}.", panel=COMPARISON, metavar="WHO")
+    ] = "engines",
     against: Annotated[
         str,
-        typer.Option(
-            metavar="WHO",
-            help="What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are proven against "
+        option(
+            "What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are validated against "
             "float64, then compared with each other.",
+            panel=COMPARISON, metavar="WHO",
         ),
     ] = "torch:fp64",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Prove engines as prepared for so many images. Default: for any number.")
+        int | None,
+        whole("Images per call; engines are prepared for that many. Default: for any number.", 1, panel=COMPARISON),
     ] = None,
+    compare: Annotated[
+        bool,
+        flag("Also compare each degree across all engine libraries that run here (Polygraphy).", panel=COMPARISON),
+    ] = False,
     per_block: Annotated[
-        bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
+        bool, flag("Also show decisions and errors block by block.", panel=FINDINGS)
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.json, report.md and report.html there.")
+        Path | None, option("Write report.json, report.md and report.html there.", panel=FINDINGS, metavar="FOLDER")
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="An image whose merged patches the report shows, reference beside candidate."
+        option(
+            "An image whose merged patches the report shows, reference beside candidate.", panel=FINDINGS,
+            metavar="FILE",
         ),
     ] = None,
-    compare: Compare = False,
-    bisect: BisectFolder = None,
-) -> None:
-    """Prove the engines of a family once more, against the reference made from the original files.
+    bisect: Annotated[
+        Path | None,
+        option(
+            "For each degree that fails, say which operator of which block is the first to be wrong, and which blocks "
+            "kept in float32 bring it back; and write the smallest piece of its graph that its engine library fails on "
+            "there, as rNN.onnx (Polygraphy).",
+            panel=FINDINGS, metavar="FOLDER",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Validate the engines of a family once more, against the reference made from the original files.
 
-    Decisions and values are judged apart: an engine that decides otherwise at a tie passes, one that computes otherwise
-    does not, however small the difference in its logits.
+    The family's compile.toml says where these lie; name the ones that have moved. Decisions and values are checked
+    apart: an engine that decides otherwise at a tie passes, one that computes otherwise does not, however small the
+    difference in its logits. Writes nothing but the report and what --bisect finds.
+
+    Examples of use:
+
+        tocom validate engines/my
+        tocom validate engines/my --images val-images --report report --per-block
+        tocom validate engines/my --checkpoint moved/my.safetensors --degrees 8
+        tocom validate engines/my --candidate openvino:bf16 --bisect pieces
 
     Exit status: 0 all pass, 1 an engine fails, 2 bad input.
+
+    See also: `tocom compile`, `tocom inspect`.
     """
-    wanted = read_degrees(degrees) if degrees else ()
-    if compare:
-        import tocom.export.cli.inspect_graph  # noqa: F401  # says at once if Polygraphy is missing
     _require_folder("--bisect", bisect)
     _require_report(report, image)
+    require_extra("compile", "validating")
+    if compare:
+        require_extra("polygraphy", "--compare")
+    if report is not None:
+        require_extra("report", "--report")
+    files = origin.files_of(family, degrees, images, limit)
     from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
     from tocom.export.proof.validate_family import ValidateOptions, validate_family
-    from tocom.export.source.options import CompileOptions
 
-    files = CompileOptions(
-        model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
-        limit=limit, num_classes=num_classes, model_args=read_model_args(model_arg),
-    )  # fmt: skip
     options = ValidateOptions(files, candidate, against, batch)
-    with stages(len(wanted) or None) as notify:
+    with stages(len(degrees) or None) as notify:
         validation = validate_family(options, notify)
     console = open_console()
-    console.print(verdict_table(validation.reports, escape(f"validation of {engines}")))
+    console.print(verdict_table(validation.reports, escape(f"validation of {family}")))
     for line in fault_lines(validation.reports):
         console.print(f"[red]{escape(one_line(line))}[/]")
     if any(each.findings.pair for each in validation.reports.values()):
@@ -121,7 +183,7 @@ def validate_command(
                 _locate(degree, validated, validation.reports[degree], candidate)
     _examine(validation.reports, comparing=compare, folder=bisect)
     if not all(validation.reports.values()):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _require_folder(option: str, folder: Path | None) -> None:
@@ -149,10 +211,6 @@ def _require_report(report: Path | None, image: Path | None) -> None:
         raise InputError("--image is for the report: name its folder with --report.")
     if image is not None and not image.is_file():
         raise InputError(f"--image must be an image file, got {one_line(image)}")
-    if report is not None:
-        from tocom.export.proof.report.plots import require_matplotlib
-
-        require_matplotlib()
 
 
 def _locate(degree: int, validated: ValidatedDegree, report: Report, candidate: str) -> None:
@@ -222,10 +280,18 @@ def _write_report(folder: Path, image: Path | None, validation: FamilyValidation
         candidate=found.candidate,
         against=found.reference if found.against is None else found.against.candidate,
         date=datetime.now(UTC).date().isoformat(),
-        versions={name: version(name) for name in _VERSIONS if find_spec(name.partition("-")[0]) is not None},
+        versions=_installed_versions(),
         checkpoint_sha256=family.checkpoint_sha256,
         compensator_sha256=family.compensator_sha256,
         command=shlex.join(["tocom", *sys.argv[1:]]),
     )
     for file in write_report(folder, validation.reports, about, pictures):
         open_console().print("[green]wrote[/]", str(file), markup=True)
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

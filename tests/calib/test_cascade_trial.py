@@ -1,14 +1,15 @@
 """Tests calib/cascade_trial.py: fair halves, costs and gains against sums written out, times in turns."""
 
 import contextlib
-import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tocom.calib import cascade_trial
 from tocom.calib.cascade_trial import compare, halves, in_batches, measure_times
 from tocom.runtime.degrees.cascade import Cascade, Stage
 
@@ -73,8 +74,11 @@ def test_the_best_single_degree_costs_no_more():
     assert cheapest.best_single("ms") is None
 
 
-def test_times_are_measured_in_turns_with_the_engines_they_are_meant_for():
-    opened, calls = [], []
+@pytest.mark.timing
+def test_times_are_measured_in_turns_with_the_engines_they_are_meant_for(monkeypatch):
+    opened, calls, clock = [], [], []
+    now = SimpleNamespace(perf_counter_ns=lambda: sum(clock), perf_counter=lambda: sum(clock) / 1e9)
+    monkeypatch.setattr(cascade_trial, "time", now)  # a clock that nothing but these engines moves on
 
     @contextlib.contextmanager
     def opening(degrees, batch):
@@ -83,7 +87,7 @@ def test_times_are_measured_in_turns_with_the_engines_they_are_meant_for():
         def infer(images, degree):
             assert degree in degrees
             calls.append((degree, len(images), batch))
-            time.sleep(0.002 if degree == 0 else 0.0005)
+            clock.append(4_000_000 if degree == 0 else 1_000_000)
             sure = np.zeros((len(images), 2), np.float32)
             sure[:, 0] = 10 * images[:, 0, 0, 0]  # images of ones are easy, of zeros hard
             return sure
@@ -98,4 +102,6 @@ def test_times_are_measured_in_turns_with_the_engines_they_are_meant_for():
     assert opened == [([0, 4, 8, 12, 16], 2), ([0], None), ([0, 8, 20], 2), ([0], None)]
     assert {size for degree, size, batch in calls if batch == 2} == {2}
     assert {(degree, size) for degree, size, batch in calls if batch is None} == {(0, 1), (0, 2)}
-    assert times["cascade"][0] < times["degree 0"].mean() < times["cascade"][2]  # hard images run twice
+    # ms an image: the first stage alone, with one hard image of two, and with both
+    np.testing.assert_allclose(times["cascade"], [0.5, 2.5, 2.5])
+    np.testing.assert_allclose(times["degree 0"], 2)

@@ -16,22 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
 
-from tocom.export.family.compile import compile_family
-from tocom.export.source.options import CompileOptions
+from tests.conftest import SMALL as NAME
+from tests.conftest import SMALL_ARGS as ARGS
+from tests.processes import PROCESSES
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.manifest import Family
 
 Start = Callable[..., "Command"]
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["tocom.export.family.compile", "tocom.export.cli.__main__"]
-)  # children share one import of torch
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS: what is mounted then is seen by nobody else, and goes with the process
 
 
@@ -48,13 +40,10 @@ class FallingClock:
 
 def _tocom(options: Sequence[str], said: Path, mounts: Sequence[str], afterwards: Sequence[str], falling: bool) -> None:
     """The command as its own process runs it, maybe on file systems of its own, or by a clock that falls."""
-    import tocom.export.engine.measure_latency
     from tocom.export.cli import __main__ as cli
+    from tocom.export.engine import measure_latency
 
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
-        0.0,
-        3,
-    )  # nobody looks at how fast anything is
+    measure_latency._SECONDS, measure_latency._ROUNDS = 0.0, 3  # nobody looks at how fast anything is
     for descriptor, file in ((1, "/dev/null"), (2, said)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     if mounts:
@@ -72,11 +61,8 @@ def _tocom(options: Sequence[str], said: Path, mounts: Sequence[str], afterwards
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("given") / "model.safetensors"
-    save_file(timm.create_model(NAME, num_classes=4, **ARGS).state_dict(), file)
-    return file
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_family: Path) -> Path:
+    return Path(shutil.copy(small_family / "model.safetensors", tmp_path_factory.mktemp("given")))
 
 
 def arguments(checkpoint: Path, out: Path, degrees: str = "4") -> list[str]:
@@ -110,7 +96,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         options: Sequence[str], mounts: Sequence[str] = (), afterwards: Sequence[str] = (), falling: bool = False
     ) -> Command:
         said = tmp_path / f"stderr-{len(running)}"
-        process = _processes.Process(target=_tocom, args=(options, said, mounts, afterwards, falling))
+        process = PROCESSES.Process(target=_tocom, args=(options, said, mounts, afterwards, falling))
         process.start()
         running.append(Command(process, said))
         return running[-1]
@@ -133,6 +119,7 @@ def require_whole(folder: Path, degrees: tuple[int, ...]) -> Family:
     return family
 
 
+@pytest.mark.timing
 def test_two_compiles_into_one_folder_at_once(start: Start, checkpoint: Path, tmp_path: Path) -> None:
     """Two processes, started together: one writes, the other one is refused, and both commands can be repeated."""
     out = tmp_path / "out"
@@ -153,17 +140,9 @@ def test_two_compiles_into_one_folder_at_once(start: Start, checkpoint: Path, tm
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 
 
-@pytest.fixture(scope="module")
-def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("compiled") / "family"
-    options = CompileOptions(model=NAME, out=out, degrees=(4,), checkpoint=checkpoint, model_args=ARGS)
-    assert not compile_family(options).failed
-    return out
-
-
 @pytest.fixture
-def family(compiled: Path, tmp_path: Path) -> Iterator[Path]:
-    copy = Path(shutil.copytree(compiled, tmp_path / "family"))
+def family(small_family: Path, tmp_path: Path) -> Iterator[Path]:
+    copy = Path(shutil.copytree(small_family / "family", tmp_path / "family"))
     yield copy
     copy.chmod(0o755)
 
@@ -219,6 +198,7 @@ def _durations(node: object) -> list[float]:
     return [*times, *(entry["build"].get("seconds", 0.0) for entry in manifest["engines"])]
 
 
+@pytest.mark.timing
 def test_a_clock_that_goes_backwards(start: Start, checkpoint: Path, family: Path) -> None:
     """Files from the future, and a wall clock that falls by an hour at every look: a compile goes on all the same."""
     future = 4_000_000_000  # the year 2096

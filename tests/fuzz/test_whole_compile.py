@@ -160,7 +160,7 @@ _QUIET = {
 }  # fmt: skip
 
 
-@settings(max_examples=3, phases=[Phase.generate], **_QUIET)
+@settings(max_examples=2, phases=[Phase.generate], **_QUIET)
 @given(architectures())
 def test_compiled_or_refused(drawn: Drawn) -> None:
     compiles(drawn)

@@ -206,6 +206,7 @@ def script(*arguments, **options):
     )  # fmt: skip
 
 
+@pytest.mark.timing
 def test_runs_as_a_script_from_anywhere(family_folder, photos, tmp_path):
     odd = photos / "red" / os.fsdecode(b"od\xffd\n.png")
     (photos / "red/0.png").rename(odd)
@@ -216,15 +217,17 @@ def test_runs_as_a_script_from_anywhere(family_folder, photos, tmp_path):
     assert rb"od\udcffd\n.png" in out
 
 
+@pytest.mark.timing
 def test_a_reader_that_leaves_early_is_no_error(family_folder, photos):
-    with script("--engines", family_folder, "--batch", 1, photos) as process:
-        process.stdout.close()
-        err = process.stderr.read()
-        process.wait(timeout=60)
+    reader, writer = os.pipe()
+    os.close(reader)  # before there is anything to read
+    with os.fdopen(writer, "wb") as out, script("--engines", family_folder, photos, stdout=out) as process:
+        _, err = process.communicate(timeout=60)
     assert err == b"" and process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.timing
 def test_a_full_disk_gives_one_line(family_folder, photos):
     with Path("/dev/full").open("wb") as full, script("--engines", family_folder, photos, stdout=full) as process:
         _, err = process.communicate(timeout=60)

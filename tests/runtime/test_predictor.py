@@ -106,6 +106,7 @@ def test_what_is_no_image(family: LoadedFamily, image: object) -> None:
         family.predict([image])
 
 
+@pytest.mark.timing
 def test_many_threads_get_their_own_answers(family: LoadedFamily) -> None:
     draw = np.random.default_rng(0)
     batches = [draw.random((int(size), 3, 8, 8), np.float32) for size in draw.integers(1, 5, 64)]

@@ -8,7 +8,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import SMALL as NAME
+from tests.conftest import SMALL_ARGS as ARGS
+from tests.processes import PROCESSES
+from tests.waiting import SAFETY_S
 from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.cli import __main__ as cli
 from tocom.runtime.infer import main as infer
 
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MODEL = ["--model", NAME, *(part for name, value in ARGS.items() for part in ("--model-arg", f"{name}={value}"))]
 INFO = CompensatorInfo(width=32, depth=2, backbone=NAME)
 
@@ -37,9 +38,9 @@ def build(**changes: int) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory, small_family: Path) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    save_file(build().state_dict(), folder / "good.safetensors")
+    shutil.copyfile(small_family / "model.safetensors", folder / "good.safetensors")
     (folder / "compensator.safetensors").write_bytes(Compensator(INFO).to_safetensors())
     return folder
 
@@ -197,18 +198,9 @@ def test_folder_that_cannot_be_written(run: Run, inputs: Path, tmp_path: Path) -
     assert (tmp_path / "file").read_text() == "here first"
 
 
-@pytest.fixture(scope="module")
-def family(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compiled family, made by the real command in its own process."""
-    out = tmp_path_factory.mktemp("family") / "tiny"
-    command = [sys.executable, "-m", "tocom", *map(str, compile_with(inputs, out))]
-    subprocess.run(command, check=True, capture_output=True)
-    return out
-
-
 @pytest.fixture
-def copy(family: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family, tmp_path / "family"))
+def copy(small_family: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_family / "family", tmp_path / "family"))
 
 
 @pytest.fixture
@@ -217,17 +209,24 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "image.png"
 
 
-def test_no_space_left_keeps_what_is_listed(inputs: Path, copy: Path) -> None:
+def _without_large_files(options: list[str], said: Path) -> None:
+    """The command as its own process runs it, where the kernel refuses larger files."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    sys.argv = ["tocom", *options]
+    cli.main()
+
+
+def test_no_space_left_keeps_what_is_listed(inputs: Path, copy: Path, tmp_path: Path) -> None:
     """The kernel refuses larger files (as a full disk does): the old family stays whole, no temporary file is left."""
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
 
-    def no_large_files() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    command = [sys.executable, "-m", "tocom", *map(str, compile_with(inputs, copy, degrees="4,6"))]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_large_files, check=False)
-    refused((done.returncode, done.stderr), "too large", stages=True)
+    options = [str(each) for each in compile_with(inputs, copy, degrees="4,6")]
+    process = PROCESSES.Process(target=_without_large_files, args=(options, tmp_path / "said"))
+    process.start()
+    process.join(SAFETY_S)
+    refused((process.exitcode, (tmp_path / "said").read_text()), "too large", stages=True)
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
 
 

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.processes import PROCESSES
+from tests.waiting import SAFETY_S
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
 from tocom.export.cli import __main__ as cli
+from tocom.export.cli import distill
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -90,6 +92,7 @@ def refused(result: tuple[int, str], *words: str, status: int = 2) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timing
 def test_two_processes_train_what_one_trains(given: Path, tmp_path: Path, run: Run) -> None:
     """torchrun, with augmentation, mixing and dropout: the same compensator but for rounding, and one process talks."""
     common = ("--random-erasing", 0.5, "--dropout", 0.3)
@@ -116,25 +119,38 @@ def test_two_processes_train_what_one_trains(given: Path, tmp_path: Path, run: R
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6) and max(losses[0]) > 1e-3
 
 
+def _distill(options: list[str], said: Path, dies_after: int | None) -> None:
+    """The command as its own process runs it, which may be killed behind a step."""
+    if dies_after is not None:
+        told = distill._Telling.step
+
+        def step(self: object, number: int, loss: float) -> None:
+            told(self, number, loss)
+            if number == dies_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        distill._Telling.step = step
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["tocom", *options]
+    cli.main()
+
+
+@pytest.mark.timing
 def test_a_killed_run_goes_on_exactly(given: Path, tmp_path: Path) -> None:
     """Every run is a process of its own, so that all of them compute alike to the last bit."""
-    straight, killed = tmp_path / "straight.safetensors", tmp_path / "killed.safetensors"
+    straight, killed, said = tmp_path / "straight.safetensors", tmp_path / "killed.safetensors", tmp_path / "said"
 
-    def start(out: Path) -> subprocess.Popen:
-        options = map(str, distilling(given, out, "--save-every", 4, steps=50))
-        return subprocess.Popen([sys.executable, "-m", "tocom", *options], stderr=subprocess.PIPE, text=True)
+    def status(out: Path, dies_after: int | None = None) -> int:
+        options = [str(each) for each in distilling(given, out, "--save-every", 4, steps=20)]
+        process = PROCESSES.Process(target=_distill, args=(options, said, dies_after))
+        process.start()
+        process.join(SAFETY_S)
+        return process.exitcode
 
-    uninterrupted, process = start(straight), start(killed)
-    table, latest = killed.with_name(f"{killed.name}.training") / "log.csv", time.monotonic() + 120
-    while time.monotonic() < latest and not (table.exists() and table.read_text().count("\n") > 10):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 10 <= len(log_of(killed)) < 50 and not killed.exists()
-    again = start(killed)
-    assert "goes on after step" in again.communicate()[1] and again.returncode == 0
-    assert uninterrupted.communicate() and uninterrupted.returncode == 0
+    assert status(straight) == 0
+    assert status(killed, dies_after=11) == -signal.SIGKILL
+    assert len(log_of(killed)) == 11 and not killed.exists()
+    assert status(killed) == 0 and "goes on after step 8" in said.read_text()
     assert apart_from_speed(log_of(killed)) == apart_from_speed(log_of(straight))
     assert same_weights(killed, straight)
 
@@ -151,6 +167,7 @@ def a_full_disk() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.timing
 def test_no_space_left_keeps_the_state(given: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "c.safetensors"
     state = tmp_path / "c.safetensors.training" / "state.pt"
@@ -209,7 +226,7 @@ def test_bad_input(given: Path, tmp_path: Path, run: Run) -> None:
     refused(run(*distilling(given, out, "--images", "wds/shards:/data")), "WebDataset", "torch/NAME:ROOT")
     refused(run(*distilling(given, out, batch=7)), "even", "7")
     refused(run(*distilling(given, out, "--precision", "fp16", "--device", "cpu")), "fp16", "CUDA")
-    refused(run(*distilling(given, out, "--augment", "much")), "none, light, timm", "much")
+    refused(run(*distilling(given, out, "--augment", "much")), '"none", "light", "timm"', "much")
     refused(run(*distilling(given, out, "--schedule", "strided:9")), "stride")
     refused(run(*distilling(given, out, "--num-classes", 7)), "head", "[7", "[5")
     refused(run(*distilling(given, tmp_path / "nowhere" / "c.safetensors")), "folder that exists", "nowhere")

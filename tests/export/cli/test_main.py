@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import SMALL as NAME
+from tests.conftest import SMALL_ARGS as ARGS
 from tocom.compensator import Compensator
 from tocom.export.cli import __main__ as cli
 from tocom.runtime.files import sha256_file
 from tocom.runtime.manifest import Family
 
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MODEL = ["--model", NAME, *(part for name, value in ARGS.items() for part in ("--model-arg", f"{name}={value}"))]
 
 
@@ -88,24 +89,23 @@ def test_from_distilling_to_inferring(
 
 
 def test_a_failing_engine_is_status_1(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An engine whose file and hash agree but whose answer is wrong by 1%: validate says so."""
-    given = [*MODEL, "--checkpoint", folder / "model.safetensors"]
-    assert run(monkeypatch, "compile", *given, "--degrees", 4, "--out", tmp_path) == 0
-    capsys.readouterr()
-    entry = Family.read(tmp_path).entry(4)
-    graph = onnx.load(tmp_path / entry.onnx, load_external_data=False)
+    given = [*MODEL, "--checkpoint", small_family / "model.safetensors"]
+    out = Path(shutil.copytree(small_family / "family", tmp_path / "family"))
+    entry = Family.read(out).entry(4)
+    graph = onnx.load(out / entry.onnx, load_external_data=False)
     last = next(node for node in graph.graph.node if "logits" in node.output)
     last.output[0] = "logits_before"
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1.01, np.float32), "one_percent"))
     graph.graph.node.append(onnx.helper.make_node("Mul", ["logits_before", "one_percent"], ["logits"]))
-    onnx.save(graph, tmp_path / entry.onnx)
-    manifest = json.loads((tmp_path / "family.json").read_text())
-    manifest["engines"][1]["sha256"][entry.onnx] = sha256_file(tmp_path / entry.onnx)
-    (tmp_path / "family.json").write_text(json.dumps(manifest))
+    onnx.save(graph, out / entry.onnx)
+    manifest = json.loads((out / "family.json").read_text())
+    manifest["engines"][1]["sha256"][entry.onnx] = sha256_file(out / entry.onnx)
+    (out / "family.json").write_text(json.dumps(manifest))
 
-    assert run(monkeypatch, "validate", "--engines", tmp_path, *given) == 1
+    assert run(monkeypatch, "validate", "--engines", out, *given) == 1
     printed = capsys.readouterr().out
     assert "r=4 FAILS: block 1, head" in printed and "r=0 FAILS" not in printed
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tocom.export.family.choose_backend
+from tests.processes import PROCESSES
+from tests.waiting import SAFETY_S
 from tocom.compensator import Compensator, CompensatorInfo
-from tocom.export.family.compile import compile_family
+from tocom.export.family.compile import CompileResult, compile_family
 from tocom.export.graph.fuse import fuse
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.validate_family import ValidateOptions, validate_family
@@ -32,8 +34,6 @@ from tocom.vit import ReducedViT
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 KILLED = -signal.SIGKILL
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tocom.export.family.compile"])  # children share one import of torch
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def options(given: Path, tmp_path: Path) -> CompileOptions:
+def options_for(given: Path, out: Path) -> CompileOptions:
     return CompileOptions(
         model=NAME,
-        out=tmp_path / "out",
+        out=out,
         degrees=(2, 4),
         checkpoint=given / "model.safetensors",
         compensator=given / "compensator.safetensors",
@@ -67,6 +66,25 @@ def options(given: Path, tmp_path: Path) -> CompileOptions:
         images=given / "images",
         model_args=ARGS,
     )
+
+
+@pytest.fixture
+def options(given: Path, tmp_path: Path) -> CompileOptions:
+    return options_for(given, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def compiled(given: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompileResult]:
+    """Where a family of degrees 0, 2 and 4 lies, and what was told of it."""
+    out = tmp_path_factory.mktemp("compiled") / "out"
+    return out, compile_family(options_for(given, out))
+
+
+@pytest.fixture
+def copied(options: CompileOptions, compiled: tuple[Path, CompileResult]) -> CompileOptions:
+    """Options for a folder in which that family lies already."""
+    shutil.copytree(compiled[0], options.out)
+    return options
 
 
 def require_sound(folder: Path) -> tuple[int, ...]:
@@ -81,9 +99,8 @@ def require_sound(folder: Path) -> tuple[int, ...]:
     return tuple(entry.degree for entry in family.engines)
 
 
-def test_family_is_complete_and_compiled_once(options: CompileOptions) -> None:
-    stages: list[tuple[int | None, str]] = []
-    result = compile_family(options, lambda degree, stage: stages.append((degree, stage)))
+def test_family_is_complete_and_compiled_once(copied: CompileOptions, compiled: tuple[Path, CompileResult]) -> None:
+    options, (_, result) = copied, compiled
     assert not result.failed and not result.reused
     assert require_sound(options.out) == (0, 2, 4)  # the baseline is always there
     for entry in result.family.engines:
@@ -92,7 +109,7 @@ def test_family_is_complete_and_compiled_once(options: CompileOptions) -> None:
         assert entry.accuracy["images"] == 12 and 0 <= entry.accuracy["top1"] <= 1
     files = {file.name for file in options.out.iterdir()}
     listed = {name for entry in result.family.engines for name in entry.sha256}
-    assert files == listed | {"family.json", ".lock"}
+    assert files == listed | {"family.json", "compile.toml", ".lock"}
     shared = set.intersection(*(set(entry.sha256) for entry in result.family.engines))
     assert len(shared) == 1  # weights that do not change lie in one file
 
@@ -113,11 +130,11 @@ def test_family_is_complete_and_compiled_once(options: CompileOptions) -> None:
     assert set(reports) == {0, 2, 3, 4} and all(reports.values())  # degree 3 at the scale it was compiled with
 
 
-def test_engine_is_the_compensated_model(options: CompileOptions) -> None:
+def test_engine_is_the_compensated_model(copied: CompileOptions) -> None:
     """Against the unfused compensator beside the untouched timm model: no code of fuse, lower or build is shared."""
     from tocom.checkpoint import load_model
 
-    compile_family(options)
+    options = copied
     model = load_model(NAME, checkpoint=options.checkpoint, **ARGS).model
     compensator = Compensator.load(options.compensator)
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -171,9 +188,9 @@ def _killed_at_stage(options: CompileOptions, stage: str, degree: int | None) ->
 
 
 def _run(target: Callable[..., object], *arguments: object) -> int:
-    process = _processes.Process(target=target, args=arguments)
+    process = PROCESSES.Process(target=target, args=arguments)
     process.start()
-    process.join(120)
+    process.join(SAFETY_S)
     assert process.exitcode is not None, "the compile hangs"
     return process.exitcode
 
@@ -236,13 +253,14 @@ def test_killed_while_a_listed_degree_is_made_anew(options: CompileOptions) -> N
     assert all(file.read_text() == "somebody else's" for file in foreign)
 
 
-def test_a_new_engine_that_fails_leaves_the_old_one(options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(options, degrees=(), images=None)
-    old = compile_family(options).family
+def test_a_new_engine_that_fails_leaves_the_old_one(
+    copied: CompileOptions, compiled: tuple[Path, CompileResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, old = replace(copied, degrees=(), images=None), compiled[1].family
     monkeypatch.setitem(GATES, "fp32", replace(GATES["fp32"], part=-1.0))  # no engine is that good
     result = compile_family(replace(options, delta_scale=0.05))
     assert set(result.failed) == {0}
-    assert require_sound(options.out) == (0,) and Family.read(options.out) == old
+    assert require_sound(options.out) == (0, 2, 4) and Family.read(options.out) == old
 
 
 @pytest.mark.full

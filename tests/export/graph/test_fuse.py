@@ -116,7 +116,8 @@ def test_a_model_of_another_shape_is_refused(make_vit, make_compensator):
         fuse(weights, make_compensator(48, 5).between(0, 8))
 
 
-@pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("depth", [2, 12])
 def test_an_original_compensator_for_deit_b_fuses_and_exports(tmp_path, make_tiny, make_compensator, depth):
     full_size = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "num_heads": 12, "num_classes": 1000}
     small = {"img_size": 128, "patch_size": 16, "embed_dim": 768, "num_heads": 12}

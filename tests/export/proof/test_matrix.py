@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from tests.conftest import DEGREES, FAMILIES, _export_grid
+from tests.conftest import DEGREES, FAMILIES, LIKE_OTHERS, _export_grid
 from tocom.calib.quantize.calibrate import Method, calibrate
 from tocom.calib.quantize.network import quantized_model
 from tocom.export.artifacts import Engine
@@ -144,8 +144,8 @@ def test_the_engine_equals_the_reference(family, degree, reduction, backend, pre
 
 
 def test_the_default_selection_covers_every_kind():
-    assert {case[0] for case, _ in DEFAULT} == set(FAMILIES)
+    assert {case[0] for case, _ in DEFAULT} == set(FAMILIES) - set(LIKE_OTHERS)
     assert {case[1] for case, _ in DEFAULT} == set(DEGREES)
     assert {case[2] for case, _ in DEFAULT} == {MERGE, PRUNE}
     for form in FORMATS:
-        assert len({case[0] for case, each in DEFAULT if each == form}) >= 4, form
+        assert len({case[0] for case, each in DEFAULT if each == form}) >= 3, form

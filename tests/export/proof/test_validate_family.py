@@ -146,7 +146,7 @@ BAD_SIDES = pytest.mark.parametrize(
         (["--candidate", "openvino:fp16"], "openvino computes in"),
         (["--candidate", "onnxruntime:int8"], "takes int8 from a graph in"),
         (["--image", "nowhere.png"], "--image is for the report"),
-        (["--batch", "0"], "greater than or equal to 1"),
+        (["--batch", "0"], "must be 1 or more"),
     ],
 )
 

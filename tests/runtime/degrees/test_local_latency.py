@@ -182,11 +182,12 @@ def test_bad_arguments_are_refused(family_folder):
 
 
 @pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.timing
 def test_real_engines_are_measured(fixed, family_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tocom.runtime.degrees.local_latency, "_SECONDS", 0.0)
     found = local_latencies(family_folder, Family.read(family_folder), 3, fixed=fixed, cache=tmp_path)
     assert found.keys() == {2, 8}
-    assert all(0 < times.p50_ms <= times.p99_ms < 1000 for times in found.values())
+    assert all(0 < times.p50_ms <= times.p99_ms for times in found.values())
 
 
 def _ask(folder: Path, cache: Path, log: Path) -> None:
@@ -200,6 +201,7 @@ def _ask(folder: Path, cache: Path, log: Path) -> None:
     assert local_latencies(folder, Family.read(folder), cache=cache) == {2: Times(3.0, 20.0), 8: Times(9.0, 20.0)}
 
 
+@pytest.mark.timing
 def test_processes_that_ask_at_once_measure_once(family_folder, tmp_path):
     context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
@@ -207,12 +209,13 @@ def test_processes_that_ask_at_once_measure_once(family_folder, tmp_path):
     for process in asking:
         process.start()
     for process in asking:
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 0
     assert log.read_text() == "measured\n"
     assert [file.name for file in (tmp_path / "cache").glob(".*")] == [".lock"]
 
 
+@pytest.mark.timing
 def test_threads_that_ask_at_once_measure_once(family_folder, tmp_path, measured):
     family, found = Family.read(family_folder), []
     threads = [
@@ -222,5 +225,5 @@ def test_threads_that_ask_at_once_measure_once(family_folder, tmp_path, measured
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert len(found) == 4 and len(measured) == 1

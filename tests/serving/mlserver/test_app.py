@@ -29,6 +29,8 @@ from tests.ports import leased_ports
 from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.manifest import Family
 
+pytestmark = pytest.mark.timing
+
 
 @dataclass
 class Server:

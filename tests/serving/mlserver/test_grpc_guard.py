@@ -12,6 +12,8 @@ from tritonclient.grpc import service_pb2
 
 from tocom.serving.mlserver.grpc_guard import MessageGuard
 
+pytestmark = pytest.mark.timing
+
 SERVICE = "inference.GRPCInferenceService"
 
 

@@ -21,9 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.waiting import SAFETY_S
 from tocom.serving.service.errors import BusyError
 from tocom.serving.service.options import ServeOptions
 from tocom.serving.service.service import Service
+
+pytestmark = pytest.mark.timing
 
 ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -63,7 +66,7 @@ def open_page(browser):
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
             opened.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(1000 * SAFETY_S)
             seen = SimpleNamespace(page=page, asked=[], complaints=[])
             page.on("request", lambda request: seen.asked.append(request.url))
             page.on("console", lambda line: line.type in ("error", "warning") and seen.complaints.append(line.text))
@@ -230,8 +233,13 @@ def test_patches_are_reached_by_keys_and_drawn_in_three_ways(open_page, shown):
         page.check(f'input[value="{view}"]', force=True)
         looks.append(page.evaluate("document.getElementById('stage').toDataURL()"))
     assert len(set(looks)) == 3
+    page.evaluate("""() => { window.played = new Promise((seen) => new MutationObserver((_, observer) => {
+        if (!document.querySelector("#play.playing")) return;
+        observer.disconnect();
+        seen(true);
+    }).observe(document.getElementById("play"), { attributes: true })); }""")
     page.click("#play")
-    page.wait_for_selector("#play.playing")
+    assert page.evaluate("window.played")
     page.wait_for_selector("#play:not(.playing)")
     assert page.input_value("#step") == page.get_attribute("#step", "max")
     assert seen.complaints == []

@@ -22,6 +22,8 @@ from starlette.routing import Route
 from tests.waiting import SAFETY_S, eventually
 from tocom.serving.protocol.http_guard import Guard, HttpLimits, guarded_protocol, retry_after
 
+pytestmark = pytest.mark.timing
+
 LIMITS = HttpLimits(max_body_bytes=1000, body_s=600, header_s=600, max_header_bytes=4096, max_requests=2,
                     max_connections=6)  # fmt: skip
 

@@ -21,6 +21,8 @@ from tocom.runtime.errors import InputError
 from tocom.serving.protocol.page_routes import PageService, page_routes
 from tocom.serving.service.errors import BusyError
 
+pytestmark = pytest.mark.timing
+
 
 class Connection:
     """Asks a server, one request after the other."""

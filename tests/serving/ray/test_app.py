@@ -28,6 +28,8 @@ from tests.waiting import SAFETY_S, eventually
 from tocom.runtime.manifest import Family
 from tocom.serving.ray.local_cluster import local_ray, prepare_environment
 
+pytestmark = pytest.mark.timing
+
 prepare_environment()  # before anything imports ray
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'tocom[ray]'")
 pytest.importorskip("pydantic")

@@ -17,6 +17,8 @@ from tocom.serving.service.options import Limits
 from tocom.serving.service.request import Answer, DegreeRequest
 from tocom.serving.service.scheduler import Scheduler
 
+pytestmark = pytest.mark.timing
+
 DEGREES = (0, 8, 16)
 
 

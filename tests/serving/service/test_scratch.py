@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timing
+
 ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import sys, tempfile

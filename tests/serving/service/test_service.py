@@ -26,6 +26,8 @@ from tocom.serving.service.options import Limits, ServeOptions
 from tocom.serving.service.request import Answer, DegreeRequest
 from tocom.serving.service.service import Service
 
+pytestmark = pytest.mark.timing
+
 LIMITS = Limits(max_batch=8, max_queued=64)
 Serve = Callable[..., Service]
 

@@ -7,7 +7,6 @@ model of the first can be held up.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,6 @@ from tocom.export.source.options import CompileOptions
 from tocom.runtime.manifest import EngineEntry, Family
 
 ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "examples" / "digits"
 WHEEL = ROOT / "build" / "triton"
 SERVER = WHEEL / "pytriton" / "tritonserver"
 DEGREES = (0, 8, 16)
@@ -49,11 +48,11 @@ def _entry(graph: OnnxGraph, degree: int, backend: str) -> EngineEntry:
     )  # fmt: skip
 
 
-def _make_families(root: Path) -> None:
+def _make_families(example: Path, root: Path) -> None:
     digits, vino = root / "digits", root / "vino"
-    digits.mkdir(parents=True)
-    given = {"compensator": EXAMPLE / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
-    source = load_source(CompileOptions(model=str(EXAMPLE), out=digits, degrees=DEGREES, **given))
+    digits.mkdir()
+    given = {"compensator": example / "compensator.safetensors", "source_degree": 0, "backend": "onnxruntime"}
+    source = load_source(CompileOptions(model=str(example), out=digits, degrees=DEGREES, **given))
     with Graphs(source, WeightStore(digits, []), lambda degree, stage: None) as lowered:
         graphs = {degree: lowered.graph(degree, "onnxruntime") for degree in DEGREES}
     family = source.family
@@ -66,16 +65,9 @@ def _make_families(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The example for ONNX Runtime, and its degree 8 for OpenVINO; made by the first of several test processes."""
-    root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "triton-families"
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            making = root.with_suffix(".making")
-            _make_families(making)
-            making.rename(root)
+def families(once: Callable[[str, Callable[[Path], object]], Path], small_example: Path) -> dict[str, Path]:
+    """The example in miniature for ONNX Runtime, and its degree 8 for OpenVINO."""
+    root = once("triton-families", partial(_make_families, small_example))
     return {"digits": root / "digits", "vino": root / "vino"}
 
 

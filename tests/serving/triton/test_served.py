@@ -22,6 +22,8 @@ from tocom.runtime.preprocess import preprocess
 from tocom.serving.triton.config import TritonOptions
 from tocom.serving.triton.repository import RepositoryOptions, write_repository
 
+pytestmark = pytest.mark.timing
+
 DEGREES = (0, 8, 16)
 PROTOCOLS = (tritonclient.http, tritonclient.grpc)
 

@@ -86,6 +86,7 @@ def test_what_cannot_be_built_is_told(exported, typed_file):
         build_plan(file, RTX, SMALL)
 
 
+@pytest.mark.full
 def test_a_straightforward_export_of_token_merging_is_refused(make_vit, tmp_path):
     """Why the operator's body is needed: merging by scatter, as PyTorch has it, is no TensorRT graph."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -120,12 +121,11 @@ def test_bad_options_are_refused(options, words, typed_file):
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory):
-    """The digits example at degree 8 as plans, by the command line."""
+def plans(small_example, tmp_path_factory):
+    """The example in miniature at degree 8 as plans, by the command line."""
     folder = tmp_path_factory.mktemp("plans")
-    root = Path(__file__).resolve().parents[4]
-    command = ["compile", "--model", f"{root}/examples/digits", "--degrees", "8", "--out", str(folder / "family")]
-    command += ["--compensator", f"{root}/examples/digits/compensator.safetensors", "--source-degree", "0"]
+    command = ["compile", "--model", str(small_example), "--degrees", "8", "--out", str(folder / "family")]
+    command += ["--compensator", f"{small_example}/compensator.safetensors", "--source-degree", "0"]
     return [*command, "--backend", RTX, "--precision", "fp16", "--batch", "1:8:32", "--target", "sm80,sm89,sm120"]
 
 
@@ -184,13 +184,13 @@ def require_folded(graph, folder):
 
 def test_bad_plan_options_are_one_line(plans, monkeypatch, capsys):
     for change, words in (
-        (["--batch", "8"], "batch must be MIN:OPT:MAX"),
+        (["--batch", "8"], "batch of a plan must be MIN:OPT:MAX"),
         (
             ["--plan-option", "fast"],
-            "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible",
+            '"fast" for --plan-option. Choose from: "hardware-compatible", "version-compatible", "stripped"',
         ),
         (["--target", "sm90"], "tensorrt-rtx .* builds for sm75"),
-        (["--precision", "int2"], "precision must be one of fp32, fp16, bf16, int8, fp8"),
+        (["--precision", "int2"], '"int2" for --precision. Choose from: "fp32", "fp16", "bf16", "int8", "fp8"'),
     ):
         out = Path(plans[plans.index("--out") + 1]).with_name("refused")
         status, _, told = run([*plans, "--out", out, *change], monkeypatch, capsys)

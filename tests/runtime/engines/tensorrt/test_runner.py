@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,17 +226,19 @@ class Closable:
         self.closed = True
 
 
+@pytest.mark.timing
 def test_the_pool_makes_no_more_than_its_limit():
     made: list[Closable] = []
     pool = Pool(lambda: made.append(Closable()) or made[-1], limit=2)
-    using, most = set(), []
+    using, most, meeting = set(), [], threading.Barrier(2)
 
-    def use(_):
+    def use(number):
         with pool.lane() as lane:
             assert lane not in using
             using.add(lane)
             most.append(len(using))
-            time.sleep(0.001)
+            if number < 2:
+                meeting.wait(60)  # neither gives its lane back before the other has one
             using.remove(lane)
 
     with pool.lane():
@@ -268,6 +269,7 @@ def test_a_lane_that_cannot_be_made_is_not_counted():
     pool.close()
 
 
+@pytest.mark.timing
 def test_closing_waits_for_who_runs_and_refuses_who_waits():
     pool = Pool(Closable, limit=1)
     running, release, refused = threading.Event(), threading.Event(), []
@@ -275,7 +277,7 @@ def test_closing_waits_for_who_runs_and_refuses_who_waits():
     def run():
         with pool.lane() as lane:
             running.set()
-            release.wait(10)
+            assert release.wait(60)
             assert not lane.closed
 
     def wait():
@@ -287,14 +289,14 @@ def test_closing_waits_for_who_runs_and_refuses_who_waits():
 
     with ThreadPoolExecutor(3) as threads:
         first = threads.submit(run)
-        running.wait(10)
+        assert running.wait(60)
         second = threads.submit(wait)
         third = threads.submit(pool.close)
-        second.result(10)
+        second.result(60)
         assert not third.done()
         release.set()
-        first.result(10)
-        third.result(10)
+        first.result(60)
+        third.result(60)
     assert refused == ["the engine must be open, got one that was closed meanwhile: open it again"]
 
 
