@@ -41,7 +41,7 @@ ABOUT = About(
 
 @pytest.fixture(scope="module")
 def passing(make_vit):
-    """Degrees 0 and 8 of a tiny network, proven: float32 against float64."""
+    """Degrees 0 and 8 of a tiny network, validated: float32 against float64."""
     model, reports = make_vit("deit_tiny"), {}
     engine = Engine(Path("r08.onnx"), "onnxruntime", "fp32", {}, OnnxGraph(Path("r08.onnx"), {}, (), 0.0, None))
     for degree in (0, 8):
