@@ -72,7 +72,7 @@ class Engine:
         graph: What it was built from.
         native: Whether the backend removes tokens with an operator of its own instead of the function body.
         build: JSON-ready, what is known of a plan that was built; empty where the graph itself is opened.
-        unrunnable: Why it cannot be run here, so that its graph is proven instead; None where it can.
+        unrunnable: Why it cannot be run here, so that its graph is validated instead; None where it can.
     """
 
     file: Path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 
@@ -36,13 +37,21 @@ class BlockFindings:
     middles: dict[str, float] = field(default_factory=dict)
 
 
+class NetworkGate(StrEnum):
+    """What is measured of the network as a whole; the values are what people and files read."""
+
+    WORST_LOGITS = "logits of the worst image"
+    MEDIAN_LOGITS = "logits of the image in the middle"
+    DEBUG_COPY = "debug copy"
+
+
 @dataclass(frozen=True)
 class Fault:
     """A gate that does not hold.
 
     Attributes:
         block: Where; None where it is about the network as a whole.
-        part: One of `tocom.export.proof.parts.PARTS`, or what of the network.
+        part: One of `tocom.export.proof.parts.PARTS`, or a `NetworkGate`.
         found: What was measured.
         allowed: The gate.
         of: What of the part; empty for its worst token.
@@ -212,7 +221,7 @@ class Findings:
     top1_agreement: float
     free: FreeFindings
     faults: tuple[Fault, ...]
-    gates: Mapping[str, GateFinding]
+    gates: Mapping[NetworkGate, GateFinding]
     part_allowed: float
     middle_allowed: float
     blocks: Mapping[int, BlockFindings]
@@ -238,7 +247,7 @@ class Findings:
             "faults": [str(fault) for fault in self.faults],
             "first_fault": asdict(self.faults[0]) if self.faults else None,
             "blocks_with_unexplained": self.blocks_with_unexplained,
-            "gates": {name: asdict(gate) for name, gate in self.gates.items()},
+            "gates": {str(name): asdict(gate) for name, gate in self.gates.items()},
             "part_allowed": self.part_allowed,
             "middle_allowed": self.middle_allowed,
             "blocks": {str(index): asdict(block) for index, block in self.blocks.items()},

@@ -250,12 +250,12 @@ def compare(engine: Engine, notify: Callable[[str], None] = lambda _: None) -> C
             absent[runner.name] = str(error)
     with quiet():
         pairs = list(itertools.combinations(range(len(results)), 2))
-        judge = SimpleCompareFunc(check_error_stat="max")
-        found = Comparator.compare_accuracy(results, comparisons=pairs, compare_func=judge)
+        measure = SimpleCompareFunc(check_error_stat="max")
+        compared = Comparator.compare_accuracy(results, comparisons=pairs, compare_func=measure)
     images = [len(batch[INPUT_NAME]) for batch in batches]
     differences = [
-        Difference(*pair, output, *_over_all([each[output] for each in iterations], images))
-        for pair, iterations in (found[0] if pairs else {}).items()
+        Difference(*pair, output, *_over_all([iteration[output] for iteration in iterations], images))
+        for pair, iterations in (compared[0] if pairs else {}).items()
         for output in iterations[0]
     ]
     return Comparison(tuple(differences), absent)
@@ -292,12 +292,12 @@ def _runners(engine: Engine, proto: onnx.ModelProto) -> Iterator[BaseRunner]:
     """
     graph, precision = engine.graph.file, engine.graph.precision
     yield OnnxrtRunner(lambda: _reference_session(graph, proto, precision), name=REFERENCE)
-    own = engine.backend, engine.precision
+    listed = engine.backend, engine.precision
     if engine.unrunnable is None:
         opens = partial(open_engine, engine.file, engine.backend, precision=engine.precision)
-        yield _EngineLibrary(" ".join((*own, "(listed)")), lambda stack: stack.enter_context(opens()))
+        yield _EngineLibrary(" ".join((*listed, "(listed)")), lambda stack: stack.enter_context(opens()))
     for backend in [status.name for status in available() if status.usable]:
-        if (backend, precision) != own:
+        if (backend, precision) != listed:
             yield _EngineLibrary(f"{backend} {precision}", partial(_opened, engine, proto, backend))
 
 
@@ -326,7 +326,7 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
 
 def _over_all(iterations: Sequence[Any], images: Sequence[int]) -> tuple[float, float]:
     """Largest and mean difference over batches, the mean by their images; Polygraphy says nothing of unlike shapes."""
-    found = np.array(
-        [(getattr(each, "max_absdiff", np.nan), getattr(each, "mean_absdiff", np.nan)) for each in iterations]
+    errors = np.array(
+        [(getattr(result, "max_absdiff", np.nan), getattr(result, "mean_absdiff", np.nan)) for result in iterations]
     )
-    return float(found[:, 0].max()), float(np.average(found[:, 1], weights=images))
+    return float(errors[:, 0].max()), float(np.average(errors[:, 1], weights=images))

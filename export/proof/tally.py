@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-from tocom.export.proof.findings import BlockFindings, Fault, Findings, FreeFindings, GateFinding
+from tocom.export.proof.findings import BlockFindings, Fault, Findings, FreeFindings, GateFinding, NetworkGate
 from tocom.export.proof.gates import GATES, margin_allowed
 from tocom.export.proof.parts import in_order
 
@@ -92,14 +92,14 @@ class Tally:
             Fault(None, part, error, allowed) for part, error, allowed in self._whole() if not error <= allowed
         ]
 
-    def _whole(self) -> list[tuple[str, float, float]]:
+    def _whole(self) -> list[tuple[NetworkGate, float, float]]:
         """What is measured of the network as a whole: its name, the error, and what is allowed."""
         gates, least = GATES[self.precision], GATES[self.precision].least_error(self.depth)
         expected = [max(least, error) for error in self.shaken] or [least]
         return [
-            ("logits of the worst image", *_worst(self.logit_errors, expected, gates.largest)),
-            ("logits of the image in the middle", self.typical_logit_error, gates.typical * median(expected)),
-            ("debug copy", *_worst(self.debug_copy_errors, expected, gates.largest)),
+            (NetworkGate.WORST_LOGITS, *_worst(self.logit_errors, expected, gates.largest)),
+            (NetworkGate.MEDIAN_LOGITS, self.typical_logit_error, gates.typical * median(expected)),
+            (NetworkGate.DEBUG_COPY, *_worst(self.debug_copy_errors, expected, gates.largest)),
         ]
 
     @property

@@ -1,4 +1,4 @@
-"""Random architectures through the whole compile: refused with nothing written, or proven and equal to PyTorch."""
+"""Random architectures through the whole compile: refused with nothing written, or validated and equal to PyTorch."""
 
 from __future__ import annotations
 

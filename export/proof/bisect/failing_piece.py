@@ -7,7 +7,8 @@ each piece can be fed what the whole graph computed there. Where the whole does 
 the library gets it, and cut at its outputs only.
 
 A piece may fail for a reason of its own, such as an input of a type that a library does not take. So it has to fail in
-words that the whole graph fails in. And it may take its process down, which is why another one tries it.
+words that the whole graph fails in. And it may crash its process or never end, which is why another process tries it,
+with a time limit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import onnxruntime
+from pebble import ProcessExpired, ProcessPool
 
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.polygraphy_tools import load_graph, plain_session, reduced
@@ -44,6 +44,7 @@ BATCH = 2  # more than one, so that mixing up images shows
 
 _DEEP = 1024  # unit roundoffs that a whole network may be off by, at the least twenty times what healthy ones are
 _LINEAR = 24  # nodes of which each is left out in turn, once bisecting gets no further
+_SECONDS_TO_RUN, _SECONDS_TO_BUILD = 300, 1800  # for one piece; what takes longer counts as a hang
 _KEY = "value of "  # before names in the file of values: NumPy takes some names for itself
 _WORD = re.compile(r"(?<![\w./])[A-Za-z]+(?![\w./])")  # without numbers, names of values and files
 
@@ -102,12 +103,12 @@ def smallest_failing_piece(
     Args:
         graph: ONNX file; its weights lie beside it. Where the library runs it, its inputs are float32.
         backend: One of `tocom.runtime.backends.BACKENDS`.
-        precision: Number format that the backend computes in; differences are judged by it. Default: the graph's.
+        precision: Number format that the backend computes in; differences are measured by it. Default: the graph's.
         plan: How plans are built, for backends that have them.
         notify: Told of every piece that was tried.
 
     Returns:
-        The smallest piece that was found; None if the library does not fail on the graph.
+        The smallest piece; None if the library does not fail on the graph.
 
     Raises:
         InputError: If the file is no graph, the library is not installed, or ONNX Runtime does not run the graph, so
@@ -123,7 +124,7 @@ def smallest_failing_piece(
             raise InputError(f"{backend} runs {', '.join(known)}, got precision {one_line(precision)}")
         for whole, options, fixed in _forms(proto, backend, plan, Path(folder)):
             notify("trying the whole graph" if fixed else "trying it with its batch open")
-            trial = Trial(backend, precision, options, None if options else _recorded(whole, between=fixed))
+            trial = Trial(backend, precision, options, None if options else _recorded(whole, with_middle=fixed))
             reason = worker.failure(trial, whole)
             if reason is not None:
                 values = (partial(_value, trial.values) if trial.values else _zeros(whole)) if fixed else None
@@ -169,19 +170,19 @@ def _reduced(
         tried += 1
         notify(f"piece {tried}: {_size(piece)} of {nodes} nodes")
         try:
-            found = fails(piece)
+            failure = fails(piece)
         except InputError:  # ONNX Runtime does not run it, so nothing is known about it
             return None
-        return found if found and words.issuperset(_WORD.findall(found)) else None
+        return failure if failure and words.issuperset(_WORD.findall(failure)) else None
 
     best, mode, runs = whole, "bisect", 0
     while _size(best) > 1:
         runs += 1
         smaller = best.with_name(f"smaller-{runs}.onnx")
         reduced(best, smaller, mode, lambda piece: alike(piece) is None, values)
-        found = alike(smaller) if _size(smaller) < _size(best) else None
-        if found is not None:
-            best, reason = smaller, found
+        failure = alike(smaller) if _size(smaller) < _size(best) else None
+        if failure is not None:
+            best, reason = smaller, failure
         elif mode == "bisect" and _size(best) <= _LINEAR:
             mode = "linear"
         else:
@@ -212,8 +213,8 @@ def _with_fixed_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _recorded(whole: Path, *, between: bool) -> Path:
-    """Noise for the inputs of a graph and, if asked for, what ONNX Runtime computes of it: a file for `_value`.
+def _recorded(whole: Path, *, with_middle: bool) -> Path:
+    """Noise for the inputs of a graph and, if asked for, what ONNX Runtime computes in it: a file for `_value`.
 
     Raises:
         InputError: If an input is not float32, or ONNX Runtime does not run the graph.
@@ -226,13 +227,13 @@ def _recorded(whole: Path, *, between: bool) -> Path:
         if kind.elem_type != onnx.TensorProto.FLOAT:
             raise InputError(f"input {one_line(value.name)} must be float32, so that noise can be fed to it")
         values[value.name] = draw.standard_normal([side.dim_value or BATCH for side in kind.shape.dim], np.float32)
-    if between:
+    if with_middle:
         outputs = {value.name for value in proto.graph.output}
-        made = [name for node in proto.graph.node for name in node.output if name and name not in outputs]
-        proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in made)
-        every = whole.with_name("every.onnx")  # the weights are found beside it
-        every.write_bytes(proto.SerializeToString())
-        values |= _run_session(plain_session(every), dict(values))
+        between = [name for node in proto.graph.node for name in node.output if name and name not in outputs]
+        proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in between)
+        recording = whole.with_name("recording.onnx")  # the weights are found beside it
+        recording.write_bytes(proto.SerializeToString())
+        values |= _run_session(plain_session(recording), dict(values))
     file = whole.with_name("values.npz")
     np.savez(file, **{_KEY + name: array for name, array in values.items()})
     return file
@@ -247,14 +248,14 @@ def _value(file: Path, name: str) -> np.ndarray:
 def _zeros(whole: Path) -> Callable[[str], np.ndarray] | None:
     """Zeros for every value of a graph that is built, not run; None if not all their shapes are known."""
     proto = onnx.shape_inference.infer_shapes(load_graph(whole, weights=False))
-    found = {}
+    zeros = {}
     for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(side.HasField("dim_value") for side in kind.shape.dim):
             shape = [side.dim_value for side in kind.shape.dim]
-            found[value.name] = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-    made = {name for node in proto.graph.node for name in node.output if name}
-    return found.__getitem__ if made <= found.keys() else None
+            zeros[value.name] = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    needed = {name for node in proto.graph.node for name in node.output if name}
+    return zeros.__getitem__ if needed <= zeros.keys() else None
 
 
 def _run_session(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -266,31 +267,36 @@ def _run_session(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndar
 
 
 class _Worker:
-    """A process that tries pieces, and another one where a piece was the end of it."""
+    """A process that tries pieces; another one takes over where a piece crashes it or never ends.
 
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
+    Args:
+        backend: The library that it loads.
+        seconds: How long a piece may take; None for what building or running one may take.
+    """
+
+    def __init__(self, backend: str, seconds: float | None = None) -> None:
+        self._backend, self._seconds = backend, seconds
+        # not forked: threads of the libraries that this process has loaded would be missing there
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPool(max_workers=1, context=context, initializer=_keep_silent)
 
     def __enter__(self) -> Self:
-        self._pool = self._started()
+        self._pool.schedule(_load_library, args=(self._backend,))  # meanwhile the graph is prepared here
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)  # large libraries take long to unload
+        self._pool.stop()
+        self._pool.join()
 
     def failure(self, trial: Trial, piece: Path) -> str | None:
-        """See `_failure`."""
+        """See `_failure`; a crash and a piece that takes too long are failures too."""
+        seconds = self._seconds or (_SECONDS_TO_BUILD if trial.values is None else _SECONDS_TO_RUN)
         try:
-            return self._pool.submit(_failure, trial, piece).result()
-        except BrokenProcessPool:
-            self._pool = self._started()
+            return self._pool.schedule(_failure, args=(trial, piece), timeout=seconds).result()
+        except TimeoutError:
+            return f"{trial.backend} is not done with it after {seconds:g} seconds"
+        except ProcessExpired:
             return f"{trial.backend} takes its process down"
-
-    def _started(self) -> ProcessPoolExecutor:
-        # not forked: threads of the libraries that this process has loaded would be missing there
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_keep_silent)
-        pool.submit(_load_library, self._backend)  # meanwhile the graph is prepared here
-        return pool
 
 
 def _keep_silent() -> None:
@@ -318,11 +324,11 @@ def _failure(trial: Trial, piece: Path) -> str | None:
     expected = _run_session(plain_session(piece), feeds)
     run = _run_openvino if trial.backend == "openvino" else _run_onnxruntime
     try:
-        found = run(piece, feeds, trial.precision)
-    except Exception as error:  # noqa: BLE001  # whatever a library throws is what is being looked for
+        outputs = run(piece, feeds, trial.precision)
+    except Exception as error:  # noqa: BLE001  # anything that a library throws is what bisecting looks for
         return f"{trial.backend} does not run it: {' '.join(str(error).split()).replace(str(piece), 'it')}"
     tolerance = _DEEP * GATES[trial.precision].unit_roundoff
-    error = max(_error(found[name], expected[name]) for name in expected)
+    error = max(_error(outputs[name], expected[name]) for name in expected)
     if error <= tolerance:
         return None
     return (f"{trial.backend} differs from ONNX Runtime without optimizations by {error:.1e} of the largest number, "
@@ -362,11 +368,11 @@ def _run_openvino(piece: Path, feeds: dict[str, np.ndarray], precision: str) -> 
     return {name: array for port, array in compiled(feeds).items() for name in port.get_names()}
 
 
-def _error(found: np.ndarray, expected: np.ndarray) -> float:
+def _error(output: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference as a share of the largest number, or of 1 if that is larger; infinite where none can be."""
-    if found.shape != expected.shape:
+    if output.shape != expected.shape:
         return float("inf")
-    one, other = found.astype(np.float64), expected.astype(np.float64)
+    one, other = output.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0, np.abs(one - other))
     largest = np.abs(other[np.isfinite(other)]).max(initial=1)

@@ -74,9 +74,9 @@ def operators_of_block(
                 if label not in expected:
                     continue
                 value = torch.from_numpy(np.asarray(outputs[name], np.float64))
-                wanted = expected[label][:, : value.shape[1]]
-                if value.shape == wanted.shape:
-                    error = float(distance(value, wanted).max())
+                expected_value = expected[label][:, : value.shape[1]]
+                if value.shape == expected_value.shape:
+                    error = float(distance(value, expected_value).max())
                     largest[label] = max(largest.get(label, 0.0), error)
             local = compare_parts(reference, torch.from_numpy(pixel_values), observed)
             for (at, part), errors in local.errors.items():
@@ -126,31 +126,31 @@ def _values(graph: onnx.GraphProto, block: int) -> Iterator[tuple[str, str]]:
 @torch.no_grad()
 def _expected(reference: ReducedViT, pixel_values: Tensor, observed: Observed, block: int) -> dict[str, Tensor]:
     """Label -> what the reference puts out there, from the tokens that the engine's block got."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     module = reference.model.blocks[block]
-    with _watched(module, found):
+    with _watched(module, outputs):
         compare_parts(reference, pixel_values, observed, only=block)
-    if (qkv := found.pop("attn.qkv", None)) is not None:
+    if (qkv := outputs.pop("attn.qkv", None)) is not None:
         attn = module.attn
         scale = attn.scale if isinstance(attn.q_norm, nn.Identity) else 1.0
-        found |= dict(zip(("attn.q", "attn.k", "attn.v"), qkv.chunk(3, dim=-1), strict=True))
-        found["attn.q"] = found["attn.q"] * scale
-    return found
+        outputs |= dict(zip(("attn.q", "attn.k", "attn.v"), qkv.chunk(3, dim=-1), strict=True))
+        outputs["attn.q"] = outputs["attn.q"] * scale
+    return outputs
 
 
 @contextmanager
-def _watched(block: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
+def _watched(block: nn.Module, outputs: dict[str, Tensor]) -> Iterator[None]:
     """Notes what the parts of a block put out, and what goes into some."""
     with ExitStack() as stack:
         for name, part in block.named_modules():
             if name:
                 hook = part.register_forward_hook(
-                    lambda _part, _inputs, output, name=name: found.__setitem__(name, output)
+                    lambda _part, _inputs, output, name=name: outputs.__setitem__(name, output)
                 )
                 stack.callback(hook.remove)
             if name in _INPUTS:
                 hook = part.register_forward_pre_hook(
-                    lambda _part, inputs, name=name: found.__setitem__(f"input of {name}", inputs[0])
+                    lambda _part, inputs, name=name: outputs.__setitem__(f"input of {name}", inputs[0])
                 )
                 stack.callback(hook.remove)
         yield

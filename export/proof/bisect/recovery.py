@@ -1,6 +1,6 @@
 """An engine in half precision or int8 that fails: which blocks, kept in float32, bring it back?
 
-The block whose own part is wrong goes to float32, the engine is made anew and proven; and so on with what is wrong
+The block whose own part is wrong goes to float32, the engine is made anew and validated; and so on with what is wrong
 then.
 """
 
@@ -39,7 +39,7 @@ class Recovery:
     """What was tried.
 
     Attributes:
-        blocks: Blocks kept in float32, in the order in which they were found.
+        blocks: Blocks kept in float32, in the order in which they were chosen.
         report: Of the engine with all of them; it passes where that helped. With no blocks: of the engine made anew,
             which passes where the listed file is what is wrong.
     """
@@ -52,7 +52,7 @@ def recover(remake: Remake, blocks: int, notify: Callable[[str], None] = lambda 
     """Keeps one block after the other in float32, the first at fault each time, until the engine passes.
 
     Args:
-        remake: Makes and proves an engine.
+        remake: Makes and validates an engine.
         blocks: How many may be kept: those of the network, or none where the format does not stand in the graph.
         notify: Told what is tried.
     """
@@ -74,18 +74,18 @@ def can_keep_blocks(engine: Engine) -> bool:
     return engine.graph.precision in (*HALF, *FORMATS)
 
 
-def _next(found: Findings, kept: tuple[int, ...]) -> int | None:
+def _next(findings: Findings, kept: tuple[int, ...]) -> int | None:
     """The first block at fault that is not kept yet; where none is, the one whose parts are furthest off."""
     wrong: dict[int, float] = {}
-    for index, block in found.blocks.items():
+    for index, block in findings.blocks.items():
         if index not in kept and block.parts:
             wrong[index] = float(np.nan_to_num(max(block.parts.values()), nan=np.inf))
     first = [
         block
         for block in sorted(wrong)
-        if not wrong[block] <= found.part_allowed
-        or not max(found.blocks[block].middles.values(), default=0.0) <= found.middle_allowed
-        or found.blocks[block].unexplained
+        if not wrong[block] <= findings.part_allowed
+        or not max(findings.blocks[block].middles.values(), default=0.0) <= findings.middle_allowed
+        or findings.blocks[block].unexplained
     ]
     if first:
         return first[0]
@@ -101,7 +101,7 @@ def remaker(
         inputs: What the family was made from.
         engine: The listed one.
         plain: The reference of the degree that is not quantized.
-        batches: Makes the images to prove it on.
+        batches: Makes the images to validate it on.
         folder: Where graphs and weights are put.
     """
     graph = engine.graph
@@ -112,9 +112,9 @@ def remaker(
     if graph.precision not in FORMATS:
 
         def typed_so(kept: tuple[int, ...]) -> Report:
-            made = lowering.lower(schedule, fused, _name(kept), graph.precision, kept)
-            own = build(made, backend=engine.backend, precision=engine.precision, plan=options)
-            return validate(own, exact, batches())
+            typed_graph = lowering.lower(schedule, fused, _name(kept), graph.precision, kept)
+            new_engine = build(typed_graph, backend=engine.backend, precision=engine.precision, plan=options)
+            return validate(new_engine, exact, batches())
 
         return typed_so
     whole = read_quantization(graph.file, plain.model, fused.weights, graph.precision)
@@ -122,21 +122,27 @@ def remaker(
 
     def quantized_so(kept: tuple[int, ...]) -> Report:
         left = [name for name in whole.weights if int(name.split(".")[1]) in kept]
-        own = whole.without(left)
-        made = _quantized(base, inputs, own, folder, engine.backend, kept)
-        built = build(made, backend=engine.backend, precision=engine.precision, plan=options)
-        network = ReducedViT(quantized_model(plain.model, own), plain.schedule, reduction=plain.reduction)
-        return validate(built, in_format(network.eval(), EXACT), batches(), exact)
+        quantization = whole.without(left)
+        new_graph = _quantized(base, inputs, quantization, folder, engine.backend, kept)
+        new_engine = build(new_graph, backend=engine.backend, precision=engine.precision, plan=options)
+        network = ReducedViT(quantized_model(plain.model, quantization), plain.schedule, reduction=plain.reduction)
+        return validate(new_engine, in_format(network.eval(), EXACT), batches(), exact)
 
     return quantized_so
 
 
 def _quantized(
-    base: OnnxGraph, inputs: CompileInputs, own: Quantization, folder: Path, backend: str, kept: tuple[int, ...]
+    base: OnnxGraph,
+    inputs: CompileInputs,
+    quantization: Quantization,
+    folder: Path,
+    backend: str,
+    kept: tuple[int, ...],
 ) -> OnnxGraph:
-    if not own.weights:
+    if not quantization.weights:
         return base
-    return quantized_graph(base, inputs.loaded.model, own, WeightStore(folder), _name(kept), BACKENDS[backend].qdq)
+    model, store = inputs.loaded.model, WeightStore(folder)
+    return quantized_graph(base, model, quantization, store, _name(kept), BACKENDS[backend].qdq)
 
 
 def _name(kept: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ class About:
     Attributes:
         title: Of the report.
         model: Name of the model.
-        candidate: What was proven.
+        candidate: What was validated.
         against: What it was compared with.
         date: When.
         versions: Library -> version.

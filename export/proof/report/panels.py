@@ -21,9 +21,9 @@ def panels(one: MergePicture, other: MergePicture, block: int, side: int = 280) 
     """The pictures of one block, of both.
 
     A patch that is still a token of its own shows its pixels. Merged: every group is filled by its mean colour and
-    outlined, in the same colour wherever it lies and whoever made it. Pruned: what was fused is faded. Patches that
+    outlined, in the same colour wherever it lies and on both sides. Pruned: what was fused is faded. Patches that
     differ are outlined in red; where they were merged, each group of them is filled by a colour of its own, so that it
-    shows who went with whom.
+    shows which went together.
 
     Args:
         one: Of which.
@@ -36,7 +36,7 @@ def panels(one: MergePicture, other: MergePicture, block: int, side: int = 280) 
     """
     marked = differing(one, other, block)
     assert marked is not None  # both have the block
-    ours, theirs = (group_indices(each.groups[block]) for each in (one, other))
+    ours, theirs = (group_indices(picture.groups[block]) for picture in (one, other))
     fills = _fills(np.where(marked, ours, -1), np.where(marked, theirs, -1))
     return _panel(one, ours, marked, fills[0], side), _panel(other, theirs, marked, fills[1], side)
 
@@ -58,7 +58,7 @@ def _fills(first: np.ndarray, second: np.ndarray) -> tuple[dict[int, np.ndarray]
             theirs[other] = ours[one]
     for other in np.unique(second[second >= 0]).tolist():
         theirs.setdefault(other, len({*ours.values(), *theirs.values()}))
-    colours = [{group: _APART[rank % len(_APART)] for group, rank in each.items()} for each in (ours, theirs)]
+    colours = [{group: _APART[rank % len(_APART)] for group, rank in ranks.items()} for ranks in (ours, theirs)]
     return colours[0], colours[1]
 
 
@@ -79,7 +79,8 @@ def _panel(
         areas = np.where(together, 0, 1 + areas)  # one area, however many fusions it comes from
     else:
         counts = np.bincount(areas.ravel())[:, None]
-        means = np.stack([np.bincount(areas.ravel(), pixels[..., each].ravel()) for each in range(3)], axis=1) / counts
+        sums = [np.bincount(areas.ravel(), pixels[..., channel].ravel()) for channel in range(3)]
+        means = np.stack(sums, axis=1) / counts
         pixels[together] = means[areas][together]
         outlines = np.array([_outline(int(first)) for first in np.unique(groups, return_index=True)[1]])
         inside = together & _border(areas, max(1, patch // 16))
@@ -102,7 +103,7 @@ def _border(areas: np.ndarray, width: int) -> np.ndarray:
 def _outline(patch: int) -> tuple[float, ...]:
     """The colour of the group whose first patch this is: neighbours far apart, none of them red."""
     hue = 0.1 + 0.78 * (patch * 0.618034 % 1)
-    return tuple(255 * each for each in colorsys.hsv_to_rgb(hue, 0.55, 0.85))
+    return tuple(255 * share for share in colorsys.hsv_to_rgb(hue, 0.55, 0.85))
 
 
 def png(pixels: np.ndarray) -> bytes:

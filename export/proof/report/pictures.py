@@ -82,14 +82,14 @@ def patch_groups(decisions: Mapping[int, AnyDecision], reference: ReducedViT, im
     comparer, model = comparer_of(reference.reduction), reference.model
     grid = model.patch_embed.grid_size
     position = model.num_prefix_tokens + np.arange(grid[0] * grid[1])
-    found = {}
+    groups = {}
     for block in reference.deciding_blocks:
         tokens = reference.schedule.tokens[block]
         if block not in decisions or not comparer.is_valid(decisions[block], image, tokens):
             break
         position = moved(decisions[block], tokens, image)[position]
-        found[block] = position.reshape(grid)
-    return found
+        groups[block] = position.reshape(grid)
+    return groups
 
 
 def moved(decision: AnyDecision, tokens: int, image: int = 0) -> np.ndarray:
@@ -108,7 +108,7 @@ def moved(decision: AnyDecision, tokens: int, image: int = 0) -> np.ndarray:
     to = np.full(tokens, -1)
     to[:protected] = np.arange(protected)
     if isinstance(decision, Matching):
-        src, dst, unm = (each[image].numpy() for each in (decision.src, decision.dst, decision.unm))
+        src, dst, unm = (positions[image].numpy() for positions in (decision.src, decision.dst, decision.unm))
         destinations = np.arange(first_positions(protected)[1], tokens, 2)
         to[unm] = protected + np.arange(len(unm))
         to[destinations] = protected + len(unm) + np.arange(len(destinations))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tocom.export.proof.findings import BlockFindings, Findings
+from tocom.export.proof.findings import BlockFindings, Findings, NetworkGate
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
 from tocom.export.proof.report.panels import panels
@@ -37,6 +37,7 @@ _STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
                      "ytick.color", "grid.color"), _INK),
 }  # fmt: skip
+_LOGIT_GATES = (NetworkGate.MEDIAN_LOGITS, NetworkGate.WORST_LOGITS)
 _FLOOR = 1e-3  # u; what is smaller stands there
 _MANY = 16  # ticks of an axis of blocks
 
@@ -62,50 +63,50 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def block_figure(found: Findings) -> Figure:
+def block_figure(findings: Findings) -> Figure:
     """Agreement, errors of parts, margins and errors of outputs of every block of one degree.
 
     Where nothing is decided there are no plots of decisions.
 
     Args:
-        found: Findings of the degree of validating it.
+        findings: Of the degree.
     """
     with _styled():
         from matplotlib.figure import Figure
 
-        draws = (_agreement, _parts, _margins, _outputs) if _deciding(found) else (_parts, _outputs)
+        draws = (_agreement, _parts, _margins, _outputs) if _deciding(findings) else (_parts, _outputs)
         figure = Figure(figsize=(10.4, 3.1 * len(draws) / 2))
         edge = 0.36 / figure.get_figheight()  # inches
         figure.subplots_adjust(left=0.072, right=0.99, top=1 - edge, bottom=1.4 * edge, wspace=0.16, hspace=0.42)
         for draw, axes in zip(draws, figure.subplots(len(draws) // 2, 2).flat, strict=True):
-            _block_axis(axes, list(found.blocks))
-            draw(axes, found)
+            _block_axis(axes, list(findings.blocks))
+            draw(axes, findings)
         return figure
 
 
-def _deciding(found: Findings) -> dict[int, BlockFindings]:
+def _deciding(findings: Findings) -> dict[int, BlockFindings]:
     """The blocks in which something is decided."""
-    return {block: each for block, each in found.blocks.items() if each.decisions or each.unexplained}
+    return {index: block for index, block in findings.blocks.items() if block.decisions or block.unexplained}
 
 
-def _agreement(axes: Axes, found: Findings) -> None:
+def _agreement(axes: Axes, findings: Findings) -> None:
     """Bars that hang from 100%: how much is decided otherwise, and how many images do."""
     axes.set(title="Decisions equal to the reference's", ylabel="agreement, %")
-    deciding = _deciding(found)
-    shares = {block: 100 * each.equal / max(1, each.decisions) for block, each in deciding.items()}
+    deciding = _deciding(findings)
+    shares = {index: 100 * block.equal / max(1, block.decisions) for index, block in deciding.items()}
     deepest = max(1.0, 100 - min(shares.values()))
     axes.set_ylim(100 - 1.4 * deepest, 100 + 0.12 * deepest)
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.set_ylim(100 - 1.4 * deepest, 100 + 0.12 * deepest)
-    for block, each in deciding.items():
-        if shares[block] < 100:
-            axes.bar(block, shares[block] - 100, 0.62, bottom=100, color=_verdict(each))
+    for index, block in deciding.items():
+        if shares[index] < 100:
+            axes.bar(index, shares[index] - 100, 0.62, bottom=100, color=_verdict(block))
         else:
-            axes.plot(block, 100, "o", markersize=6, color=_verdict(each), zorder=3)
-        words = [f"{each.explained}"] if each.explained else []
-        words += [f"{each.unexplained}!"] if each.unexplained else []
-        axes.annotate(" + ".join(words), (block, shares[block]), (0, -5), textcoords="offset points", ha="center",
-                      va="top", fontsize=8, color=_verdict(each), fontweight="bold")  # fmt: skip
+            axes.plot(index, 100, "o", markersize=6, color=_verdict(block), zorder=3)
+        words = [f"{block.explained}"] if block.explained else []
+        words += [f"{block.unexplained}!"] if block.unexplained else []
+        axes.annotate(" + ".join(words), (index, shares[index]), (0, -5), textcoords="offset points", ha="center",
+                      va="top", fontsize=8, color=_verdict(block), fontweight="bold")  # fmt: skip
     axes.axhline(100, color=_INK, linewidth=0.8)
     _legend(axes, {"all equal": ("o", _EQUAL), "n images differ, explained": ("s", _EXPLAINED),
                    "n! unexplained": ("s", _FAULT)}, loc="lower left", ncols=3)  # fmt: skip
@@ -116,33 +117,33 @@ def _verdict(block: BlockFindings) -> str:
     return _FAULT if block.unexplained else _EXPLAINED if block.explained else _EQUAL
 
 
-def _parts(axes: Axes, found: Findings) -> None:
+def _parts(axes: Axes, findings: Findings) -> None:
     """Every part of every block by itself, and the gate."""
-    unit, gate = _unit(found), found.part_allowed / _unit(found)
+    unit, gate = _unit(findings), findings.part_allowed / _unit(findings)
     axes.set(title="Error of each part, on the candidate's own input", ylabel="error, u", yscale="log")
-    told = [part for part in PARTS if any(part in each.parts for each in found.blocks.values())]
-    errors = [error / unit for each in found.blocks.values() for error in each.parts.values()]
+    parts = [part for part in PARTS if any(part in block.parts for block in findings.blocks.values())]
+    errors = [error / unit for block in findings.blocks.values() for error in block.parts.values()]
     top = _top([*errors, gate])
-    for place, part in enumerate(told):
+    for place, part in enumerate(parts):
         marker, colour = _LOOKS[part]
-        shift = 0.62 * ((place + 0.5) / len(told) - 0.5)
-        for block, each in found.blocks.items():
-            if part in each.parts:
-                at, shown = int(block) + shift, _shown(axes, int(block) + shift, each.parts[part] / unit, top)
+        shift = 0.62 * ((place + 0.5) / len(parts) - 0.5)
+        for index, block in findings.blocks.items():
+            if part in block.parts:
+                at, shown = index + shift, _shown(axes, index + shift, block.parts[part] / unit, top)
                 axes.plot(at, shown, marker, color=colour, markersize=5, alpha=0.9)
-                if not each.parts[part] <= found.part_allowed:
+                if not block.parts[part] <= findings.part_allowed:
                     axes.plot(at, shown, "o", markersize=12, markerfacecolor="none", markeredgecolor=_FAULT,
                               markeredgewidth=1.8)  # fmt: skip
     _gate(axes, gate)
     _log_axis(axes, [*errors, gate], top)
-    _legend(axes, {part: _LOOKS[part] for part in told}, loc="lower left", ncols=6, columnspacing=0.9)
+    _legend(axes, {part: _LOOKS[part] for part in parts}, loc="lower left", ncols=6, columnspacing=0.9)
 
 
-def _margins(axes: Axes, found: Findings) -> None:
+def _margins(axes: Axes, findings: Findings) -> None:
     """How much worse than the best the worst decision is, and the gate."""
-    unit, gate = _unit(found), found.margin_allowed / _unit(found)
+    unit, gate = _unit(findings), findings.margin_allowed / _unit(findings)
     axes.set(title="Margin of the decisions that differ", ylabel="worse than the best by, u")
-    margins = {block: each.margin / unit for block, each in _deciding(found).items()}
+    margins = {index: block.margin / unit for index, block in _deciding(findings).items()}
     top = _top([*margins.values(), gate])
     if top > 2 * gate:
         axes.set_yscale("symlog", linthresh=gate, linscale=0.6)
@@ -151,27 +152,27 @@ def _margins(axes: Axes, found: Findings) -> None:
         axes.minorticks_off()
     axes.set_ylim(-0.05 * gate, 4 * top if top > 2 * gate else 1.25 * gate)
     axes.yaxis.set_major_formatter(_plain)
-    for block, each in _deciding(found).items():
-        value = _shown(axes, block, margins[block], top) if each.margin else 0.0
-        axes.vlines(block, 0, value, color=_verdict(each), linewidth=2.4)
-        axes.plot(block, value, "o", color=_verdict(each), markersize=6)
+    for index, block in _deciding(findings).items():
+        value = _shown(axes, index, margins[index], top) if block.margin else 0.0
+        axes.vlines(index, 0, value, color=_verdict(block), linewidth=2.4)
+        axes.plot(index, value, "o", color=_verdict(block), markersize=6)
     _gate(axes, gate)
 
 
-def _outputs(axes: Axes, found: Findings) -> None:
+def _outputs(axes: Axes, findings: Findings) -> None:
     """The tokens that leave every block, and the logits with their gates, decisions replayed."""
-    unit = _unit(found)
+    unit = _unit(findings)
     axes.set(title="Error of what leaves each block, decisions replayed", ylabel="error, u", yscale="log")
-    errors = {int(block): each.output_error / unit for block, each in found.blocks.items()
-              if each.output_error is not None}  # fmt: skip
-    logits = [(each.found / unit, each.allowed / unit)
-              for name, each in sorted(found.gates.items()) if name.startswith("logits")]  # fmt: skip
-    values = [*errors.values(), *(value for each in logits for value in each)]
+    errors = {index: block.output_error / unit for index, block in findings.blocks.items()
+              if block.output_error is not None}  # fmt: skip
+    measured = [findings.gates[name] for name in _LOGIT_GATES if name in findings.gates]
+    logits = [(gate.found / unit, gate.allowed / unit) for gate in measured]
+    values = [*errors.values(), *(value for pair in logits for value in pair)]
     top = _top(values)
-    shown = [_shown(axes, block, error, top) for block, error in errors.items()]
+    shown = [_shown(axes, index, error, top) for index, error in errors.items()]
     if shown:
         axes.plot(list(errors), shown, "-o", color=_OUTPUT, markersize=5, linewidth=1.4, label="tokens")
-    behind = max((int(block) for block in found.blocks), default=0) + 1
+    behind = max((index for index in findings.blocks), default=0) + 1
     for place, (error, allowed) in enumerate(logits):  # of the image in the middle, then of the worst
         at, hidden = behind + 0.7 * place, "_" * place  # an underscore keeps out of the legend
         axes.plot(at, _shown(axes, at, error, top), "D", color=_EQUAL if error <= allowed else _FAULT, markersize=6,
@@ -185,8 +186,8 @@ def _outputs(axes: Axes, found: Findings) -> None:
         axes.legend(loc="lower left", ncols=3)
 
 
-def _unit(found: Findings) -> float:
-    return GATES[found.precision].unit_roundoff
+def _unit(findings: Findings) -> float:
+    return GATES[findings.precision].unit_roundoff
 
 
 def _top(values: Sequence[float]) -> float:

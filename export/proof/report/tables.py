@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tocom.export.artifacts import Report
-from tocom.export.proof.findings import Fault, Findings
+from tocom.export.proof.findings import Fault, Findings, NetworkGate
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.parts import PARTS
 
@@ -29,7 +29,7 @@ class Table:
     Attributes:
         header: Names of the columns.
         rows: Cells.
-        gate: What each column may be at most, in the same units; None where nothing is judged.
+        gate: What each column may be at most, in the same units; None where nothing has a gate.
     """
 
     header: tuple[str, ...]
@@ -42,8 +42,8 @@ WORDS = {
     "u": "unit roundoff, the largest relative error of rounding one number to the candidate's format. Errors, margins "
     "and gates are multiples of it.",
     "part": "a piece of a block. The reference gets what the candidate itself put into the part, so that errors do not "
-    "add up and the part at fault is named. Where the candidate does not tell the tokens between two parts, both are "
-    "under the later one's name.",
+    "add up and the part at fault is named. Where the candidate does not put out the tokens between two parts, both "
+    "are under the later one's name.",
     "agreement": "share of decisions (which token merges into which, which is dropped) equal to the reference's, with "
     "the candidate's decisions forced on all blocks before.",
     "explained": "images of which a block decides otherwise, and as well as the best to within rounding.",
@@ -57,7 +57,7 @@ WORDS = {
     "sees. They have no gate.",
 }
 
-_MEANINGS = {
+_MEANINGS: dict[str, str] = {
     "embedding": "the tokens that enter block 0 are not what the reference makes of the image (patches, positions or "
     "prefix tokens)",
     "attention": "the tokens behind attention are not what the reference makes of the block's input (query, key and "
@@ -66,12 +66,15 @@ _MEANINGS = {
     " reference has it",
     "decision": "images are decided otherwise, and worse than rounding explains",
     "reduction": "the tokens or sizes that remain are not what the block's input and its decisions make them (with the "
-    "attention before it, where the candidate does not tell the tokens between)",
+    "attention before it, where the candidate does not put out the tokens between)",
     "mlp": "the tokens behind the MLP are not what the reference makes of its input",
     "head": "the logits are not what the reference makes of the last block's tokens (norm, pooling or classifier)",
-    "debug copy": "the copy that tells what goes on inside answers otherwise than the shipped engine, so that what it "
-    "tells cannot be relied on",
-    "logits": "logits are further from the reference's than rounding explains, although its decisions were replayed",
+    NetworkGate.DEBUG_COPY: "the copy that puts out what goes on inside answers otherwise than the shipped engine, so "
+    "that what it puts out cannot be relied on",
+    **dict.fromkeys(
+        (NetworkGate.WORST_LOGITS, NetworkGate.MEDIAN_LOGITS),
+        "logits are further from the reference's than rounding explains, although its decisions were replayed",
+    ),
 }
 
 
@@ -94,7 +97,7 @@ def faults_of(report: Report) -> list[FaultInWords]:
 
 def meaning_of(fault: Fault) -> str:
     """What a fault says about the candidate; empty for an unknown one."""
-    return _MEANINGS.get("logits" if fault.part.startswith("logits ") else fault.part, "")
+    return _MEANINGS.get(fault.part, "")
 
 
 def verdict(reports: Mapping[int, Report]) -> tuple[bool, str]:
@@ -118,46 +121,46 @@ def degree_table(reports: Mapping[int, Report]) -> Table:
     labelled = any(report.findings.accuracy for report in reports.values())
     rows = []
     for degree, report in reports.items():
-        found, free, unit = report.findings, report.findings.free, unit_of(report.findings)
-        parts = [error for block in found.blocks.values() for error in block.parts.values()]
+        findings, free, unit = report.findings, report.findings.free, unit_of(report.findings)
+        parts = [error for block in findings.blocks.values() for error in block.parts.values()]
         worst = max(parts, key=lambda error: math.inf if math.isnan(error) else error, default=None)
-        typical = found.gates["logits of the image in the middle"].allowed if found.gates else math.inf
+        typical = findings.gates[NetworkGate.MEDIAN_LOGITS].allowed if findings.gates else math.inf
         rows.append((
-            Cell(str(degree)), Cell("pass" if report else "FAIL", not report), Cell(str(found.images)),
-            Cell(percent(found.agreement, found.decisions)), Cell(str(found.explained)),
-            Cell(str(found.unexplained), found.unexplained > 0),
-            Cell(in_units(worst, unit), worst is not None and not worst <= found.part_allowed),
-            Cell(in_units(found.typical_logit_error, unit), not found.typical_logit_error <= typical),
+            Cell(str(degree)), Cell("pass" if report else "FAIL", not report), Cell(str(findings.images)),
+            Cell(percent(findings.agreement, findings.decisions)), Cell(str(findings.explained)),
+            Cell(str(findings.unexplained), findings.unexplained > 0),
+            Cell(in_units(worst, unit), worst is not None and not worst <= findings.part_allowed),
+            Cell(in_units(findings.typical_logit_error, unit), not findings.typical_logit_error <= typical),
             *(_free(getattr(free, name), form) for name, form in _FREE.items()),
-            *([_top1(found, "top1"), _top1(found, "reference_top1")] if labelled else []),
+            *([_top1(findings, "top1"), _top1(findings, "reference_top1")] if labelled else []),
         ))  # fmt: skip
     header = ("degree r", "verdict", "images", "agreement", "explained", "unexplained", "worst part, u",
               "logit error, u", "top-1 equal", "lowest cosine", "KL, nats")  # fmt: skip
     return Table((*header, *(("top-1", "reference's top-1") if labelled else ())), tuple(rows))
 
 
-def _top1(found: Findings, name: str) -> Cell:
-    return Cell("-" if found.accuracy is None else f"{getattr(found.accuracy, name):.1%}")
+def _top1(findings: Findings, name: str) -> Cell:
+    return Cell("-" if findings.accuracy is None else f"{getattr(findings.accuracy, name):.1%}")
 
 
 def _free(value: float | None, form: str) -> Cell:
     return Cell("-" if value is None else form.format(value))
 
 
-def block_table(found: Findings) -> Table:
+def block_table(findings: Findings) -> Table:
     """One row per block of one degree: errors in unit roundoffs, and the gates below."""
-    unit, part, margin = unit_of(found), found.part_allowed, found.margin_allowed
+    unit, part, margin = unit_of(findings), findings.part_allowed, findings.margin_allowed
     rows = []
-    for block, each in found.blocks.items():
-        deciding = each.decisions or each.unexplained
+    for index, block in findings.blocks.items():
+        deciding = block.decisions or block.unexplained
         rows.append((
-            Cell(str(block)), Cell(percent(each.equal / max(1, each.decisions), deciding)),
-            Cell(str(each.explained) if deciding else "-"),
-            Cell(str(each.unexplained) if deciding else "-", each.unexplained > 0),
-            Cell(in_units(each.margin, unit) if deciding else "-", bool(each.unexplained)),
+            Cell(str(index)), Cell(percent(block.equal / max(1, block.decisions), deciding)),
+            Cell(str(block.explained) if deciding else "-"),
+            Cell(str(block.unexplained) if deciding else "-", block.unexplained > 0),
+            Cell(in_units(block.margin, unit) if deciding else "-", bool(block.unexplained)),
             *(Cell(in_units(error, unit), error is not None and not error <= part)
-              for error in map(each.parts.get, MEASURED)),
-            Cell(in_units(each.output_error, unit)),
+              for error in map(block.parts.get, MEASURED)),
+            Cell(in_units(block.output_error, unit)),
         ))  # fmt: skip
     gate = ("gate", "-", "-", "0", in_units(margin, unit), *[in_units(part, unit)] * len(MEASURED), "-")
     return Table(
@@ -165,23 +168,23 @@ def block_table(found: Findings) -> Table:
     )
 
 
-def gate_table(found: Findings) -> Table:
-    """What is judged of the network as a whole."""
-    unit = unit_of(found)
+def gate_table(findings: Findings) -> Table:
+    """What is measured of the network as a whole."""
+    unit = unit_of(findings)
     rows = tuple(
         (
             Cell(name),
-            Cell(in_units(each.found, unit), not each.found <= each.allowed),
-            Cell(in_units(each.allowed, unit)),
+            Cell(in_units(gate.found, unit), not gate.found <= gate.allowed),
+            Cell(in_units(gate.allowed, unit)),
         )
-        for name, each in found.gates.items()
+        for name, gate in findings.gates.items()
     )
     return Table(("of the network", "found, u", "gate, u"), rows)
 
 
-def beside_table(found: Findings) -> Table | None:
+def beside_table(findings: Findings) -> Table | None:
     """The candidate beside another engine, each deciding by itself; None where the reference is all there is."""
-    if (pair := found.pair) is None:
+    if (pair := findings.pair) is None:
         return None
     rows = [
         ("images", str(pair.images)),
@@ -196,9 +199,9 @@ def beside_table(found: Findings) -> Table | None:
     return Table((f"{pair.one} beside", pair.other), tuple((Cell(name), Cell(value)) for name, value in rows))
 
 
-def unit_of(found: Findings) -> float:
-    """The unit roundoff that findings are judged by."""
-    return GATES[found.precision].unit_roundoff
+def unit_of(findings: Findings) -> float:
+    """The unit roundoff of the findings' number format."""
+    return GATES[findings.precision].unit_roundoff
 
 
 def in_units(value: float | None, unit: float) -> str:

@@ -25,13 +25,13 @@ def verdict_table(reports: Mapping[int, Report], title: str) -> Table:
                  "logit error / u", "top-1 equal", "cosine", "KL"):  # fmt: skip
         table.add_column(name, justify="right")
     for degree, report in reports.items():
-        found, free = report.findings, report.findings.free
-        unit = GATES[found.precision].unit_roundoff
-        parts = [error for block in found.blocks.values() for error in block.parts.values()]
+        findings, free = report.findings, report.findings.free
+        unit = GATES[findings.precision].unit_roundoff
+        parts = [error for block in findings.blocks.values() for error in block.parts.values()]
         table.add_row(
-            str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(found.images),
-            f"{found.agreement:.2%}", str(found.explained), str(found.unexplained),
-            f"{max(parts) / unit:.1f}" if parts else "-", f"{found.typical_logit_error / unit:.1f}",
+            str(degree), "[green]pass[/]" if report else "[red]FAIL[/]", str(findings.images),
+            f"{findings.agreement:.2%}", str(findings.explained), str(findings.unexplained),
+            f"{max(parts) / unit:.1f}" if parts else "-", f"{findings.typical_logit_error / unit:.1f}",
             *(_free(getattr(free, name), form) for name, form in _FREE.items()),
         )  # fmt: skip
     table.caption = (
@@ -81,13 +81,13 @@ def block_table(reports: Mapping[int, Report]) -> Table:
         def in_units(error: float | None, unit: float = unit) -> str:
             return "-" if error is None else f"{error / unit:.1f}"
 
-        for block, found in report.findings.blocks.items():
-            decisions, parts = found.decisions, found.parts
+        for index, block in report.findings.blocks.items():
+            decisions, parts = block.decisions, block.parts
             table.add_row(
-                str(degree), str(block), f"{found.equal / decisions:.2%}" if decisions else "-",
-                str(found.explained), str(found.unexplained),
-                in_units(found.margin) if decisions else "-",
-                *(in_units(parts.get(part)) for part in measured), in_units(found.output_error),
+                str(degree), str(index), f"{block.equal / decisions:.2%}" if decisions else "-",
+                str(block.explained), str(block.unexplained),
+                in_units(block.margin) if decisions else "-",
+                *(in_units(parts.get(part)) for part in measured), in_units(block.output_error),
             )  # fmt: skip
     table.caption = (
         "explained, unexplained: images that decide otherwise; margin: how much worse than the best the worst "
@@ -99,7 +99,7 @@ def block_table(reports: Mapping[int, Report]) -> Table:
 
 
 def pair_table(reports: Mapping[int, Report]) -> Table:
-    """What two sides differ in, one row per degree; both are proven apart from that.
+    """What two sides differ in, one row per degree; both are validated apart from that.
 
     Args:
         reports: Degree -> report, of a comparison with another engine.

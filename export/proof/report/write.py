@@ -91,9 +91,9 @@ def finite(value: Any) -> Any:
     {'margin': 'inf', 'parts': [1.5, 'nan']}
     """
     if isinstance(value, Mapping):
-        return {str(key): finite(each) for key, each in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -101,11 +101,13 @@ def _differing_patches(pictures: Sequence[MergePicture]) -> dict[str, Any] | Non
     if not pictures:
         return None
     one, other = pictures
-    counts = {block: differing(one, other, block) for block in other.groups}
+    by_block = {block: differing(one, other, block) for block in other.groups}
     return {
         "one": one.name,
         "other": other.name,
-        "differing_patches": {str(block): None if each is None else int(each.sum()) for block, each in counts.items()},
+        "differing_patches": {
+            str(block): None if marked is None else int(marked.sum()) for block, marked in by_block.items()
+        },
     }
 
 
@@ -121,19 +123,19 @@ def to_markdown(reports: Mapping[int, Report], about: About) -> str:
     lines += ["", "## What was compared", "", *(f"- {name}: {value}" for name, value in facts(about).items())]
     lines += ["", "## Degrees", "", *_markdown(degree_table(reports)), ""]
     for degree, report in reports.items():
-        found = report.findings
-        lines += [f"## r = {degree}, block by block", "", "Errors in unit roundoffs u of "
-                  f"{found.precision}; bold: beyond the gate.", "", *_markdown(block_table(found)), ""]  # fmt: skip
-        lines += [*_markdown(gate_table(found)), ""]
-        if (beside := beside_table(found)) is not None:
-            lines += [*_markdown(beside), ""]
+        findings = report.findings
+        unit = f"Errors in unit roundoffs u of {findings.precision}; bold: beyond the gate."
+        lines += [f"## r = {degree}, block by block", "", unit, ""]
+        lines += [*_markdown(block_table(findings)), "", *_markdown(gate_table(findings)), ""]
+        if (pair := beside_table(findings)) is not None:
+            lines += [*_markdown(pair), ""]
     lines += ["## Words", "", *(f"- **{word}**: {meaning}" for word, meaning in WORDS.items()), ""]
     return "\n".join(lines)
 
 
 def facts(about: About) -> dict[str, str]:
     """What was compared, name -> value in one line each, as Markdown."""
-    found = {
+    texts = {
         "model": _text(about.model),
         "candidate": _text(about.candidate),
         "against": _text(about.against),
@@ -143,7 +145,7 @@ def facts(about: About) -> dict[str, str]:
         "versions": _text(", ".join(f"{name} {version}" for name, version in about.versions.items())),
         "command": _code(about.command),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in texts.items() if value}
 
 
 def _code(text: str) -> str:
@@ -154,12 +156,12 @@ def _code(text: str) -> str:
 def _text(text: str) -> str:
     """A text that stays one line and is no markup, whatever it holds."""
     line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{each}" if each in "\\`*[]|" else each for each in line)
+    return "".join(f"\\{character}" if character in "\\`*[]|" else character for character in line)
 
 
 def _markdown(table: Table) -> list[str]:
     rows = [[f"**{cell.text}**" if cell.failing else cell.text for cell in row] for row in table.rows]
     if table.gate is not None:
-        rows.append([each if each == "-" else f"*{each}*" for each in table.gate])
+        rows.append([text if text == "-" else f"*{text}*" for text in table.gate])
     lines = [[_text(name) for name in table.header], ["---:"] * len(table.header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

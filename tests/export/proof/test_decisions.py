@@ -160,9 +160,9 @@ def test_attention_that_is_no_number_explains_nothing():
 
 
 def test_equal_prunings_are_counted_by_dropped_token():
-    judge = comparer_of(PRUNE)
+    comparer = comparer_of(PRUNE)
     one = Pruning(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]), protected=1)
     other = Pruning(torch.tensor([[1, 2, 4]]), torch.tensor([[3, 5, 6]]), protected=1)
-    assert (judge.count(one), judge.count_equal(one, other, 0), judge.count_equal(one, one, 0)) == (3, 2, 3)
-    assert judge.is_equal(one, one, 0)
-    assert not judge.is_equal(one, other, 0)
+    assert (comparer.count(one), comparer.count_equal(one, other, 0), comparer.count_equal(one, one, 0)) == (3, 2, 3)
+    assert comparer.is_equal(one, one, 0)
+    assert not comparer.is_equal(one, other, 0)

@@ -86,7 +86,7 @@ def images(reference, count=3):
 
 @pytest.fixture
 def findings_of(subjects, tmp_path):
-    """Plants a bug and proves what comes of it: (what was found, whether native operators ran)."""
+    """Plants a bug and validates what comes of it: (what was found, whether native operators ran)."""
 
     def find(bug, form):
         graph, reference = subjects(bug.subject, form)

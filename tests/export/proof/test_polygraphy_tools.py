@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,14 @@ def run(monkeypatch, capsys):
         return left.value.code, said.out, said.err
 
     return go
+
+
+def crash(_trial, _piece):
+    os.abort()
+
+
+def hang(_trial, _piece):
+    time.sleep(600)
 
 
 def refused(result, *words):
@@ -258,13 +267,23 @@ def test_typed_graphs_that_onnx_runtime_may_not_run_are_cut_as_well(precision, a
 
 
 @pytest.mark.full
-def test_a_piece_that_takes_its_process_down_fails(exported):
+def test_a_piece_that_takes_its_process_down_fails(exported, monkeypatch):
     trial = failing_piece.Trial("onnxruntime", "fp32", None, Path("no values"))
     with failing_piece._Worker("onnxruntime") as worker:
-        worker._pool.submit(os.abort)
-        assert worker.failure(trial, exported(*CASE).file) == "onnxruntime takes its process down"
-        with pytest.raises(FileNotFoundError):  # the next one is tried again
+        with monkeypatch.context() as patch:
+            patch.setattr(failing_piece, "_failure", crash)
+            assert worker.failure(trial, exported(*CASE).file) == "onnxruntime takes its process down"
+        with pytest.raises(FileNotFoundError):  # the next one is tried in another process
             worker.failure(trial, exported(*CASE).file)
+
+
+@pytest.mark.full
+def test_a_piece_that_never_ends_fails(tmp_path, monkeypatch):
+    trial = failing_piece.Trial("onnxruntime", "fp32", None, Path("no values"))
+    monkeypatch.setattr(failing_piece, "_failure", hang)
+    with failing_piece._Worker("onnxruntime", seconds=0.5) as worker:
+        for _ in range(2):
+            assert worker.failure(trial, tmp_path) == "onnxruntime is not done with it after 0.5 seconds"
 
 
 @pytest.mark.full

@@ -390,7 +390,7 @@ def test_building_refuses_what_there_is_not(engine, options, named):
 
 @with_both
 def test_the_debug_copy_leaves_no_file_and_the_engine_alone(tampered, reference):
-    engine = tampered(lambda graph: None)  # in a folder of its own: other processes prove the shared one
+    engine = tampered(lambda graph: None)  # in a folder of its own: other processes validate the shared one
     before = {file.name: file.read_bytes() for file in engine.file.parent.iterdir()}
     validate(engine, reference, images())
     assert {file.name: file.read_bytes() for file in engine.file.parent.iterdir()} == before

@@ -41,7 +41,7 @@ ABOUT = About(
 
 @pytest.fixture(scope="module")
 def passing(make_vit):
-    """Degrees 0 and 8 of a tiny network, proven: float32 against float64."""
+    """Degrees 0 and 8 of a tiny network, validated: float32 against float64."""
     model, reports = make_vit("deit_tiny"), {}
     engine = Engine(Path("r08.onnx"), "onnxruntime", "fp32", {}, OnnxGraph(Path("r08.onnx"), {}, (), 0.0, None))
     for degree in (0, 8):
@@ -172,6 +172,26 @@ def test_a_page_on_its_own(tmp_path, failing):
     assert len(page.images) == 2 + 1 + 2 * 3 and all(page.images)  # plots, the image, two panels for each block
     assert "engines/<digits>" in "".join(page.texts) and "<digits>" not in text
     assert "<b>'" not in text
+
+
+def test_hostile_names_stay_text(tmp_path, failing):
+    """Whatever bears a name may hold markup: the title, the sides, a library's version, a fault, a picture."""
+    evil = '"><script>alert(1)</script>&'
+    about = replace(
+        ABOUT, title=evil, model=evil, candidate=evil, against=evil, date=evil, versions={evil: evil},
+        checkpoint_sha256=evil, compensator_sha256=evil, command=evil,
+    )  # fmt: skip
+    against = replace(failing[8].findings, candidate=evil)
+    pair = PairFindings(
+        one=evil, other=evil, images=4, agreement=0.5, images_alike=3, first_difference={}, logit_error_alike=1e-3,
+        logit_error_otherwise=None, top1_agreement=1.0, cosine=0.99, kl=1e-4,
+    )  # fmt: skip
+    reports = {8: replace(failing[8], findings=replace(failing[8].findings, against=against, pair=pair))}
+    pictures = {8: tuple(replace(picture, name=evil) for picture in random_pictures(3, 8))}
+    text = write_report(tmp_path, reports, about, pictures)[2].read_text()
+    page = Page(text)  # refuses scripts, and attributes that act
+    assert "<script" not in text.lower() and text.count("&lt;script&gt;") > 15
+    assert evil in "".join(page.texts)
 
 
 def test_pictures_are_counted_for_machines_too(passing):
