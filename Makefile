@@ -35,7 +35,7 @@ TENSORRT_API := 10.16.1.11 11.4.0.106
 # wheels that hold a Triton server with its Python backend, which only works with this numpy: served by in tests
 TRITON := nvidia-pytriton==0.7.0 numpy==1.26.4
 
-.PHONY: engines serve test test-full test-stress experiment bench gpu-check lint native setup clean
+.PHONY: engines serve test test-bench test-full test-stress experiment bench gpu-check lint native setup clean
 .DELETE_ON_ERROR:
 
 engines: .venv/ready native
@@ -56,6 +56,10 @@ serve: .venv/ready-serve
 
 test: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
+
+# the campaigns of bench/, of which `make test` runs a thin slice
+test-bench: .venv/ready-dev native
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "" tests/bench
 
 test-full: .venv/ready-dev build/tensorrt-api/ready build/triton/ready native
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "" --hypothesis-profile others

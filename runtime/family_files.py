@@ -1,6 +1,7 @@
 """The names of all files in a family's folder.
 
     family.json                     the manifest
+    compile.toml                    what it was made from and how: `tocom compile --config` repeats it
     scales.json, cascade.json       what was chosen for the family
     rNN-HASH.onnx                   graph of a degree; HASH is of its recipe
     rNN-HASH.inlined.onnx           the same without model-local functions
@@ -26,6 +27,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 MANIFEST = "family.json"
+RECORD = "compile.toml"
 SCALES = "scales.json"
 CASCADE = "cascade.json"
 LOCK = ".lock"

@@ -34,6 +34,7 @@ from .preprocess import find_images
 
 _Fail = Callable[[object], None]
 
+_PROG = "python runtime/infer.py"
 _EXAMPLES = """\
 examples:
   python runtime/infer.py --engines engines/digits photo.png          the least compressed engine, one line per image
@@ -53,11 +54,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help explains the options)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the command.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        prog: How the user calls it. As "tocom infer" the family is the first argument, as in all its commands;
+            --engines is still understood.
 
     Returns:
         Exit status: 0 done; 1 no degree keeps to the budget or accuracy; 2 bad usage, or some image could not be used
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     _keep_odd_names_printable()
     try:
-        return _run(_parser().parse_args(argv))
+        return _run(_parser(prog, argv if argv is not None else sys.argv[1:]).parse_args(argv))
     except BrokenPipeError:
         _abandon_stdout()
         return 141
@@ -79,15 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str, argv: list[str]) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="infer",
+        prog=prog,
         description="Classify images with an engine of a compiled family. Needs neither torch nor timm.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES if prog == _PROG else _EXAMPLES.replace(f"{_PROG} --engines", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    family = "folder of the family (family.json)"
+    if prog == _PROG or any(argument.partition("=")[0] == "--engines" for argument in argv):
+        parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help=family)
+    else:
+        parser.add_argument("engines", metavar="FAMILY", type=Path, help=family)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for paths on stdin")
-    parser.add_argument("--engines", required=True, metavar="DIR", type=Path, help="folder of the family (family.json)")
     parser.add_argument("--degree", type=int, metavar="R", help="which engine (default: the lowest degree there is)")
     parser.add_argument("--budget-ms", type=float, metavar="MS", help="the most accurate degree that takes no longer")
     parser.add_argument("--min-accuracy", type=float, metavar="SHARE", help="the fastest degree as accurate, in 0..1")

@@ -7,6 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from tocom import names
 from tocom.merging import Matching, match, merge
 from tocom.pruning import Pruning, prune, select
 from tocom.runtime.errors import InputError
@@ -53,7 +54,7 @@ class Reduction(ABC, Generic[Decision]):
 class Merge(Reduction[Matching]):
     """Bipartite soft matching (ToMe, section 3): similar tokens merge into their mean."""
 
-    name = "merge"
+    name = names.MERGE
     signal: Signal = "metric"
 
     def require_supported(self, model: nn.Module) -> None:
@@ -71,7 +72,7 @@ class Merge(Reduction[Matching]):
 class Prune(Reduction[Pruning]):
     """Pruning by class-token attention (EViT, section 3): the least attended tokens are fused into one."""
 
-    name = "prune"
+    name = names.PRUNE
     signal: Signal = "attention"
 
     def require_supported(self, model: nn.Module) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
 from tocom.calib.cascade import Candidate, Costs, Goal, calibrate, fit_temperature, most_accurate
 from tocom.calib.cascade_family import frontier, opened
@@ -26,31 +26,18 @@ _BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        name: As in the folder of finished stages.
-        seeds: Of the fine-tunings.
-        tasks: Of the experiment.
-        compile_sheets: To choose scales on, and as many others to prove engines on.
-        val_sheets: That cascades are calibrated on.
-        test_sheets: That everything is reported on.
-        drops: Points of top-1 that a cascade may lose.
-        batches: Images per call that times are measured at.
-        draws: Calibrations on fewer sheets, to see how often what they promise holds.
-        draw_sheets: Sheets of each.
-    """
-
-    name: str
-    seeds: tuple[int, ...] = (0, 1, 2)
-    tasks: tuple[str, ...] = ("board", "letters", "missing")
-    compile_sheets: int = 512
-    val_sheets: int = 2048
-    test_sheets: int = 8192
-    drops: tuple[float, ...] = (0.5, 1.0, 2.0)
-    batches: tuple[int, ...] = (8, 32)
-    draws: int = 40
-    draw_sheets: int = 500
+    name: str  # as in the folder of finished stages
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the fine-tunings
+    tasks: tuple[str, ...] = ("board", "letters", "missing")  # of the experiment
+    compile_sheets: int = 512  # to choose scales on, and as many others to prove engines on
+    val_sheets: int = 2048  # that cascades are calibrated on
+    test_sheets: int = 8192  # that everything is reported on
+    drops: tuple[float, ...] = (0.5, 1.0, 2.0)  # points of top-1 that a cascade may lose
+    batches: tuple[int, ...] = (8, 32)  # images per call that times are measured at
+    draws: int = 40  # calibrations on fewer sheets, to see how often what they promise holds
+    draw_sheets: int = 500  # sheets of each
 
 
 FULL = Effort("full")
@@ -60,25 +47,15 @@ QUICK = Effort("quick", seeds=(0,), tasks=("board",), compile_sheets=64, val_she
 
 @dataclass(frozen=True)
 class Given:
-    """A subject with its family, and what every engine says of every sheet.
+    """A subject with its family, and what every engine says of every sheet."""
 
-    Attributes:
-        subject: Which.
-        folder: Of the family.
-        family: Its manifest.
-        val: Degree -> logits on the validation sheets.
-        val_labels: Their classes.
-        test: Degree -> logits on the test sheets.
-        test_labels: Their classes.
-    """
-
-    subject: Subject
-    folder: Path
-    family: Family
-    val: Mapping[int, np.ndarray]
-    val_labels: np.ndarray
-    test: Mapping[int, np.ndarray]
-    test_labels: np.ndarray
+    subject: Subject  # which
+    folder: Path  # of the family
+    family: Family  # its manifest
+    val: Mapping[int, np.ndarray]  # degree -> logits on the validation sheets
+    val_labels: np.ndarray  # their classes
+    test: Mapping[int, np.ndarray]  # degree -> logits on the test sheets
+    test_labels: np.ndarray  # their classes
 
     @functools.cached_property
     def right(self) -> dict[int, np.ndarray]:
@@ -115,11 +92,6 @@ def answers(
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Carries out a cascade on logits that are known.
 
-    Args:
-        cascade: The cascade.
-        logits: Degree -> [n, classes].
-        labels: int [n].
-
     Returns:
         Where it is right, bool [n], and the share that reaches each stage.
     """
@@ -152,12 +124,7 @@ def singles(given: Given) -> dict[str, Any]:
 
 
 def calibration_error(sureness: np.ndarray, right: np.ndarray) -> float:
-    """How far confidence and accuracy lie apart, in points, over equally wide bins (Guo et al. 2017, equation 3).
-
-    Args:
-        sureness: float64 [n].
-        right: bool [n].
-    """
+    """How far confidence and accuracy lie apart, in points, over equally wide bins (Guo et al. 2017, equation 3)."""
     bins = np.minimum((sureness * _BINS).astype(int), _BINS - 1)
     gaps = [abs((right[bins == each].astype(float) - sureness[bins == each]).sum()) for each in range(_BINS)]
     return float(100 * sum(gaps) / len(sureness))
@@ -230,7 +197,7 @@ def _held(
     }
 
 
-def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], object]) -> list[dict[str, Any]]:
+def by_time(given: Given, effort: Effort, cache: Path) -> list[dict[str, Any]]:
     """For every batch size and drop, the cascade of the least mean time here, timed beside every single degree."""
     rows = []
     pixels, _ = given.subject.sheets("test", effort.test_sheets)
@@ -247,7 +214,6 @@ def by_time(given: Given, effort: Effort, cache: Path, tell: Callable[[str], obj
             if found.single is not None:
                 row |= {"single": found.single.cascade.degrees[0], "single_predicted": found.single.cost}
             if found.cascade is not None:
-                tell(f"batch {batch}, drop {drop:g}")
                 row |= _timed(given, found.cascade, batch, pixels)
                 if found.single is not None:
                     row["single_cost"] = row["measured"][str(row["single"])]
@@ -303,3 +269,55 @@ def promises(given: Given, effort: Effort) -> list[dict[str, Any]]:
 def _lost(cascade: Cascade, logits: Mapping[int, np.ndarray], labels: np.ndarray, lowest: int) -> float:
     right, _ = answers(cascade, logits, labels)
     return 100 * float((logits[lowest].argmax(axis=1) == labels).mean() - right.mean())
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The best that single degrees do at a mean cost."""
+
+    name: str  # "degree 8", or the two degrees that images are sent to at random, and how many to the cheaper one
+    cost: float  # its mean cost
+    right: np.ndarray  # how often each image is right, 0 to 1: chance may decide the degree; float64 [n]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, a share."""
+        return float(self.right.mean())
+
+    def gain(self, of: np.ndarray) -> tuple[float, float]:
+        """How much better something is, in points of top-1, with the standard error of the paired difference."""
+        gains = 100 * (of.astype(float) - self.right)
+        return float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
+
+
+def best_single(right: Mapping[int, np.ndarray], cost: Mapping[int, float], at: float) -> Rival | None:
+    """The single degree of equal or lower cost that is right most often on these very images.
+
+    That it is picked by what is reported favours it.
+
+    Returns:
+        None where every degree costs more.
+    """
+    within = [degree for degree in right if cost[degree] <= at]
+    if not within:
+        return None
+    best = max(within, key=lambda degree: right[degree].mean())
+    return Rival(f"degree {best}", cost[best], right[best].astype(float))
+
+
+def best_mixture(right: Mapping[int, np.ndarray], cost: Mapping[int, float], at: float) -> Rival | None:
+    """The best single degree, or pair of degrees between which images are drawn by lot, of exactly equal mean cost.
+
+    It is the upper envelope of all lines between degrees, so it fills the gaps between them.
+
+    Returns:
+        None where every degree costs more.
+    """
+    best = best_single(right, cost, at)
+    for cheap, dear in itertools.permutations(right, 2):
+        if cost[cheap] <= at < cost[dear]:
+            share = (cost[dear] - at) / (cost[dear] - cost[cheap])
+            mixed = share * right[cheap] + (1 - share) * right[dear]
+            if best is None or mixed.mean() > best.accuracy:
+                best = Rival(f"{share:.0%} at {cheap}, the rest at {dear}", at, mixed)
+    return best

@@ -15,21 +15,13 @@ Found = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better cascades are than something, in points, over several checkpoints.
+    """How much better cascades are than something, in points, over several checkpoints."""
 
-    Attributes:
-        mean: Over them.
-        error: Its standard error, as if they were independent.
-        worst: Of the checkpoint that gains least.
-        worst_error: Its standard error.
-        count: Checkpoints.
-    """
-
-    mean: float
-    error: float
-    worst: float
-    worst_error: float
-    count: int
+    mean: float  # over them
+    error: float  # its standard error, as if they were independent
+    worst: float  # of the checkpoint that gains least
+    worst_error: float  # its standard error
+    count: int  # checkpoints
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Gain | None:
@@ -46,21 +38,13 @@ class Gain:
 
 @dataclass(frozen=True)
 class Cascades:
-    """Cascades of a task's checkpoints that may lose the same.
+    """Cascades of a task's checkpoints that may lose the same."""
 
-    Attributes:
-        task: "example", or the experiment's.
-        drop: Points that they may lose.
-        batch: Images per call that their time is of; None where the cost is in multiply-accumulates.
-        rows: Of each checkpoint for which it pays: `tocom cascade` writes the others not.
-        others: Of each checkpoint for which it does not.
-    """
-
-    task: str
-    drop: float
-    batch: int | None
-    rows: tuple[Found, ...]
-    others: tuple[Found, ...] = ()
+    task: str  # "example", or the experiment's
+    drop: float  # points that they may lose
+    batch: int | None  # images per call that their time is of; None where the cost is in multiply-accumulates
+    rows: tuple[Found, ...]  # of each checkpoint for which it pays: `tocom cascade` writes the others not
+    others: tuple[Found, ...] = ()  # of each checkpoint for which it does not
 
     def mean(self, name: str) -> float:
         """Of a number that every row has."""
@@ -78,7 +62,7 @@ class Cascades:
     @property
     def sent_on(self) -> float:
         """Share of images that go beyond the first stage."""
-        return float(np.mean([row["shares"][1] for row in self.rows]))
+        return float(np.mean([row["shares"][1] if len(row["shares"]) > 1 else 0.0 for row in self.rows]))
 
     @property
     def lost(self) -> Gain:
@@ -106,12 +90,7 @@ def by_task(results: Found, stage: str) -> dict[str, list[Any]]:
 
 
 def cascades(results: Found, stage: str) -> Iterator[Cascades]:
-    """Every task, batch and drop, in this order.
-
-    Args:
-        results: As `bench.budgets.__main__` gathers them.
-        stage: "gmacs" or "times".
-    """
+    """Every task, batch and drop, in this order."""
     for task, found in by_task(results, stage).items():
         listed = [each["rows"] if stage == "times" else each for each in found]
         for place, first in enumerate(listed[0]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,49 +21,23 @@ VAL_SEED, TEST_SEED = 3, 4
 _BATCH = 128
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One checkpoint at one degree; shares are in percent.
-
-    Attributes:
-        target: Degree it ran at.
-        plain: Top-1 as it is.
-        compensated: Top-1 with the compensator at the chosen scale.
-        standard_error: Of compensated - plain over the test sheets, which both saw.
-        scale: Chosen on the validation sheets.
-    """
-
-    target: int
-    plain: float
-    compensated: float
-    standard_error: float
-    scale: float
-
-
 def evaluate(
     model: nn.Module, source: int, task: Task, compensator: Compensator, method: Method, protocol: Protocol
 ) -> list[dict[str, float]]:
-    """Measures a checkpoint at every target degree.
-
-    Args:
-        model: The fine-tuned timm model.
-        source: Degree it was fine-tuned at, with constant schedules.
-        task: What it was fine-tuned on.
-        compensator: Trained for the method.
-        method: How tokens are removed.
-        protocol: Degrees and numbers of sheets.
+    """Measures a checkpoint, fine-tuned at a source degree with constant schedules, at every target degree.
 
     Returns:
-        An `Outcome` per target degree, as plain data.
+        For each `target`, in percent of the test sheets: `plain`, top-1 as it is; `compensated`, with the compensator
+        at the `scale` that was chosen on the validation sheets; `standard_error` of the difference.
     """
     val = task.sheets("val", VAL_SEED, protocol.val_sheets)
     test = task.sheets("test", TEST_SEED, protocol.test_sheets)
     outcomes = []
     for target in protocol.targets:
-        plain = hits(at_degree(model, target, method), *test)
+        plain = hits(at_degree(model, target, method), *test).double()
+        found = {"target": target, "plain": 100 * float(plain.mean())}
         if target == source:  # nothing to compensate
-            share = 100 * float(plain.double().mean())
-            outcomes.append(Outcome(target, share, share, 0.0, 0.0))
+            outcomes.append({**found, "compensated": found["plain"], "standard_error": 0.0, "scale": 0.0})
             continue
         variants = {
             scale: at_degree(compensated(model, compensator, source, target, scale), target, method)
@@ -72,18 +45,10 @@ def evaluate(
         }
         tried = [Trial(scale, float(hits(variant, *val).double().mean()), None) for scale, variant in variants.items()]
         scale = best_scale(tried, compensator.info.training_scale)
-        with_compensator = hits(variants[scale], *test)
-        difference = with_compensator.double() - plain.double()
-        outcomes.append(
-            Outcome(
-                target,
-                100 * float(plain.double().mean()),
-                100 * float(with_compensator.double().mean()),
-                100 * float(difference.std() / len(difference) ** 0.5),
-                scale,
-            )
-        )
-    return [asdict(outcome) for outcome in outcomes]
+        better = hits(variants[scale], *test).double()
+        error = 100 * float((better - plain).std() / len(plain) ** 0.5)
+        outcomes.append({**found, "compensated": 100 * float(better.mean()), "standard_error": error, "scale": scale})
+    return outcomes
 
 
 def at_degree(model: nn.Module, degree: int, method: Method) -> ReducedViT:

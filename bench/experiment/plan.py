@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,33 @@ import torch
 
 from bench.experiment import stages
 from bench.experiment.protocol import Protocol
+from bench.harness.run import Tell
 
-BACKBONE = "backbone.safetensors"
+BACKBONE, LATENCY = "backbone.safetensors", "latency.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage with its arguments.
+    """One stage with its arguments."""
 
-    Attributes:
-        name: The file it leaves in the work folder.
-        run: The stage.
-        arguments: What it is given after the bench and the name.
-        needs: Files of other jobs.
-        steps: Steps it tells about; 0 if it tells nothing.
-    """
-
-    name: str
-    run: Callable[..., None]
-    arguments: Mapping[str, Any]
-    needs: tuple[str, ...]
-    steps: int = 0
+    name: str  # the file it leaves in the work folder
+    run: Callable[..., None]  # the stage
+    arguments: Mapping[str, Any]  # what it is given after the bench and the name
+    needs: tuple[str, ...]  # files of other jobs
 
 
 def jobs(protocol: Protocol) -> list[Job]:
     """All jobs but the backbone, in the order they should begin."""
     plan = [
-        Job(f"compensator-{method}.safetensors", stages.distill_method, {"method": method}, (BACKBONE,),
-            protocol.distill_steps)
+        Job(f"compensator-{method}.safetensors", stages.distill_method, {"method": method}, (BACKBONE,))
         for method in protocol.methods
-    ]  # fmt: skip
+    ]
     for seed in protocol.seeds:
         for source in protocol.sources:
             for task in protocol.tasks:
                 name = stages.checkpoint_name(task, source, seed)
                 given = {"task": task, "source": source, "seed": seed}
-                plan.append(Job(name, stages.finetune, given, (BACKBONE,), protocol.finetune_steps))
+                plan.append(Job(name, stages.finetune, given, (BACKBONE,)))
     assessments = [("ink", 0, None)] + [
         (task, source, seed) for seed in protocol.seeds for source in protocol.sources for task in protocol.tasks
     ]
@@ -73,51 +63,27 @@ def assessment_name(task: str, source: int, seed: int | None, method: str) -> st
     return f"{task}-{source}-{'backbone' if seed is None else seed}-{method}.json"
 
 
-def run_jobs(
-    bench: stages.Bench, plan: Sequence[Job], on_change: Callable[[Mapping[str, tuple[int, str]], int], None]
-) -> None:
+def run_jobs(bench: stages.Bench, plan: Sequence[Job], tell: Tell) -> None:
     """Runs what is not there yet, as many at once as there are cores (one on a GPU).
 
-    Args:
-        bench: Where.
-        plan: The jobs; every file needed is there or comes from an earlier job of the plan.
-        on_change: Called about once a second with what runs (name -> steps done, text) and how many jobs are done.
+    Every file that is needed is there or comes from an earlier job of the plan.
     """
     todo = [job for job in plan if not (bench.work / job.name).exists()]
     workers = 1 if bench.device != "cpu" else len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        told: MutableMapping[str, tuple[int, str]] = manager.dict()
-        pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            running: dict[Future[None], Job] = {}
-            while todo or running:
-                for job in [job for job in todo if _ready(bench.work, job)][: workers - len(running)]:
-                    todo.remove(job)
-                    running[pool.submit(_carry_out, bench, job, told)] = job
-                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    future.result()
-                names = {job.name for job in running.values()}
-                on_change({name: state for name, state in told.items() if name in names},
-                          len(plan) - len(todo) - len(running))  # fmt: skip
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _ready(work: Path, job: Job) -> bool:
-    return all((work / need).exists() for need in job.needs)
-
-
-def _carry_out(bench: stages.Bench, job: Job, told: MutableMapping[str, tuple[int, str]]) -> None:
-    told[job.name] = (0, "")
-    given = dict(job.arguments)
-    if job.steps:
-        given["tell"] = partial(_tell, told, job.name)
-    job.run(bench, job.name, **given)
-    told.pop(job.name, None)
-
-
-def _tell(told: MutableMapping[str, tuple[int, str]], name: str, step: int, text: str) -> None:
-    if step % 10 == 0:
-        told[name] = (step, text)
+    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        running: dict[Future[None], Job] = {}
+        while todo or running:
+            ready = [job for job in todo if all((bench.work / need).exists() for need in job.needs)]
+            for job in ready[: workers - len(running)]:
+                todo.remove(job)
+                running[pool.submit(job.run, bench, job.name, **job.arguments)] = job
+            names = ", ".join(Path(job.name).stem for job in running.values())
+            tell(names, len(plan) - len(todo) - len(running))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
+        tell("stages", len(plan))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -11,17 +11,11 @@ from tocom.calib.scale_choice import PAPER_SCALES
 
 @dataclass(frozen=True)
 class Method:
-    """A way of removing tokens, with a compensator of its own.
+    """A way of removing tokens, with a compensator of its own."""
 
-    Attributes:
-        name: As in files and tables.
-        schedule: Name of the schedule family.
-        reduction: Name of the token reduction.
-    """
-
-    name: str
-    schedule: str
-    reduction: str
+    name: str  # as in files and tables
+    schedule: str  # name of the schedule family
+    reduction: str  # name of the token reduction
 
 
 CONSTANT = Method("constant", "constant", "merge")
@@ -35,38 +29,25 @@ class Protocol:
     """One size of the experiment; equal protocols can go on from each other's files.
 
     Attributes:
-        name: Of the preset.
         model: Arguments of timm's `vit_tiny_patch16_224`.
-        pretraining_steps: Of the backbone, 64 sheets each.
-        distill_steps: Of every compensator, 64 sheets each.
-        distill_lr: Peak learning rate for 512 images.
-        finetune_steps: Of every downstream checkpoint, 64 sheets each.
-        sources: Degrees that checkpoints are fine-tuned at.
-        targets: Degrees that they run at.
-        tasks: Downstream tasks.
-        seeds: Of fine-tuning: head, order of sheets.
-        methods: What is evaluated; the others than constant from source degree 0 only.
-        scales: That the compensator is tried at: the paper's, and a smaller one for tasks far from the pre-training.
-        val_sheets: On which a scale is chosen.
-        test_sheets: On which everything reported is measured.
     """
 
-    name: str = "small"
+    name: str = "small"  # of the preset
     model: Mapping[str, Any] = field(
         default_factory=lambda: {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
     )
-    pretraining_steps: int = 3000
-    distill_steps: int = 3000
-    distill_lr: float = 0.04
-    finetune_steps: int = 500
-    sources: tuple[int, ...] = (0, 8, 16)
-    targets: tuple[int, ...] = tuple(range(0, 17, 2))
-    tasks: tuple[str, ...] = ("board", "letters", "missing")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    methods: tuple[str, ...] = ("constant", "strided", "pruned")
-    scales: tuple[float, ...] = (0.03, *PAPER_SCALES)
-    val_sheets: int = 768
-    test_sheets: int = 1536
+    pretraining_steps: int = 3000  # of the backbone, 64 sheets each
+    distill_steps: int = 3000  # of every compensator, 64 sheets each
+    distill_lr: float = 0.04  # peak learning rate for 512 images
+    finetune_steps: int = 500  # of every downstream checkpoint, 64 sheets each
+    sources: tuple[int, ...] = (0, 8, 16)  # degrees that checkpoints are fine-tuned at
+    targets: tuple[int, ...] = tuple(range(0, 17, 2))  # degrees that they run at
+    tasks: tuple[str, ...] = ("board", "letters", "missing")  # downstream tasks
+    seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning: head, order of sheets
+    methods: tuple[str, ...] = ("constant", "strided", "pruned")  # the others than constant from source degree 0 only
+    scales: tuple[float, ...] = (0.03, *PAPER_SCALES)  # the paper's, and a smaller one for tasks far from pre-training
+    val_sheets: int = 768  # on which a scale is chosen
+    test_sheets: int = 1536  # on which everything reported is measured
 
 
 PRESETS = {
@@ -79,6 +60,5 @@ PRESETS = {
     "large": Protocol(
         name="large", model={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
         pretraining_steps=20_000, distill_steps=20_000, finetune_steps=4000, seeds=(0, 1, 2, 3, 4), test_sheets=8192,
-        tasks=("board", "photo", "letters", "missing"),
     ),
 }  # fmt: skip

@@ -6,36 +6,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.experiment.figures import draw_degrees, draw_frontier, draw_transfer
+import pandas as pd
+
 from bench.experiment.protocol import METHODS
 from bench.experiment.statistics import Gain, at_equal_latency, chosen, gain_over_checkpoints
 from bench.experiment.tasks import TASKS
+from bench.harness.page import figure, render
 
 Results = Mapping[str, Any]
+Curves = Mapping[str, Sequence[tuple[float, float, float]]]
+"""Method -> (ms, top-1 plain, top-1 compensated) for each degree."""
+
+_PLAIN, _COMPENSATED = {"color": "#b5651d", "marker": "o"}, {"color": "#1f5fa8", "marker": "s"}
+_SHOWN = (8, 12, 16)  # degrees of tables that are short
+_COSTS = {"backbone": "pre-training the backbone", "compensator": "distilling the {} compensator",
+          "transfer": "carrying gaps over", "latency": "compiling and timing two families"}  # fmt: skip
 
 
-def write_report(results: Results, page: Path, pictures: Path) -> None:
-    """Writes the page, and the pictures beside it.
-
-    Args:
-        results: As `bench.experiment.__main__` gathers them.
-        page: Markdown file.
-        pictures: Folder for PNG files, below the page's folder.
-    """
-    pictures.mkdir(parents=True, exist_ok=True)
-    link = pictures.relative_to(page.parent)
-    parts = [
-        _protocol(results),
-        _verdicts(results),
-        _pretraining(results),
-        _downstream(results, pictures, link),
-        _per_task(results),
-        _methods(results),
-        _frontier(results, pictures, link),
-        _transfer(results, pictures, link),
-        _cost(results),
-    ]
-    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+def write_report(results: Results, page: Path) -> None:
+    """Writes the page, and its pictures into a folder of its name beside it."""
+    protocol, pictures = results["protocol"], page.with_suffix("")
+    down = {source: gains(results, protocol["tasks"], source) for source in protocol["sources"]}
+    _draw_degrees({f"fine-tuned at r = {source}": each for source, each in down.items()}, pictures / "degrees.png")
+    transfer = _transfer(results["transfer"])
+    if transfer is not None:
+        _draw_transfer(transfer, pictures / "transfer.png")
+    names = {"none": "nothing added", "own": f"fine-tuned at {max(protocol['sources'])}"}
+    render(
+        "experiment/page.md.j2", page, **results, tasks=TASKS, pictures=pictures.name, verdicts=_verdicts(results),
+        strided=METHODS["strided"].schedule, frontier=_frontier(results, pictures), per_task=_per_task(results),
+        pretraining={"matched": _matched(gains(results, ["ink"], 0)), "rows": _gain_rows(gains(results, ["ink"], 0))},
+        downstream={source: {"matched": _matched(each), "rows": _gain_rows(each, source)}
+                    for source, each in down.items()},
+        checkpoints=next(iter(down[0].values())).count, methods=_methods(results), cost=_cost(results["seconds"]),
+        gaps=None if transfer is None else transfer.map("{:.1f}".format).rename(
+            columns=lambda gap: names.get(gap, f"gap of {gap}")).rename_axis("added on").reset_index(),
+    )  # fmt: skip
 
 
 def gains(results: Results, tasks: Iterable[str], source: int, method: str = "constant") -> dict[int, Gain]:
@@ -43,11 +49,6 @@ def gains(results: Results, tasks: Iterable[str], source: int, method: str = "co
     assessed = chosen(results["outcomes"], tasks, source, method)
     targets = results["protocol"]["targets"]
     return {target: gain_over_checkpoints(assessed, source, target) for target in targets} if assessed else {}
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---:"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _signed(gain: Gain) -> str:
@@ -58,65 +59,33 @@ def _share(gain: Gain) -> str:
     return "-" if gain.recovered is None else f"{gain.recovered:.0%}"
 
 
-def _protocol(results: Results) -> str:
-    protocol, machine = results["protocol"], results["machine"]
-    network = protocol["model"]
-    tasks = "\n".join(f"  - `{name}`: {TASKS[name].asks}" for name in protocol["tasks"])
-    small = "" if protocol["name"] == "small" else f" (preset `{protocol['name']}`)"
-    return f"""# The paper's experiment, at a scale that fits a small machine{small}
-
-Written by `make experiment`; every number below comes from its results file,
-[bench/results/experiment-{protocol["name"]}.json](../bench/results/experiment-{protocol["name"]}.json).
-
-## Protocol
-
-Sheets of 4x4 glyphs, 32x32 pixels; with a patch size of 4 a glyph is four tokens, and every token matters. The digits
-are scikit-learn's scans of real handwriting; scans, drawings of letters and parts of photographs are split into
-training, validation and test before anything else.
-
-- Backbone: ViT of width {network["embed_dim"]}, {network["depth"]} blocks, 65 tokens; {protocol["pretraining_steps"]}
-  steps of 64 sheets of `ink`: {TASKS["ink"].asks}.
-- Compensators: one for each of the methods ({", ".join(protocol["methods"])}), rank 2 in each of 16 groups, trained by
-  the code of `tocom distill` for {protocol["distill_steps"]} steps of 64 of the backbone's own training sheets. They
-  never see a downstream sheet.
-- Downstream: the backbone with a new head, fine-tuned for {protocol["finetune_steps"]} steps at source degree
-  {", ".join(map(str, protocol["sources"]))}; seeds {", ".join(map(str, protocol["seeds"]))}:
-{tasks}
-- Each checkpoint runs at degrees {", ".join(map(str, protocol["targets"]))}, as it is and with the compensator fused
-  into its weights, so at the same inference cost. The scale is chosen from {", ".join(map(str, protocol["scales"]))}
-  for each checkpoint and degree on {protocol["val_sheets"]} validation sheets; what is reported is measured on
-  {protocol["test_sheets"]} test sheets.
-- Intervals are 95%, of the mean gain over checkpoints (tasks x seeds, Student's t); for the single backbone, over its
-  test sheets.
-
-Run on {machine["date"]}: {machine["processor"]}, {machine["cores"]} cores, {machine["device"]}; Python
-{machine["python"]}, torch {machine["torch"]}, timm {machine["timm"]}, onnxruntime {machine["onnxruntime"]}."""
+def _both(gain: Gain) -> str:
+    return f"{gain.plain:.1f} -> {gain.compensated:.1f}"
 
 
-def _verdicts(results: Results) -> str:
+def _matched(found: Mapping[int, Gain]) -> str:
+    return f"{next(iter(found.values())).matched:.1f}"
+
+
+def _verdicts(results: Results) -> list[dict[str, str]]:
     protocol = results["protocol"]
     top = max(protocol["targets"])
     ink, down = gains(results, ["ink"], 0)[top], gains(results, protocol["tasks"], 0)
     back = gains(results, protocol["tasks"], top)[0]
-
     rows = [
-        (f"pre-training task, 0 -> {top}: loses at least 3 points", f"{ink.loss:.1f}", _verdict(ink.loss >= 3)),
-        ("... and gets at least 30% of them back", _share(ink), _verdict((ink.recovered or 0) >= 0.3)),
-        (f"downstream mean, 0 -> {top}: loses at least 3", f"{down[top].loss:.1f}", _verdict(down[top].loss >= 3)),
-        ("... and gets at least 15% of them back", _share(down[top]), _verdict((down[top].recovered or 0) >= 0.15)),
+        (f"pre-training task, 0 -> {top}: loses at least 3 points", f"{ink.loss:.1f}", ink.loss >= 3),
+        ("... and gets at least 30% of them back", _share(ink), (ink.recovered or 0) >= 0.3),
+        (f"downstream mean, 0 -> {top}: loses at least 3", f"{down[top].loss:.1f}", down[top].loss >= 3),
+        ("... and gets at least 15% of them back", _share(down[top]), (down[top].recovered or 0) >= 0.15),
         _above_zero(results, "source degree 0", (0,)),
         _above_zero(results, "the other source degrees", [each for each in protocol["sources"] if each]),
-        (f"mismatched source {top} -> 0 is helped as well", _signed(back), _verdict(back.low > 0)),
-    ]  # fmt: skip
-    return "## What was expected, and what came out\n\n" + _table(("expected", "measured", "holds"), rows)
+        (f"mismatched source {top} -> 0 is helped as well", _signed(back), back.low > 0),
+    ]
+    return [{"expected": what, "measured": told, "holds": "yes" if holds else "**no**"} for what, told, holds in rows]
 
 
-def _verdict(holds: bool) -> str:
-    return "yes" if holds else "**no**"
-
-
-def _above_zero(results: Results, named: str, sources: Iterable[int]) -> tuple[str, str, str]:
-    """Whether the compensator helps at every mismatched degree from 8 up, as a row of the table."""
+def _above_zero(results: Results, named: str, sources: Iterable[int]) -> tuple[str, str, bool]:
+    """Whether the compensator helps at every mismatched degree from 8 up."""
     gain_of = {
         f"{source} -> {target}": gain
         for source in sources
@@ -125,161 +94,136 @@ def _above_zero(results: Results, named: str, sources: Iterable[int]) -> tuple[s
     }
     weak = [degrees for degrees, gain in gain_of.items() if gain.low <= 0]
     told = f"{len(gain_of) - len(weak)} of {len(gain_of)}" + (f"; not {', '.join(weak)}" if weak else "")
-    return f"{named}: gain above zero (95%) at every mismatched degree from 8 up", told, _verdict(not weak)
+    return f"{named}: gain above zero (95%) at every mismatched degree from 8 up", told, not weak
 
 
-def _pretraining(results: Results) -> str:
-    return f"## The pre-training task, source degree 0\n\n{_gain_table(gains(results, ['ink'], 0))}"
+def _gain_rows(found: Mapping[int, Gain], source: int = 0) -> list[dict[str, Any]]:
+    return [{"target degree": target, "as it is, %": f"{gain.plain:.1f}", "with ToCom, %": f"{gain.compensated:.1f}",
+             "gain [95%]": _signed(gain), "lost without": f"{gain.loss:.1f}", "given back": _share(gain)}
+            for target, gain in found.items() if target != source]  # fmt: skip
 
 
-def _gain_table(found: Mapping[int, Gain], source: int = 0) -> str:
-    rows = [
-        (str(target), f"{gain.plain:.1f}", f"{gain.compensated:.1f}", _signed(gain), f"{gain.loss:.1f}", _share(gain))
-        for target, gain in found.items()
-        if target != source
-    ]
-    matched = next(iter(found.values())).matched
-    header = ("target degree", "as it is, %", "with ToCom, %", "gain [95%]", "lost without", "given back")
-    return f"At its own degree {source}: {matched:.1f}%.\n\n" + _table(header, rows)
-
-
-def _downstream(results: Results, pictures: Path, link: Path) -> str:
-    protocol = results["protocol"]
-    found = {source: gains(results, protocol["tasks"], source) for source in protocol["sources"]}
-    draw_degrees({f"fine-tuned at r = {source}": each for source, each in found.items()}, pictures / "degrees.png")
-    count = next(iter(found[0].values())).count
-    title = f"## Downstream, mean of {count} checkpoints for each source degree"
-    parts = [f"{title}\n\n![top-1 against degree]({link}/degrees.png)"]
-    parts += [f"### Source degree {source}\n\n{_gain_table(each, source)}" for source, each in found.items()]
-    return "\n\n".join(parts)
-
-
-def _per_task(results: Results) -> str:
-    protocol = results["protocol"]
-    rows = []
+def _per_task(results: Results) -> list[dict[str, Any]]:
+    protocol, rows = results["protocol"], []
     for task in protocol["tasks"]:
         for source in protocol["sources"]:
             each = gains(results, [task], source)
-            shown = [target for target in (0, 8, 12, 16) if target != source and target in each]
-            cells = {target: f"{each[target].plain:.1f} -> {each[target].compensated:.1f}" for target in shown}
-            own = f"{each[source].plain:.1f}"
-            rows.append([task, str(source), own, *(cells.get(target, "own") for target in (0, 8, 12, 16))])
-    header = ("task", "source", "at its own degree", "r = 0", "r = 8", "r = 12", "r = 16")
-    return "## Each task: top-1 as it is -> with ToCom, mean over seeds\n\n" + _table(header, rows)
+            cells = {f"r = {target}": _both(each[target]) if target != source and target in each else "own"
+                     for target in (0, *_SHOWN)}  # fmt: skip
+            rows.append({"task": task, "source": source, "at its own degree": f"{each[source].plain:.1f}", **cells})
+    return rows
 
 
-def _methods(results: Results) -> str:
+def _methods(results: Results) -> list[dict[str, Any]]:
     protocol = results["protocol"]
-    if len(protocol["methods"]) == 1:
-        return ""
-    rows = []
-    for method in protocol["methods"]:
-        for label, tasks in (("ink", ["ink"]), ("downstream", protocol["tasks"])):
-            each = gains(results, tasks, 0, method)
-            cells = [f"{each[target].plain:.1f} -> {each[target].compensated:.1f}, {_share(each[target])}"
-                     for target in (8, 12, 16) if target in each]  # fmt: skip
-            rows.append([method, label, *cells])
-    header = ("method", "task", "r = 8", "r = 12", "r = 16")
-    return ("## Other ways of removing tokens, source degree 0\n\nEach with a compensator of its own, and the share of "
-            "the loss that is given back.\n\n" + _table(header, rows))  # fmt: skip
+    found = {(method, label): gains(results, tasks, 0, method) for method in protocol["methods"]
+             for label, tasks in (("ink", ["ink"]), ("downstream", protocol["tasks"]))}  # fmt: skip
+    return [{"method": method, "task": label, **{f"r = {target}": f"{_both(each[target])}, {_share(each[target])}"
+                                                 for target in _SHOWN if target in each}}
+            for (method, label), each in found.items()] if len(protocol["methods"]) > 1 else []  # fmt: skip
 
 
-def _frontier(results: Results, pictures: Path, link: Path) -> str:
-    latency = results.get("latency")
-    if not latency or "strided" not in results["protocol"]["methods"]:
-        return ""
-    protocol, parts = results["protocol"], ["## Constant against strided: accuracy at equal measured latency"]
-    methods = [method for method in ("constant", "strided") if method in protocol["methods"]]
-    accuracy = {method: gains(results, protocol["tasks"], 0, method) for method in methods}
-    parts.append(f"The strided schedule, `{METHODS['strided'].schedule}`, removes as many tokens in larger steps. "
-                 f"{results['machine']['engine']}, mean top-1 of the downstream tasks; all engines timed in one "
-                 "interleaved run, medians.")  # fmt: skip
-    for batch, times in latency.items():
-        curves = {
-            method: [(times[f"{method} {target}"]["p50"], gain.plain, gain.compensated)
-                     for target, gain in accuracy[method].items()]
-            for method in methods
-        }  # fmt: skip
+def _frontier(results: Results, pictures: Path) -> list[dict[str, Any]]:
+    """For every batch size the strided family against the constant one, with a picture and a sentence."""
+    protocol, sections = results["protocol"], []
+    if not results.get("latency") or "strided" not in protocol["methods"]:
+        return []
+    accuracy = {method: gains(results, protocol["tasks"], 0, method) for method in ("constant", "strided")}
+    for batch, times in results["latency"].items():
+        curves = {method: [(times[f"{method} {target}"]["p50"], gain.plain, gain.compensated)
+                           for target, gain in found.items()] for method, found in accuracy.items()}  # fmt: skip
         picture = f"frontier-{batch}.png"
-        draw_frontier(curves, f"batch {batch}", pictures / picture)
-        parts.append(
-            f"### Batch {batch}\n\n![accuracy against latency]({link}/{picture})\n\n" + _versus(curves, accuracy)
-        )
-    return "\n\n".join(parts)
+        _draw_frontier(curves, f"batch {batch}", pictures / picture)
+        rows, told = _versus(curves, list(accuracy["strided"]))
+        sections.append({"batch": batch, "picture": picture, "rows": rows, "told": told})
+    return sections
 
 
-def _versus(
-    curves: Mapping[str, Sequence[tuple[float, float, float]]], accuracy: Mapping[str, Mapping[int, Gain]]
-) -> str:
+def _versus(curves: Curves, targets: Sequence[int]) -> tuple[list[dict[str, Any]], str]:
     """The strided engines against the constant family at the same time, and from which degree on they win."""
     times, plain, compensated = zip(*curves["constant"], strict=True)
-    baseline = times[0]
-    strided_times = [point[0] for point in curves["strided"]]
-    against_plain = at_equal_latency(times, plain, strided_times)
-    against = at_equal_latency(times, compensated, strided_times)
+    strided = [point[0] for point in curves["strided"]]
+    others = [at_equal_latency(times, shares, strided) for shares in (plain, compensated)]
+
+    def versus(value: float, other: float | None) -> str:
+        return "faster than any constant" if other is None else f"{value - other:+.1f}"
+
     rows, better, faster = [], [], []
-    for index, target in enumerate(accuracy["strided"]):
-        time, bare, with_tocom = curves["strided"][index]
-        same = accuracy["constant"][target]
-
-        def versus(value: float, other: float | None) -> str:
-            return "faster than any constant" if other is None else f"{value - other:+.1f}"
-
-        if target:
-            rows.append((str(target), f"{times[index]:.2f}", f"{baseline / times[index]:.2f}x",
-                         f"{same.plain:.1f} / {same.compensated:.1f}", f"{time:.2f}", f"{baseline / time:.2f}x",
-                         f"{bare:.1f} / {with_tocom:.1f}", versus(bare, against_plain[index]),
-                         versus(with_tocom, against[index])))  # fmt: skip
-            if against[index] is None:
-                faster.append(target)
-            elif with_tocom > against[index]:
-                better.append(target)
-    header = ("r", "constant ms", "speed-up", "top-1 plain / ToCom", "strided ms", "speed-up", "top-1 plain / ToCom",
-              "strided at equal ms, plain", "with ToCom")  # fmt: skip
-    better_at, faster_at = (", ".join(map(str, found)) for found in (better, faster))
-    told = (f"With compensators, strided is more accurate than constant in the same time at r = {better_at}." if better
-            else "With compensators, strided is nowhere more accurate than constant in the same time.")  # fmt: skip
+    for place, target in enumerate(targets):
+        time, *shares = curves["strided"][place]
+        other_plain, other = (each[place] for each in others)
+        if not target:
+            continue
+        rows.append({
+            "r": target, "constant ms": f"{times[place]:.2f}", "speed-up": f"{times[0] / times[place]:.2f}x",
+            "plain / ToCom": f"{plain[place]:.1f} / {compensated[place]:.1f}", "strided ms": f"{time:.2f}",
+            "its speed-up": f"{times[0] / time:.2f}x", "its plain / ToCom": f"{shares[0]:.1f} / {shares[1]:.1f}",
+            "strided at equal ms, plain": versus(shares[0], other_plain), "with ToCom": versus(shares[1], other),
+        })  # fmt: skip
+        if other is None:
+            faster.append(target)
+        elif shares[1] > other:
+            better.append(target)
+    told = (f"more accurate than constant in the same time at r = {', '.join(map(str, better))}" if better else
+            "nowhere more accurate than constant in the same time")  # fmt: skip
+    told = f"With compensators, strided is {told}."
     if faster:
-        told += f" At r = {faster_at} it is faster than constant gets at any degree."
-    return _table(header, rows) + f"\n\n{told}"
+        told += f" At r = {', '.join(map(str, faster))} it is faster than constant gets at any degree."
+    return rows, told
 
 
-def _transfer(results: Results, pictures: Path, link: Path) -> str:
-    tables = results["transfer"]
-    if not tables:
-        return ""
-    tasks, columns = list(tables[0]), list(tables[0][next(iter(tables[0]))])
-    mean = {onto: {gap: sum(table[onto][gap] for table in tables) / len(tables) for gap in columns} for onto in tasks}
-    draw_transfer(mean, pictures / "transfer.png")
-    top = max(results["protocol"]["sources"])
-    rows = [(onto, *(f"{mean[onto][gap]:.1f}" for gap in columns)) for onto in tasks]
-    names = {"none": "nothing added", "own": f"fine-tuned at {top}"}
-    header = ("added on", *(names.get(gap, f"gap of {gap}") for gap in columns))
-    told = f"""## The gap between degrees, carried from task to task
-
-The weights of the blocks fine-tuned at degree {top} minus those fine-tuned at 0 on one task, added to the checkpoint of
-another task that was fine-tuned at 0 and runs at {top}; top-1, mean over seeds. Where that helps, one compensator can
-serve many tasks (ToCom, section 3.2).
-
-![gaps carried over]({link}/transfer.png)"""
-    return f"{told}\n\n{_table(header, rows)}"
+def _transfer(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> pd.DataFrame | None:
+    """Task -> top-1 by the gap that was added, mean over seeds."""
+    return sum(pd.DataFrame(each).T for each in tables) / len(tables) if tables else None
 
 
-def _cost(results: Results) -> str:
-    seconds = results["seconds"]
+def _cost(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     groups: dict[str, list[float]] = {}
     for name, time in seconds.items():
-        stem = name.rsplit(".", 1)
-        kind = ("pre-training the backbone" if name.startswith("backbone")
-                else f"distilling the {stem[0].partition('-')[2]} compensator" if name.startswith("compensator")
-                else "fine-tuning a checkpoint" if stem[1] == "safetensors"
-                else "carrying gaps over" if name.startswith("transfer")
-                else "compiling and timing two families" if name.startswith("latency")
-                else "assessing a checkpoint with one method")  # fmt: skip
-        groups.setdefault(kind, []).append(time)
-    rows = [(kind, str(len(times)), f"{sum(times) / len(times):.0f}", f"{sum(times) / 60:.1f}")
-            for kind, times in groups.items()]  # fmt: skip
-    return ("## What it cost\n\nStages run side by side, one per core with one thread each (the backbone with all), so "
-            "that the sum exceeds the time that passed. Wall-clock seconds, whatever else the machine did meanwhile: a "
-            "cost, not a benchmark. Stages that came from elsewhere are not listed.\n\n"
-            + _table(("stage", "times", "seconds each", "minutes in all"), rows))  # fmt: skip
+        stem, _, kind = name.rpartition(".")
+        first, _, method = stem.partition("-")
+        other = "fine-tuning a checkpoint" if kind == "safetensors" else "assessing a checkpoint with one method"
+        groups.setdefault(_COSTS.get(first, other).format(method), []).append(time)
+    return [{"stage": stage, "times": len(times), "seconds each": f"{sum(times) / len(times):.0f}",
+             "minutes in all": f"{sum(times) / 60:.1f}"} for stage, times in groups.items()]  # fmt: skip
+
+
+def _draw_degrees(panels: Mapping[str, Mapping[int, Gain]], file: Path) -> None:
+    """A panel for each source degree: top-1 against the target degree, the band is the gain's 95% interval."""
+    with figure(file, 1, len(panels), figsize=(3.1 * len(panels), 3), sharey=True, squeeze=False) as (_, axes):
+        for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
+            degrees = sorted(found)
+            axis.plot(degrees, [found[degree].plain for degree in degrees], label="as fine-tuned", **_PLAIN)
+            axis.plot(degrees, [found[degree].compensated for degree in degrees], label="with ToCom", **_COMPENSATED)
+            low, high = ([found[degree].plain + getattr(found[degree], end) for degree in degrees]
+                         for end in ("low", "high"))  # fmt: skip
+            axis.fill_between(degrees, low, high, color=_COMPENSATED["color"], alpha=0.15, linewidth=0)
+            axis.set(title=title, xlabel="target degree r", xticks=degrees[::2])
+        axes[0][0].set_ylabel("top-1, %")
+        axes[0][0].legend(loc="lower left")
+
+
+def _draw_frontier(curves: Curves, title: str, file: Path) -> None:
+    with figure(file, figsize=(5, 3.4)) as (_, axis):
+        for (method, points), line in zip(curves.items(), ("-", "--"), strict=False):
+            times, plain, compensated = zip(*sorted(points), strict=True)
+            axis.plot(times, plain, line, label=f"{method}, as fine-tuned", **_PLAIN, markersize=4)
+            axis.plot(times, compensated, line, label=f"{method}, with ToCom", **_COMPENSATED, markersize=4)
+        axis.set(title=title, xlabel="ms", ylabel="top-1, %")
+        axis.legend()
+
+
+def _draw_transfer(table: pd.DataFrame, file: Path) -> None:
+    """A square for each pair of tasks: points gained on one task by the gap measured on another."""
+    tasks = list(table.index)
+    points = table[tasks].sub(table["none"], axis=0)
+    with figure(file, figsize=(4.2, 3.4)) as (drawn, axis):
+        limit = float(points.abs().to_numpy().max()) or 1
+        image = axis.imshow(points, cmap="RdBu", vmin=-limit, vmax=limit)
+        for row, onto in enumerate(tasks):
+            for column, origin in enumerate(tasks):
+                axis.text(column, row, f"{points[origin][onto]:+.1f}", ha="center", va="center")
+        axis.grid(visible=False)
+        axis.set(xticks=range(len(tasks)), yticks=range(len(tasks)), xticklabels=tasks, yticklabels=tasks,
+                 xlabel="gap measured on", ylabel="added on")  # fmt: skip
+        drawn.colorbar(image, label="points of top-1")

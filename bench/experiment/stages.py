@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,22 @@ from torch import Tensor, nn
 from bench.experiment.evaluation import TEST_SEED, at_degree, evaluate, hits
 from bench.experiment.protocol import CONSTANT, METHODS, Protocol
 from bench.experiment.tasks import PRETRAINING, TASKS, Task
+from bench.harness.run import ROOT, Tell
 from examples.sheets import normalize
 from examples.supervised import fit
 from tocom.calib.distill import DistillOptions, distill
 from tocom.checkpoint import hash_tensors
 from tocom.compensator import Compensator
+from tocom.export.family.compile import compile_family
+from tocom.export.source.options import CompileOptions
+from tocom.runtime.degrees.latency import measure
+from tocom.runtime.engines.base import open_engine
+from tocom.runtime.errors import InputError
 from tocom.runtime.files import write_atomically
 
 ARCHITECTURE = "vit_tiny_patch16_224"
+EXAMPLE = ROOT / "examples" / "digits"
 BATCH = 64
-Tell = Callable[[int, str], None]
-"""(steps done, what is going on)"""
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,11 @@ def pretrain(bench: Bench, name: str, tell: Tell) -> None:
     torch.manual_seed(0)
     model = bench.untrained()
     fit(model, bench.batches(PRETRAINING, 10), steps=steps, lr=1e-3,
-        on_step=lambda step, loss: tell(step, f"loss {loss:.3f}"))  # fmt: skip
+        on_step=lambda step, loss: tell(f"backbone, loss {loss:.3f}", step))  # fmt: skip
     bench.keep(name, save(model.state_dict()), began)
 
 
-def distill_method(bench: Bench, name: str, method: str, tell: Tell) -> None:
+def distill_method(bench: Bench, name: str, method: str) -> None:
     """A method's compensator, distilled on the backbone's training sheets."""
     began, protocol = time.monotonic(), bench.protocol
     backbone = bench.network("backbone.safetensors")
@@ -109,12 +115,11 @@ def distill_method(bench: Bench, name: str, method: str, tell: Tell) -> None:
         backbone_sha256=hash_tensors(backbone.state_dict()),
         options=options,
         state_folder=bench.work / f"{name}.training",
-        on_step=lambda step, loss: tell(step, f"KL {loss:.3f}"),
     )
     bench.keep(name, compensator.cpu().to_safetensors(), began)
 
 
-def finetune(bench: Bench, name: str, task: str, source: int, seed: int, tell: Tell) -> None:
+def finetune(bench: Bench, name: str, task: str, source: int, seed: int) -> None:
     """A downstream checkpoint: the backbone with a new head, fine-tuned at a source degree."""
     began, steps = time.monotonic(), bench.protocol.finetune_steps
     torch.manual_seed(seed)
@@ -122,8 +127,7 @@ def finetune(bench: Bench, name: str, task: str, source: int, seed: int, tell: T
     model.load_state_dict(load_file(bench.work / "backbone.safetensors"))
     model.reset_classifier(10)
     model.to(bench.device)
-    fit(at_degree(model, source, CONSTANT), bench.batches(TASKS[task], 1000 + seed), steps=steps, lr=3e-4,
-        on_step=lambda step, loss: tell(step, f"loss {loss:.3f}"))  # fmt: skip
+    fit(at_degree(model, source, CONSTANT), bench.batches(TASKS[task], 1000 + seed), steps=steps, lr=3e-4)
     bench.keep(name, save(model.state_dict()), began)
 
 
@@ -172,3 +176,49 @@ def _moved(onto: dict[str, Tensor], low: dict[str, Tensor], high: dict[str, Tens
 def checkpoint_name(task: str, source: int, seed: int) -> str:
     """File of a downstream checkpoint."""
     return f"{task}-{source}-{seed}.safetensors"
+
+
+def time_families(bench: Bench, name: str, methods: tuple[str, ...] = ("constant", "strided")) -> None:
+    """Latency of both methods at every degree, measured side by side: what accuracy is compared at.
+
+    It does not depend on the weights, so one checkpoint is compiled for both.
+    """
+    began, protocol = time.monotonic(), bench.protocol
+    first = bench.work / checkpoint_name(protocol.tasks[0], 0, protocol.seeds[0])
+    folder = write_model_folder(first, protocol, bench.work / "model")
+    with ExitStack() as stack:
+        runners = {}
+        for method in methods:
+            out = bench.work / "engines" / method
+            compensator = bench.work / f"compensator-{method}.safetensors"
+            options = CompileOptions(model=str(folder), out=out, degrees=protocol.targets, compensator=compensator,
+                                     source_degree=0, schedule=METHODS[method].schedule,
+                                     backend="onnxruntime")  # fmt: skip
+            for entry in compile_family(options).family.engines:
+                opened = open_engine(out / entry.engine, entry.backend, precision=entry.precision)
+                runners[f"{method} {entry.degree}"] = stack.enter_context(opened)
+        table = {}
+        for batch in (1, 8, 32):
+            times = measure(runners, batch=batch, seconds=20.0, min_rounds=60)
+            table[str(batch)] = {key: {"p50": each.p50, "p99": each.p99} for key, each in times.items()}
+    bench.keep(name, json.dumps(table).encode(), began)
+
+
+def write_model_folder(weights: Path, protocol: Protocol, folder: Path) -> Path:
+    """A checkpoint of the experiment as a folder in timm's hub layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights.read_bytes())
+    pretrained = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3,
+                  "std": [0.5] * 3, "num_classes": 10}  # fmt: skip
+    config = {"architecture": ARCHITECTURE, "num_classes": 10, "model_args": dict(protocol.model),
+              "pretrained_cfg": pretrained}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def finished(name: str) -> Path:
+    """A file of the finished experiment, preset small, that other campaigns measure too."""
+    file = ROOT / "build" / "experiment" / "small" / name
+    if not file.exists():
+        raise InputError(f"the experiment's {name} is not there. Run `make experiment` first, or --only example.")
+    return file

@@ -17,23 +17,14 @@ Outcomes = Mapping[str, Sequence[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Gain:
-    """What a compensator does at one mismatched degree; in points of top-1.
+    """What a compensator does at one mismatched degree; in points of top-1."""
 
-    Attributes:
-        matched: Mean top-1 at the source degree.
-        plain: Mean top-1 at the target degree, as it is.
-        compensated: Mean top-1 with the compensator.
-        low: Lower end of the 95% interval of compensated - plain.
-        high: Upper end.
-        count: Checkpoints it rests on.
-    """
-
-    matched: float
-    plain: float
-    compensated: float
-    low: float
-    high: float
-    count: int
+    matched: float  # mean top-1 at the source degree
+    plain: float  # mean top-1 at the target degree, as it is
+    compensated: float  # mean top-1 with the compensator
+    low: float  # lower end of the 95% interval of compensated - plain
+    high: float  # upper end
+    count: int  # checkpoints it rests on
 
     @property
     def gain(self) -> float:

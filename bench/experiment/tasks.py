@@ -1,7 +1,7 @@
 """The tasks: sheets of 4x4 glyphs on which every token matters.
 
 `ink` is what the backbone and the compensators are trained on. The downstream tasks differ from it in how a sheet looks
-(`board`, `photo`), in what is written on it (`letters`), or in what is asked (`missing`).
+(`board`), in what is written on it (`letters`), or in what is asked (`missing`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torch.nn import functional
 
 from examples.sheets import CELLS, DIGIT, Handwriting, Sheets, Split, normalize
 
@@ -25,19 +23,6 @@ LETTERS = "AEHKMRSTXZ"
 _FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
           "DejaVuSerif-Bold", "DejaVuSerif-Italic", "cmr10", "cmss10", "cmtt10", "STIXGeneral")  # fmt: skip
 _VARIANTS = {"train": 60, "val": 20, "test": 30}  # drawings of every letter in every typeface
-
-
-@functools.cache
-def _photographs(split: Split) -> tuple[Tensor, ...]:
-    """Two photographs, [3, h, w] in 0..1; training crops come from the left 60%, validation and test share the rest."""
-    parts = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}[split]
-    kept = []
-    for pixels in load_sample_images().images:
-        photo = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-        photo = functional.interpolate(photo[None], scale_factor=0.5, mode="area")[0]
-        width = photo.shape[2]
-        kept.append(photo[:, :, int(parts[0] * width) : int(parts[1] * width)])
-    return tuple(kept)
 
 
 @functools.cache
@@ -58,23 +43,6 @@ def _letters(split: Split) -> Handwriting:
                 labels.append(label)
     pixels = (1.3 * torch.from_numpy(np.stack(glyphs))).clamp(0, 1)
     return Handwriting(pixels, torch.tensor(labels))
-
-
-class _Photo(Sheets):
-    """Coloured chalk on a darkened photograph."""
-
-    def _render(self, sheets: Tensor) -> Tensor:
-        ground = torch.stack([self._crop() for _ in range(len(sheets))])
-        chalk = 0.75 + 0.25 * self._uniform(len(sheets), 3, 1, 1)
-        noise = torch.randn(len(sheets), 1, 32, 32, generator=self.draw) * 0.04
-        pixels = ground * (1 - sheets) + chalk * sheets + noise
-        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-
-    def _crop(self) -> Tensor:
-        photos = _photographs(self.split)
-        photo = photos[int(torch.randint(len(photos), (), generator=self.draw))]
-        top, left = (int(torch.randint(side - 31, (), generator=self.draw)) for side in photo.shape[1:])
-        return photo[:, top : top + 32, left : left + 32] * (0.15 + 0.3 * self._uniform(1, 1, 1))
 
 
 class _Letters(Sheets):
@@ -98,17 +66,11 @@ class _Missing(Sheets):
 
 @dataclass(frozen=True)
 class Task:
-    """A task: ten classes, images of 32x32 pixels.
+    """A task: ten classes, images of 32x32 pixels."""
 
-    Attributes:
-        name: As in tables and files.
-        asks: What it asks, for readers.
-        open: (split, seed) -> an endless stream of sheets.
-    """
-
-    name: str
-    asks: str
-    open: Callable[[Split, int], Sheets]
+    name: str  # as in tables and files
+    asks: str  # what it asks, for readers
+    open: Callable[[Split, int], Sheets]  # (split, seed) -> an endless stream of sheets
 
     def sheets(self, split: Split, seed: int, count: int, batch: int = 256) -> tuple[Tensor, Tensor]:
         """Draws sheets: normalized, float32 [count, 3, 32, 32], and their classes [count]."""
@@ -121,8 +83,6 @@ PRETRAINING = Task("ink", "the most frequent digit, white on black", lambda spli
 DOWNSTREAM = (
     Task("board", "the most frequent digit, coloured chalk on an unevenly lit board",
          lambda split, seed: Sheets(split, "board", seed)),
-    Task("photo", "the most frequent digit, chalk on a darkened photograph",
-         lambda split, seed: _Photo(split, "board", seed)),
     Task("letters", "the most frequent of ten letters in twelve typefaces", _Letters),
     Task("missing", "the one digit that is not on the sheet", lambda split, seed: _Missing(split, "ink", seed)),
 )  # fmt: skip

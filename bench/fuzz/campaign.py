@@ -6,27 +6,20 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from bench.fuzz.case import Case
+from bench.fuzz.case import FINE, Case, Outcome
 from bench.fuzz.given import Given, make
-from bench.fuzz.outcome import FINE, Outcome
+from bench.fuzz.page import faults_of
 from bench.fuzz.registry import ENTRIES, cases
-from bench.fuzz.state import State
 from bench.fuzz.supervisor import Supervisor
 from bench.fuzz.worker import damaged
-
-Progress = Callable[[int, float, dict[str, Outcome]], None]
-"""(cases done, seconds so far, outcomes): told after every case."""
+from bench.harness.run import Tell
+from bench.harness.state import State
 
 
 def prepare(work: Path) -> Given:
-    """Makes the whole files, in a process of its own, so that this one stays small.
-
-    Raises:
-        RuntimeError: They cannot be made.
-    """
+    """Makes the whole files, in a process of its own, so that this one stays small."""
     folder = work / "given"
     if not folder.is_dir():
         process = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
@@ -37,36 +30,24 @@ def prepare(work: Path) -> Given:
     return Given(folder)
 
 
-def run(work: Path, state: State, *, count: int, seconds: float, seed: int, only: str = "", progress: Progress) -> None:
-    """Runs what is not done yet of the first cases.
-
-    Args:
-        work: Where whole files, and files that bring faults to light, are kept.
-        state: What is done.
-        count: Cases, at most.
-        seconds: To run, at most.
-        seed: Decides the cases.
-        only: Part of the names of the entry points that take part.
-        progress: Told after every case.
-    """
+def run(work: Path, state: State, *, count: int, seconds: float, seed: int, only: str = "", tell: Tell) -> None:
+    """Runs what is not done yet of the first cases."""
     given, began = prepare(work), time.monotonic()
     with Supervisor(given) as supervisor:
         for number, case in zip(range(count), cases(seed, only), strict=False):
             if time.monotonic() - began >= seconds:
                 break
-            if case.key not in state.outcomes:
-                start = time.monotonic()
+            if case.key not in state.results:
                 outcome = supervisor.run(case)
                 if outcome.verdict not in FINE:
-                    keep(work / "faults", given, case, outcome)
-                state.add(case, outcome, time.monotonic() - start)
-            progress(number + 1, time.monotonic() - began, state.outcomes)
+                    _keep_file(work / "faults", given, case, outcome)
+                state.keep(case.key, vars(outcome))
+            tell(f"{faults_of(state.results)} faults", number + 1)
 
 
-def keep(folder: Path, given: Given, case: Case, outcome: Outcome) -> Path:
+def _keep_file(folder: Path, given: Given, case: Case, outcome: Outcome) -> None:
     """Keeps the file of a fault, and beside it what it did and how it is made again."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (re.sub(r"[^a-z0-9]+", "-", case.key.lower()).strip("-") + f"-seed{case.seed}")
     file.write_bytes(damaged(ENTRIES[case.entry], given, case))
-    file.with_suffix(".json").write_text(json.dumps({**case.__dict__, **outcome.to_json()}, indent=1) + "\n")
-    return file
+    file.with_suffix(".json").write_text(json.dumps({**vars(case), **vars(outcome)}, indent=1) + "\n")

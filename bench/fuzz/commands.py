@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.fuzz.outcome import ESCAPED, LEFTOVER, FaultError, RefusedError
+from bench.fuzz.case import ESCAPED, LEFTOVER, FaultError, RefusedError
+from tocom.runtime.errors import InputError, readable
 
 _LONGEST = 2000  # characters of a line that somebody is to read
 # what infer tells beside errors
@@ -21,20 +23,14 @@ _STAGES = ("loading", "r=", "measuring", "calibrating", "choosing", "note: ")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command left behind.
+    """What a command left behind."""
 
-    Attributes:
-        status: Its exit status.
-        out: What it printed.
-        err: What it, and every library in it, said on stderr.
-    """
-
-    status: int
-    out: str
-    err: str
+    status: int  # its exit status
+    out: str  # what it printed
+    err: str  # what it, and every library in it, said on stderr
 
 
-def tocom(*arguments: object) -> Answer:
+def run_tocom(*arguments: object) -> Answer:
     """Runs `tocom` as its own process would, refusing what is left of one that ran before."""
     from tocom.export.cli import __main__ as cli
 
@@ -51,26 +47,30 @@ def tocom(*arguments: object) -> Answer:
     return _captured(run)
 
 
-def infer(*arguments: object) -> Answer:
+def run_infer(*arguments: object) -> Answer:
     """Runs `runtime/infer.py`."""
     from tocom.runtime.infer import main
 
     return _captured(lambda: main(list(map(str, arguments))))
 
 
+def refusing(run: Callable[[Any, Path], bool]) -> Callable[[Any, Path], bool]:
+    """Makes a refusal of what refuses by an exception that the commands print as one line."""
+
+    def told(given: Any, folder: Path) -> bool:
+        try:
+            return run(given, folder)
+        except InputError as error:
+            raise RefusedError(require_clear(readable(" ".join(str(error).split())))) from error
+
+    return told
+
+
 def judge(answer: Answer, folder: Path | None = None) -> str:
     """Checks that a command ended well or refused clearly.
 
-    Args:
-        answer: Of the command.
-        folder: Must not hold temporary files afterwards.
-
     Returns:
         What it printed, where it ended well.
-
-    Raises:
-        RefusedError: It refused, in clear words.
-        FaultError: It did neither.
     """
     left = [file.name for file in folder.rglob(".*.tmp")] if folder is not None and folder.exists() else []
     if left:
@@ -91,17 +91,11 @@ def judge(answer: Answer, folder: Path | None = None) -> str:
 
 
 def require_clear(message: str) -> str:
-    """Checks what a user is told.
-
-    Raises:
-        FaultError: It is no line that somebody could read.
-    """
+    """Checks what a user is told."""
     if "\n" in message.strip() or not message.strip():
         raise FaultError(ESCAPED, f"a message must be one line, got {message!r:.200}")
     if len(message) > _LONGEST:
-        raise FaultError(
-            ESCAPED, f"a message must be one readable line, got {len(message)} characters: {message[:100]}"
-        )
+        raise FaultError(ESCAPED, f"a message must be readable, got {len(message)} characters: {message[:100]}")
     if any(ord(letter) < 32 for letter in message):
         raise FaultError(ESCAPED, f"a message must not steer the terminal, got {message!r:.200}")
     return message

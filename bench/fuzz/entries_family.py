@@ -1,4 +1,4 @@
-"""`family.json`, and the files that it lists, at `tocom inspect` and `runtime/infer.py`."""
+"""`family.json`, the files that it lists, and `cascade.json`, at `tocom inspect` and `runtime/infer.py`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.fuzz.case import Entry, Mutate
-from bench.fuzz.commands import infer, judge, tocom
-from bench.fuzz.given import DEGREE, Given
+from bench.fuzz.case import WRONG, Entry, FaultError, Mutate
+from bench.fuzz.commands import judge, run_infer, run_tocom
+from bench.fuzz.given import DEGREE, Given, measured_briefly
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_json import STRUCTURE
-from bench.fuzz.outcome import WRONG, FaultError
+from tocom.runtime.degrees.cascade import Cascade, Stage
+from tocom.runtime.family_files import CASCADE
+from tocom.runtime.manifest import Family
 
 _BACKEND = "onnxruntime"
 _DECIDING = ("engine", "backend", "precision", "sha256")  # keys of an engine that its answer depends on
@@ -35,12 +37,8 @@ def copy_family(given: Given, folder: Path, backend: str = _BACKEND, without: st
 
 
 def predictions(given: Given, family: Path) -> list[dict[str, Any]]:
-    """What infer says of the given image: a class, a name and a probability for every class.
-
-    Raises:
-        FaultError: If these are no probabilities.
-    """
-    answer = infer("--engines", family, "--degree", DEGREE, "--json", "--top-k", 99, given.folder / "image.png")
+    """What infer says of the given image: a class, a name and a probability for every class."""
+    answer = run_infer("--engines", family, "--degree", DEGREE, "--json", "--top-k", 99, given.folder / "image.png")
     printed = judge(answer, family)
     found = json.loads(printed)["predictions"]
     shares = np.array([each["probability"] for each in found])
@@ -90,24 +88,18 @@ def _infer_by_manifest(given: Given, folder: Path) -> bool:
 
 
 def _inspect_family(given: Given, folder: Path) -> bool:
-    printed = judge(tocom("inspect", folder / "family"), folder)
-    return printed == judge(tocom("inspect", given.family(_BACKEND))).replace(str(given.family(_BACKEND)), "")
+    printed = judge(run_tocom("inspect", folder / "family"), folder)
+    return printed == judge(run_tocom("inspect", given.family(_BACKEND))).replace(str(given.family(_BACKEND)), "")
 
 
 def _compile_again(given: Given, folder: Path) -> bool:
-    """A compile that finds the manifest there: what it cannot use it refuses, or makes anew.
-
-    Raises:
-        FaultError: It keeps what it must not.
-    """
-    import tocom.export.engine.measure_latency
-
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = 0.0, 3
+    """A compile that finds the manifest there: what it cannot use it refuses, or makes anew."""
     options = given.options()
     arguments = [f"--model-arg={name}={value}" for name, value in options.model_args.items()]
-    judge(tocom("compile", "--model", options.model, *arguments, "--checkpoint", options.checkpoint, "--compensator",
-                options.compensator, "--source-degree", 0, "--degrees", DEGREE, "--backend", _BACKEND, "--out",
-                folder / "family"), folder)  # fmt: skip
+    with measured_briefly():
+        judge(run_tocom("compile", "--model", options.model, *arguments, "--checkpoint", options.checkpoint,
+                        "--compensator", options.compensator, "--source-degree", 0, "--degrees", DEGREE, "--backend",
+                        _BACKEND, "--out", folder / "family"), folder)  # fmt: skip
     if not agree(predictions(given, folder / "family"), expected(given.folder, _BACKEND)):
         raise FaultError(WRONG, "status 0, but the family answers otherwise than one that was compiled from nothing")
     return True
@@ -138,11 +130,7 @@ def _place_listed(given: Given, folder: Path, content: bytes) -> None:
 
 
 def _require_untouched(given: Given, folder: Path) -> None:
-    """Makes sure that what was accepted is what was compiled.
-
-    Raises:
-        FaultError: It is not.
-    """
+    """Makes sure that what was accepted is what was compiled."""
     for name in _files(given.family(_BACKEND)):
         if (given.family(_BACKEND) / name).read_bytes() != (folder / "family" / name).read_bytes():
             raise FaultError(WRONG, "a file that was altered was accepted although its hash is listed")
@@ -155,9 +143,34 @@ def _infer_altered(given: Given, folder: Path) -> bool:
 
 
 def _inspect_altered(given: Given, folder: Path) -> bool:
-    judge(tocom("inspect", folder / "family"), folder)
+    judge(run_tocom("inspect", folder / "family"), folder)
     _require_untouched(given, folder)
     return True
+
+
+def _whole_cascade(given: Given, _: random.Random) -> bytes:
+    """No image is so sure that it would not go on."""
+    family = Family.read(given.family(_BACKEND))
+    stages = [Stage(degree, temperature, threshold, family.entry(degree).recipe)
+              for degree, temperature, threshold in ((DEGREE, 1.5, 1.0), (0, 0.8, 0.0))]  # fmt: skip
+    return json.dumps(Cascade(stages, {"accuracy": 0.9, "shares": [1.0, 0.5]}).to_json()).encode()
+
+
+def _place_cascade(given: Given, folder: Path, content: bytes) -> None:
+    (copy_family(given, folder) / CASCADE).write_bytes(content)
+
+
+def _infer_cascade(given: Given, folder: Path) -> bool:
+    """Either stage may answer; another one cannot."""
+    family, image = folder / "family", given.folder / "image.png"
+    common = ("--json", "--top-k", 99, image)
+    found = json.loads(judge(run_infer("--engines", family, "--cascade", *common), family))
+    alone = json.loads(judge(run_infer("--engines", family, "--degree", found["degree"], *common), family))
+    one, other = (sorted((each["class"], each["probability"]) for each in answer["predictions"])
+                  for answer in (found, alone))  # fmt: skip
+    if not np.allclose(one, other, rtol=0, atol=1e-4):
+        raise FaultError(WRONG, f"degree {found['degree']} answers otherwise in a cascade")
+    return found["degree"] == 0
 
 
 _ALTERED = {name: _behind_name(mutate) for name, mutate in BYTES.items()}
@@ -166,6 +179,7 @@ ENTRIES = (
     Entry("family.json -> infer", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _infer_by_manifest, 3),
     Entry("family.json -> tocom inspect", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _inspect_family, 2),
     Entry("family.json -> tocom compile", STRUCTURE | BYTES, _whole_manifest, _place_manifest, _compile_again, 0.1),
+    Entry("cascade.json -> infer", STRUCTURE | BYTES, _whole_cascade, _place_cascade, _infer_cascade, 1.5),
     Entry("engine's files -> infer", _ALTERED, _listed, _place_listed, _infer_altered),
     Entry("engine's files -> tocom inspect", _ALTERED, _listed, _place_listed, _inspect_altered),
 )

@@ -13,23 +13,20 @@ from typing import Any
 import numpy as np
 
 from bench.fuzz.case import Entry, Mutate
-from bench.fuzz.commands import judge, require_clear, tocom
+from bench.fuzz.commands import judge, refusing, run_tocom
 from bench.fuzz.entries_family import agree, copy_family, expected, predictions
 from bench.fuzz.given import DEGREE, Given
 from bench.fuzz.mutate_bytes import BYTES
 from bench.fuzz.mutate_onnx import GRAPHS
-from bench.fuzz.outcome import RefusedError
 from tocom.runtime.engines.base import open_engine
-from tocom.runtime.errors import InputError
 
 _CLOSE = 1e-4
 
 
 @functools.cache
 def _engine(family: Path) -> dict[str, Any]:
-    return next(
-        each for each in json.loads((family / "family.json").read_text())["engines"] if each["degree"] == DEGREE
-    )
+    engines = json.loads((family / "family.json").read_text())["engines"]
+    return next(each for each in engines if each["degree"] == DEGREE)
 
 
 def _graph_of(backend: str) -> Callable[[Given, random.Random], bytes]:
@@ -57,9 +54,10 @@ def _forge(given: Given, folder: Path, backend: str, name: str, content: bytes) 
 
 
 def _place_graph(backend: str) -> Callable[[Given, Path, bytes], None]:
-    return lambda given, folder, content: _forge(
-        given, folder, backend, _engine(given.family(backend))["engine"], content
-    )
+    def place(given: Given, folder: Path, content: bytes) -> None:
+        _forge(given, folder, backend, _engine(given.family(backend))["engine"], content)
+
+    return place
 
 
 def _place_weights(given: Given, folder: Path, content: bytes) -> None:
@@ -74,21 +72,14 @@ def _infer_with(backend: str) -> Callable[[Given, Path], bool]:
     return run
 
 
+@refusing
 def _open_sharing(given: Given, folder: Path) -> bool:
-    """As a service does that runs several degrees in one process.
-
-    Raises:
-        RefusedError: It is refused.
-    """
-    family = folder / "family"
+    """As a service does that runs several degrees in one process."""
     engine = _engine(given.family("onnxruntime"))["engine"]
-    try:
-        with open_engine(family / engine, "onnxruntime", share_weights=True, threads=1) as runner:
-            if runner.input_size != given.pixels.shape[1:]:
-                return False
-            logits = runner.infer(given.pixels)
-    except InputError as error:
-        raise RefusedError(require_clear(str(error))) from error
+    with open_engine(folder / "family" / engine, "onnxruntime", share_weights=True, threads=1) as runner:
+        if runner.input_size != given.pixels.shape[1:]:
+            return False
+        logits = runner.infer(given.pixels)
     return logits.shape == given.logits.shape and bool(np.abs(logits - given.logits).max() < _CLOSE)
 
 
@@ -98,8 +89,8 @@ def _place_alone(given: Given, folder: Path, content: bytes) -> None:
 
 
 def _inspect_graph(_: Given, folder: Path) -> bool:
-    judge(tocom("inspect", folder / "family" / "graph.onnx"))
-    judge(tocom("inspect", folder / "family" / "graph.onnx", "--show", "layers,attrs,weights"))
+    judge(run_tocom("inspect", folder / "family" / "graph.onnx"))
+    judge(run_tocom("inspect", folder / "family" / "graph.onnx", "--show", "layers,attrs,weights"))
     return True
 
 

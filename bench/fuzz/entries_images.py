@@ -15,13 +15,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from bench.fuzz.case import Entry
-from bench.fuzz.commands import infer, judge
+from bench.fuzz.case import WRONG, Entry, FaultError
+from bench.fuzz.commands import judge, refusing, run_infer
 from bench.fuzz.entries_family import expected
-from bench.fuzz.entries_weights import refusing
 from bench.fuzz.given import Given
 from bench.fuzz.mutate_images import IMAGES, largest
-from bench.fuzz.outcome import WRONG, FaultError
 from tocom.runtime.manifest import InputSpec
 from tocom.runtime.preprocess import find_images, load_image, preprocess
 
@@ -44,30 +42,24 @@ def _transform() -> Any:
                             crop_pct=_SPEC.crop_pct, crop_mode="center")  # fmt: skip
 
 
+@refusing
 def _prepare(given: Given, folder: Path) -> bool:
-    def prepare() -> bool:
-        (file,) = find_images([folder])
-        pixels = preprocess(load_image(file), _SPEC)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
-                theirs = _transform()(opened.convert("RGB"))
-        if not isinstance(theirs, torch.Tensor) or not np.allclose(pixels, theirs.numpy(), rtol=0, atol=_CLOSE):
-            raise FaultError(WRONG, "the image is prepared otherwise than by timm's transform")
-        return np.array_equal(pixels, preprocess(load_image(given.folder / "image.png"), _SPEC))
-
-    return refusing(prepare)
+    (file,) = find_images([folder])
+    pixels = preprocess(load_image(file), _SPEC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file) as opened:
+            theirs = _transform()(opened.convert("RGB"))
+    if not isinstance(theirs, torch.Tensor) or not np.allclose(pixels, theirs.numpy(), rtol=0, atol=_CLOSE):
+        raise FaultError(WRONG, "the image is prepared otherwise than by timm's transform")
+    return np.array_equal(pixels, preprocess(load_image(given.folder / "image.png"), _SPEC))
 
 
 def _classify(given: Given, folder: Path) -> bool:
-    """Beside a good image, whose answer must not suffer.
-
-    Raises:
-        FaultError: It does.
-    """
+    """Beside a good image, whose answer must not suffer."""
     good = shutil.copy(given.folder / "image.png", folder / "good.png")
     family = given.family("onnxruntime")
-    answer = infer("--engines", family, "--degree", 4, "--json", "--top-k", 99, folder / "image.png", good)
+    answer = run_infer("--engines", family, "--degree", 4, "--json", "--top-k", 99, folder / "image.png", good)
     lines = [json.loads(line) for line in answer.out.splitlines()]
     if not lines or lines[-1]["predictions"] != expected(given.folder, "onnxruntime"):
         raise FaultError(WRONG, "a good image beside a damaged one is not answered as it is alone")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +27,9 @@ BACKENDS = ("onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class Given:
-    """Where the whole files lie, and what they hold.
+    """Where the whole files lie, and what they hold."""
 
-    Attributes:
-        folder: `make` has filled it.
-    """
-
-    folder: Path
+    folder: Path  # `make` has filled it
 
     def family(self, backend: str) -> Path:
         """A compiled family."""
@@ -71,11 +69,7 @@ class Given:
 
 
 def make(folder: Path) -> Given:
-    """Makes the files, unless they are there.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Makes the files, unless they are there."""
     if not folder.is_dir():
         making = folder.with_name(f".{folder.name}.{os.getpid()}")
         making.mkdir(parents=True)
@@ -127,19 +121,24 @@ def _weights(folder: Path) -> None:
 
 
 def _families(given: Given) -> None:
-    import tocom.export.engine.measure_latency
     from tocom.export.family.compile import compile_family
 
-    measuring = tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS
-    tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = (
-        0.0,
-        3,
-    )  # nobody looks at how fast anything is
-    try:
+    with measured_briefly():
         for backend in BACKENDS:
             compile_family(given.options(out=given.family(backend), backend=backend))
+
+
+@contextmanager
+def measured_briefly() -> Iterator[None]:
+    """Compiles inside measure latencies by three calls: nobody looks at how fast anything is."""
+    from tocom.export.engine import measure_latency as module
+
+    before = module._SECONDS, module._ROUNDS
+    module._SECONDS, module._ROUNDS = 0.0, 3
+    try:
+        yield
     finally:
-        tocom.export.engine.measure_latency._SECONDS, tocom.export.engine.measure_latency._ROUNDS = measuring
+        module._SECONDS, module._ROUNDS = before
 
 
 def _tables(given: Given) -> None:

@@ -15,25 +15,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 from bench.fuzz.case import Mutate
 from bench.fuzz.mutate_bytes import BYTES
 
-_MODES = (
-    "1",
-    "L",
-    "LA",
-    "P",
-    "RGB",
-    "RGBA",
-    "I;16",
-    "I",
-    "CMYK",
-    "YCbCr",
-    "HSV",
-    "LAB",
-    "F",
-    "PA",
-    "La",
-    "RGBa",
-    "RGBX",
-)
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "CMYK", "YCbCr", "HSV", "LAB", "F", "PA", "La", "RGBa",
+          "RGBX")  # fmt: skip
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "TGA", "ICO", "DDS", "PCX", "SGI", "JPEG2000", "AVIF",
             "MPO", "IM", "SPIDER", "XBM", "MSP", "ICNS", "QOI", "EPS", "PDF")  # fmt: skip
 _SIZES = ((1, 1), (1, 5000), (5000, 1), (2, 3), (3, 20_000), (20_000, 2), (7, 7), (33, 31), (640, 427), (1, 60_000))

@@ -48,27 +48,29 @@ def _replacing(choose: Callable[[random.Random, Any], str]) -> Mutate:
     return mutate
 
 
-def drop_key(draw: random.Random, whole: bytes) -> bytes:
-    """A key or an item is missing."""
+def _any_key(draw: random.Random, document: Any) -> tuple[Any, str]:
+    return draw.choice([(container, key) for container, key in _places(document) if isinstance(key, str)])
+
+
+def _drop(draw: random.Random, whole: bytes) -> bytes:
     document = json.loads(whole)
     container, key = draw.choice(list(_places(document)))
     del container[key]
     return _written(document)
 
 
-def rename_key(draw: random.Random, whole: bytes) -> bytes:
+def _rename(draw: random.Random, whole: bytes) -> bytes:
     """A key is called something else, something long, or something that no terminal should print."""
     document = json.loads(whole)
-    container, key = draw.choice([(c, k) for c, k in _places(document) if isinstance(k, str)])
+    container, key = _any_key(draw, document)
     name = draw.choice((key + "x", key.upper(), "", "\x1b[31m", "a\nb", "x" * 10_000, "\ud800", *_PATHS))
     container[name] = container.pop(key)
     return _written(document)
 
 
-def duplicate_key(draw: random.Random, whole: bytes) -> bytes:
-    """A key stands there twice, the second time with another value."""
+def _key_twice(draw: random.Random, whole: bytes) -> bytes:
     document = json.loads(whole)
-    container, key = draw.choice([(c, k) for c, k in _places(document) if isinstance(k, str)])
+    container, key = _any_key(draw, document)
     container[_RAW] = draw.choice(_TYPES)
     return _written(document, json.dumps(key))
 
@@ -109,9 +111,9 @@ def _nested(draw: random.Random, _: Any) -> str:
 
 
 STRUCTURE: dict[str, Mutate] = {
-    "key missing": drop_key,
-    "key renamed": rename_key,
-    "key twice": duplicate_key,
+    "key missing": _drop,
+    "key renamed": _rename,
+    "key twice": _key_twice,
     "item repeated": duplicate_item,
     "values exchanged": exchange,
     "another document": other_root,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -33,21 +34,18 @@ def _with_inputs(model: ModelProto, least: int) -> list[NodeProto]:
     return [node for node in _nodes(model) if len(node.input) >= least]
 
 
-def drop_node(draw: random.Random, model: ModelProto) -> None:
-    """A node is missing: of the graph, or of a function's body."""
+def _drop_node(draw: random.Random, model: ModelProto) -> None:
     where = draw.choice([model.graph.node, model.graph.node, *(function.node for function in model.functions)])
     del where[draw.randrange(len(where))]
 
 
-def exchange_inputs(draw: random.Random, model: ModelProto) -> None:
-    """A node takes its inputs in another order."""
+def _exchange_inputs(draw: random.Random, model: ModelProto) -> None:
     node = draw.choice(_with_inputs(model, 2))
     one, other = draw.sample(range(len(node.input)), 2)
     node.input[one], node.input[other] = node.input[other], node.input[one]
 
 
-def rewire(draw: random.Random, model: ModelProto) -> None:
-    """A node reads something else: any value, its own output, nothing, or a name that nothing has."""
+def _rewire(draw: random.Random, model: ModelProto) -> None:
     node = draw.choice(_with_inputs(model, 1))
     values = [name for each in _nodes(model) for name in each.output if name]
     weights = [each.name for each in model.graph.initializer]
@@ -55,16 +53,14 @@ def rewire(draw: random.Random, model: ModelProto) -> None:
     node.input[draw.randrange(len(node.input))] = name
 
 
-def make_cycle(draw: random.Random, model: ModelProto) -> None:
-    """A node reads what is computed from it later."""
+def _make_cycle(draw: random.Random, model: ModelProto) -> None:
     nodes = list(model.graph.node)
     early, late = sorted(draw.sample(range(len(nodes)), 2))
     if nodes[early].input:
         nodes[early].input[0] = nodes[late].output[0]
 
 
-def change_dims(draw: random.Random, model: ModelProto) -> None:
-    """A weight has another shape than its bytes."""
+def _change_dims(draw: random.Random, model: ModelProto) -> None:
     tensor = draw.choice(model.graph.initializer)
     dims = draw.choice((
         [*tensor.dims, 1], list(tensor.dims)[::-1], [], [draw.choice(_COUNTS)],
@@ -75,13 +71,11 @@ def change_dims(draw: random.Random, model: ModelProto) -> None:
     tensor.dims.extend(dims)
 
 
-def change_dtype(draw: random.Random, model: ModelProto) -> None:
-    """A weight has another type than its bytes, or one that does not exist."""
+def _change_dtype(draw: random.Random, model: ModelProto) -> None:
     draw.choice(model.graph.initializer).data_type = draw.choice((*range(27), 99, 2**31 - 1, -1))
 
 
-def change_external(draw: random.Random, model: ModelProto) -> None:
-    """A weight lies elsewhere: behind the end of its file, before its beginning, in another file or outside."""
+def _change_external(draw: random.Random, model: ModelProto) -> None:
     outside = [each for each in model.graph.initializer if each.data_location == TensorProto.EXTERNAL]
     tensor = draw.choice(outside or model.graph.initializer)
     key = draw.choice(("location", "offset", "length", "checksum"))
@@ -94,8 +88,7 @@ def change_external(draw: random.Random, model: ModelProto) -> None:
         tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
 
 
-def recurse(draw: random.Random, model: ModelProto) -> None:
-    """A function calls itself, at once or through another one."""
+def _recurse(draw: random.Random, model: ModelProto) -> None:
     function = draw.choice(model.functions)
     call = helper.make_node(function.name, list(function.input), [f"again{i}" for i in range(len(function.output))],
                             domain=function.domain)  # fmt: skip
@@ -113,36 +106,28 @@ def recurse(draw: random.Random, model: ModelProto) -> None:
     function.node[-1].input[0] = call.output[0]
 
 
-def change_operator(draw: random.Random, model: ModelProto) -> None:
-    """A node is another operator, or one that nobody knows."""
+def _change_operator(draw: random.Random, model: ModelProto) -> None:
     node, other = draw.choice(_nodes(model)), draw.choice(_nodes(model))
-    node.op_type = draw.choice(
-        (other.op_type, "Nonsense", "", "TokenMerge", "ai.tocom.TokenMerge", "x" * 3000, "\x1b[2J")
-    )
+    names = (other.op_type, "Nonsense", "", "TokenMerge", "ai.tocom.TokenMerge", "x" * 3000, "\x1b[2J")
+    node.op_type = draw.choice(names)
     if draw.random() < 0.3:
         node.domain = draw.choice(("com.example", "ai.tocom", "com.microsoft", "ai.onnx.ml", "\n"))
 
 
-def change_functions(draw: random.Random, model: ModelProto) -> None:
-    """A function is missing, twice there, empty, or takes and gives another number of values."""
+def _change_functions(draw: random.Random, model: ModelProto) -> None:
     function = draw.choice(model.functions)
-    way = draw.randrange(6)
-    if way == 0:
-        model.functions.remove(function)
-    elif way == 1:
-        model.functions.append(copy.deepcopy(function))
-    elif way == 2:
-        del function.node[:]
-    elif way == 3:
-        del function.input[-1]
-    elif way == 4:
-        del function.output[-1]
-    else:
-        del function.opset_import[:]
+    draw.choice((
+        lambda: model.functions.remove(function), lambda: model.functions.append(copy.deepcopy(function)),
+        lambda: _clear(function.node), lambda: function.input.pop(), lambda: function.output.pop(),
+        lambda: _clear(function.opset_import),
+    ))()  # fmt: skip
 
 
-def change_attribute(draw: random.Random, model: ModelProto) -> None:
-    """An attribute has another value or type, or is missing; those of the token reductions before others."""
+def _clear(repeated: Any) -> None:
+    del repeated[:]
+
+
+def _change_attribute(draw: random.Random, model: ModelProto) -> None:
     ours = [node for node in model.graph.node if node.domain == "ai.tocom"]
     node = draw.choice(ours) if ours and draw.random() < 0.5 else draw.choice([n for n in _nodes(model) if n.attribute])
     attribute = draw.choice(node.attribute)
@@ -159,33 +144,22 @@ def change_attribute(draw: random.Random, model: ModelProto) -> None:
         attribute.i, attribute.f = draw.choice(_COUNTS), draw.choice((0.0, -1.0, 1e38, float("nan"), float("inf")))
 
 
-def change_interface(draw: random.Random, model: ModelProto) -> None:
-    """The graph takes or gives something else than it says, or nothing."""
-    graph, way = model.graph, draw.randrange(9)
+def _change_interface(draw: random.Random, model: ModelProto) -> None:
+    graph = model.graph
     value = draw.choice((graph.input[0], graph.output[0]))
-    if way == 0:
-        del graph.output[:]
-    elif way == 1:
-        del graph.input[:]
-    elif way == 2:
-        value.type.tensor_type.elem_type = draw.choice((*range(24), 99))
-    elif way == 3:
-        value.name = draw.choice(("other", "", graph.node[0].output[0], "\x1b[2J", "a\nb"))
-    elif way == 4:
-        graph.output.append(helper.make_tensor_value_info(graph.node[3].output[0], TensorProto.FLOAT, None))
-    elif way == 5:
-        graph.input.append(helper.make_tensor_value_info("further", TensorProto.FLOAT, [1]))
-    elif way == 6:
-        value.type.Clear()
-    elif way == 7:
-        graph.output.append(copy.deepcopy(graph.output[0]))
-    else:
-        side = draw.choice(value.type.tensor_type.shape.dim)
-        side.dim_value = draw.choice((-1, 0, 1, 7, 33, 10**6, 2**40))
+    tensor, further = value.type.tensor_type, helper.make_tensor_value_info("further", TensorProto.FLOAT, [1])
+    inner = helper.make_tensor_value_info(graph.node[3].output[0], TensorProto.FLOAT, None)
+    name = draw.choice(("other", "", graph.node[0].output[0], "\x1b[2J", "a\nb"))
+    side, count = draw.choice(tensor.shape.dim), draw.choice((-1, 0, 1, 7, 33, 10**6, 2**40))
+    draw.choice((
+        lambda: _clear(graph.output), lambda: _clear(graph.input), lambda: value.type.Clear(),
+        lambda: setattr(tensor, "elem_type", draw.choice((*range(24), 99))), lambda: setattr(value, "name", name),
+        lambda: graph.output.append(inner), lambda: graph.input.append(further),
+        lambda: graph.output.append(copy.deepcopy(graph.output[0])), lambda: setattr(side, "dim_value", count),
+    ))()  # fmt: skip
 
 
-def change_names(draw: random.Random, model: ModelProto) -> None:
-    """Two nodes or two values have one name, or one has an odd name."""
+def _change_names(draw: random.Random, model: ModelProto) -> None:
     nodes = [node for node in model.graph.node if node.output]
     one, other = draw.sample(nodes, 2)
     if draw.random() < 0.5:
@@ -194,37 +168,30 @@ def change_names(draw: random.Random, model: ModelProto) -> None:
         one.output[0] = draw.choice((other.output[0], "", "\ufffd\x00", "x" * 5000))
 
 
-def change_versions(draw: random.Random, model: ModelProto) -> None:
-    """Another opset, another IR, or none."""
-    way = draw.randrange(4)
-    if way == 0:
-        draw.choice(model.opset_import).version = draw.choice((-1, 0, 1, 6, 12, 999, 2**62))
-    elif way == 1:
-        model.ir_version = draw.choice((0, 1, 3, 8, 99, 2**62))
-    elif way == 2:
-        del model.opset_import[:]
-    else:
-        model.opset_import.append(copy.deepcopy(model.opset_import[0]))
+def _change_versions(draw: random.Random, model: ModelProto) -> None:
+    opset = draw.choice(model.opset_import)
+    draw.choice((
+        lambda: setattr(opset, "version", draw.choice((-1, 0, 1, 6, 12, 999, 2**62))),
+        lambda: setattr(model, "ir_version", draw.choice((0, 1, 3, 8, 99, 2**62))),
+        lambda: _clear(model.opset_import), lambda: model.opset_import.append(copy.deepcopy(opset)),
+    ))()  # fmt: skip
 
 
-def reorder(draw: random.Random, model: ModelProto) -> None:
-    """Nodes stand in another order, which a graph must not."""
+def _reorder(draw: random.Random, model: ModelProto) -> None:
     nodes = list(model.graph.node)
     nodes.reverse() if draw.random() < 0.3 else draw.shuffle(nodes)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
-def cut_values(draw: random.Random, model: ModelProto) -> None:
-    """A weight that lies in the graph has too few bytes, too many, or none."""
+def _cut_values(draw: random.Random, model: ModelProto) -> None:
     inside = [each for each in model.graph.initializer if each.raw_data]
     if inside:
         tensor = draw.choice(inside)
         tensor.raw_data = draw.choice((b"", tensor.raw_data[:-1], tensor.raw_data * 3, tensor.raw_data[:3]))
 
 
-def ask_for_memory(draw: random.Random, model: ModelProto) -> None:
-    """A node makes a tensor that no machine holds."""
+def _ask_for_memory(draw: random.Random, model: ModelProto) -> None:
     size = helper.make_tensor("size", TensorProto.INT64, [2], [draw.choice((2**20, 2**31, 2**40)), 2**22])
     model.graph.initializer.append(size)
     made = helper.make_node("ConstantOfShape", ["size"], ["much"])
@@ -233,8 +200,7 @@ def ask_for_memory(draw: random.Random, model: ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("little", TensorProto.FLOAT, []))
 
 
-def nest(draw: random.Random, whole: bytes) -> bytes:
-    """Branches in branches, up to a hundred thousand levels deep."""
+def _nest(draw: random.Random, whole: bytes) -> bytes:
     depth, inner = draw.choice((5, 25, 90, 1000, 100_000)), b""
     for _ in range(depth):  # node.attribute.g.node: protobuf's own writer refuses such a depth
         inner = _field(5, _field(1, b"then_branch") + _field(6, _field(1, inner)))
@@ -252,23 +218,12 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, *length, left]) + content
 
 
-GRAPHS: dict[str, Mutate] = {
-    "node missing": _graph(drop_node),
-    "inputs exchanged": _graph(exchange_inputs),
-    "input rewired": _graph(rewire),
-    "cycle": _graph(make_cycle),
-    "weight's shape": _graph(change_dims),
-    "weight's type": _graph(change_dtype),
-    "weight elsewhere": _graph(change_external),
-    "weight's bytes": _graph(cut_values),
-    "function recursive": _graph(recurse),
-    "function changed": _graph(change_functions),
-    "operator changed": _graph(change_operator),
-    "attribute changed": _graph(change_attribute),
-    "interface changed": _graph(change_interface),
-    "names changed": _graph(change_names),
-    "versions changed": _graph(change_versions),
-    "nodes reordered": _graph(reorder),
-    "huge tensor": _graph(ask_for_memory),
-    "nested deeply": nest,
-}
+_CHANGES = {
+    "node missing": _drop_node, "inputs exchanged": _exchange_inputs, "input rewired": _rewire, "cycle": _make_cycle,
+    "weight's shape": _change_dims, "weight's type": _change_dtype, "weight elsewhere": _change_external,
+    "weight's bytes": _cut_values, "function recursive": _recurse, "function changed": _change_functions,
+    "operator changed": _change_operator, "attribute changed": _change_attribute,
+    "interface changed": _change_interface, "names changed": _change_names, "versions changed": _change_versions,
+    "nodes reordered": _reorder, "huge tensor": _ask_for_memory,
+}  # fmt: skip
+GRAPHS: dict[str, Mutate] = {**{name: _graph(change) for name, change in _CHANGES.items()}, "nested deeply": _nest}

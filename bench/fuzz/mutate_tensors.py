@@ -24,8 +24,7 @@ _LENGTHS = (0, 1, 7, 2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2*
 _NUMBERS = (float("nan"), float("inf"), -float("inf"), 3e38, 1e-45, -0.0, 0.0)
 
 
-def header_length(draw: random.Random, whole: bytes) -> bytes:
-    """The eight bytes in front say another length than the header's."""
+def _header_length(draw: random.Random, whole: bytes) -> bytes:
     (length,) = struct.unpack("<Q", whole[:8])
     other = draw.choice((*_LENGTHS, length - 1, length + 1, length * 2, len(whole), len(whole) - 8, len(whole) - 7))
     return struct.pack("<Q", other % 2**64) + whole[8:]
@@ -48,31 +47,24 @@ def _in_header(mutate: Mutate) -> Mutate:
     return mutated
 
 
-def header_entries(draw: random.Random, whole: bytes) -> bytes:
-    """One tensor's type, shape or place is another one, as somebody would who attacks a reader."""
+def _header_entries(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     entries = json.loads(header)
     entry = entries[draw.choice([name for name in entries if name != "__metadata__"])]
-    begin, end = entry["data_offsets"]
-    way = draw.randrange(5)
-    if way == 0:
-        entry["dtype"] = draw.choice(("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X", ""))
-    elif way == 1:
-        entry["shape"] = draw.choice(([], [0], [-1], [2**63], [2**32, 2**32], [1] * 200, [end - begin], [1.5], "x",
-                                      [*entry["shape"], 1], entry["shape"][::-1]))  # fmt: skip
-    elif way == 2:
-        entry["data_offsets"] = draw.choice(([begin, begin], [end, begin], [begin, 2**63], [0, len(payload)], [-4, end],
-                                             [begin + 1, end + 1], [begin, end, end],
-                                             [len(payload), 2 * len(payload)]))  # fmt: skip
-    elif way == 3:
-        entry["dtype"], entry["shape"] = "I32", entry["shape"]
-    else:
-        entry["shape"], entry["data_offsets"] = [0, 10**9], [begin, begin]
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    entry |= draw.choice((
+        {"dtype": draw.choice(("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X", ""))},
+        {"shape": draw.choice(([], [0], [-1], [2**63], [2**32, 2**32], [1] * 200, [end - begin], [1.5], "x",
+                               [*shape, 1], shape[::-1]))},
+        {"data_offsets": draw.choice(([begin, begin], [end, begin], [begin, 2**63], [0, len(payload)], [-4, end],
+                                      [begin + 1, end + 1], [begin, end, end], [len(payload), 2 * len(payload)]))},
+        {"dtype": "I32"},
+        {"shape": [0, 10**9], "data_offsets": [begin, begin]},
+    ))  # fmt: skip
     return _with_header(json.dumps(entries).encode(), payload)
 
 
-def metadata(draw: random.Random, whole: bytes) -> bytes:
-    """A JSON text inside the metadata, which describes what the tensors are, says something else."""
+def _metadata(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     entries = json.loads(header)
     described = entries.get("__metadata__", {})
@@ -86,8 +78,7 @@ def metadata(draw: random.Random, whole: bytes) -> bytes:
     return _with_header(json.dumps(entries).encode(), payload)
 
 
-def values(draw: random.Random, whole: bytes) -> bytes:
-    """A value is NaN, infinite, or far off."""
+def _values(draw: random.Random, whole: bytes) -> bytes:
     header, payload = _header(whole)
     damaged, at = bytearray(payload), 4 * draw.randrange(len(payload) // 4)
     damaged[at : at + 4] = np.float32(draw.choice(_NUMBERS)).tobytes()
@@ -95,10 +86,10 @@ def values(draw: random.Random, whole: bytes) -> bytes:
 
 
 SAFETENSORS: dict[str, Mutate] = {
-    "header's length": header_length,
-    "header's entries": header_entries,
-    "odd values": values,
-    "metadata": metadata,
+    "header's length": _header_length,
+    "header's entries": _header_entries,
+    "odd values": _values,
+    "metadata": _metadata,
     **{f"header: {name}": _in_header(mutate) for name, mutate in STRUCTURE.items()},
     **BYTES,
 }
@@ -115,44 +106,27 @@ def _odd_tensor(draw: random.Random, tensor: torch.Tensor) -> Any:
     """A tensor of the same name that no checkpoint has."""
     one = torch.ones(1)
     return draw.choice((
-        lambda: tensor.double(),
-        lambda: tensor.half(),
-        lambda: tensor.bfloat16(),
-        lambda: tensor.to(torch.int32),
-        lambda: tensor.to(torch.float8_e4m3fn),
-        lambda: tensor.to(torch.complex64),
-        lambda: tensor > 0,
-        lambda: tensor.to_sparse(),
-        lambda: tensor.to("meta"),
-        lambda: torch.nn.Parameter(tensor),
+        lambda: tensor.double(), lambda: tensor.half(), lambda: tensor.bfloat16(), lambda: tensor.to(torch.int32),
+        lambda: tensor.to(torch.float8_e4m3fn), lambda: tensor.to(torch.complex64), lambda: tensor > 0,
+        lambda: tensor.to_sparse(), lambda: tensor.to("meta"), lambda: torch.nn.Parameter(tensor),
         lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
         lambda: one.expand(tensor.shape),  # every number at the same place
-        lambda: one.expand(10**6, 10**6),  # 4 TB, of 4 bytes
-        lambda: one.expand(10**4, 10**5),  # 4 GB, of 4 bytes
+        lambda: one.expand(10**6, 10**6), lambda: one.expand(10**4, 10**5),  # 4 TB and 4 GB, of 4 bytes
         lambda: torch.as_strided(torch.ones(64), tuple(tensor.shape), (0,) * tensor.ndim),
-        lambda: tensor.flatten()[:0],
-        lambda: tensor.t() if tensor.ndim == 2 else tensor[None],
-        lambda: tensor * float("nan"),
-        lambda: tensor.numpy(),
-        lambda: None,
-        lambda: 3,
-        lambda: "text",
-        lambda: [tensor],
-        lambda: {"weight": tensor},
-        _Runs,
+        lambda: tensor.flatten()[:0], lambda: tensor.t() if tensor.ndim == 2 else tensor[None],
+        lambda: tensor * float("nan"), lambda: tensor.numpy(), lambda: None, lambda: 3, lambda: "text",
+        lambda: [tensor], lambda: {"weight": tensor}, _Runs,
     ))()  # fmt: skip
 
 
-def odd_tensors(draw: random.Random, whole: bytes) -> bytes:
-    """One of the tensors is of another kind, or is none."""
+def _odd_tensors(draw: random.Random, whole: bytes) -> bytes:
     state = torch.load(io.BytesIO(whole), weights_only=True)["model"]
     name = draw.choice(list(state))
     state[name] = _odd_tensor(draw, state[name])
     return _saved({"model": state})
 
 
-def odd_layout(draw: random.Random, whole: bytes) -> bytes:
-    """The tensors are there, but not where they are looked for."""
+def _odd_layout(draw: random.Random, whole: bytes) -> bytes:
     state = torch.load(io.BytesIO(whole), weights_only=True)["model"]
     looped: dict[str, Any] = {}
     looped["model"] = looped
@@ -168,28 +142,19 @@ def odd_layout(draw: random.Random, whole: bytes) -> bytes:
     )))  # fmt: skip
 
 
-def odd_archive(draw: random.Random, whole: bytes) -> bytes:
-    """The archive is written otherwise: compressed, with a file missing, twice, empty, huge or called otherwise."""
+def _odd_archive(draw: random.Random, whole: bytes) -> bytes:
     members = {each.filename: zipfile.ZipFile(io.BytesIO(whole)).read(each) for each in
                zipfile.ZipFile(io.BytesIO(whole)).infolist()}  # fmt: skip
     name, way = draw.choice(list(members)), draw.randrange(8)
     if way == 0:
         del members[name]
-    elif way == 1:
-        members[name] = b""
     elif way == 2:
         members[f"../{name}"] = members.pop(name)
-    elif way == 3:
-        members[name] *= 3
-    elif way == 4:
-        members[name] = bytes(200_000_000 if draw.random() < 0.2 else 1_000_000)
-    written = io.BytesIO()
-    with (
-        warnings.catch_warnings(),
-        zipfile.ZipFile(
-            written, "w", zipfile.ZIP_DEFLATED if way >= 4 else zipfile.ZIP_STORED, compresslevel=1
-        ) as archive,
-    ):
+    elif way in (1, 3, 4):
+        huge = bytes(200_000_000 if draw.random() < 0.2 else 1_000_000)
+        members[name] = {1: b"", 3: members[name] * 3, 4: huge}[way]
+    written, form = io.BytesIO(), zipfile.ZIP_DEFLATED if way >= 4 else zipfile.ZIP_STORED
+    with warnings.catch_warnings(), zipfile.ZipFile(written, "w", form, compresslevel=1) as archive:
         warnings.simplefilter("ignore")  # of names that are there twice
         for each, content in members.items():
             archive.writestr(each, content)
@@ -198,8 +163,7 @@ def odd_archive(draw: random.Random, whole: bytes) -> bytes:
     return written.getvalue()
 
 
-def odd_pickle(draw: random.Random, whole: bytes) -> bytes:
-    """A bare pickle: of what is allowed, of code, of something that does not end."""
+def _odd_pickle(draw: random.Random, whole: bytes) -> bytes:
     deep = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."  # lists in lists
     return draw.choice((
         lambda: pickle.dumps({"a": 1}), lambda: pickle.dumps(_Runs()), lambda: deep,
@@ -218,9 +182,9 @@ def _saved(content: Any) -> bytes:
 
 
 TORCH: dict[str, Mutate] = {
-    "odd tensors": odd_tensors,
-    "odd layout": odd_layout,
-    "odd archive": odd_archive,
-    "odd pickle": odd_pickle,
+    "odd tensors": _odd_tensors,
+    "odd layout": _odd_layout,
+    "odd archive": _odd_archive,
+    "odd pickle": _odd_pickle,
     **BYTES,
 }

@@ -1,112 +1,91 @@
-"""The page of results."""
+"""What came of a campaign, counted; and the page that tells it."""
 
 from __future__ import annotations
 
-import os
-import platform
+import re
+from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from bench.fuzz.outcome import FAULTS, LIBRARY_CRASH, REFUSED, Outcome
-from bench.fuzz.tables import COLUMNS, by_entry, by_kind, messages, total
-from bench.markdown import table
-from tocom.runtime.files import write_atomically
+import pandas as pd
 
-_LIBRARIES = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino", "polygraphy", "pillow", "safetensors")
+from bench.fuzz.case import DIFFERENT, FAULTS, LIBRARY_CRASH, REFUSED, SAME
+from bench.harness.page import cell, render
+
+VERDICTS = (SAME, DIFFERENT, REFUSED, *FAULTS, LIBRARY_CRASH)
 _MOST = 40  # messages that are listed
+_VARYING = (
+    (re.compile(r"(\.{3}|/)[^ :,]*"), "FILE"),
+    (re.compile(r"'[^']*'|\"[^\"]*\"|\"[^\"]*$"), "'...'"),
+    (re.compile(r"[0-9a-f]{8,}\.*"), "HASH"),
+    (re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?"), "N"),
+    (re.compile(r"(\[|\()[^])]{15,}(\]|\))?"), "[...]"),
+)
 
-_FORGED = """\
-"Forged" entry points get a graph or weights whose hash was written into `family.json` too: who can do that can have any
-graph run, and files that do not match their hashes never get there. They are tried because what a library does with a
-damaged graph is worth knowing; where the library kills the process, that is counted as the library's crash and not as a
-fault of this project."""
+
+def faults_of(outcomes: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many outcomes must not be."""
+    return sum(each["verdict"] in FAULTS for each in outcomes.values())
 
 
-def write_page(
-    file: Path, outcomes: Mapping[str, Outcome], *, command: str, seconds: float, seed: int, limits: str
-) -> None:
-    """Writes what a campaign found.
+def summary(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All that the page tells, of outcomes by key of the case: "entry point|damage|number"."""
+    frame = pd.DataFrame(
+        [dict(zip(("entry point", "damage", "number"), key.split("|"), strict=True), **each)
+         for key, each in outcomes.items()]
+    )  # fmt: skip
+    told = Counter(plain(text) for text in frame.loc[frame["verdict"] == REFUSED, "message"])
+    odd = frame[~frame["verdict"].isin([SAME, DIFFERENT, REFUSED])]
+    entries = _counted(frame, ["entry point"])
+    most = frame.groupby("entry point")[["mebibytes", "seconds"]].max()
+    for row in entries:
+        row |= {"MiB at most": round(most["mebibytes"][row["entry point"]]),
+                "s at most": round(most["seconds"][row["entry point"]], 1)}  # fmt: skip
+    return {
+        "seconds": float(frame["seconds"].sum()),
+        "entries": entries,
+        "kinds": _counted(frame, ["entry point", "damage"]),
+        "odd": odd[["entry point", "damage", "number", "verdict", "message"]].to_dict("records"),
+        "distinct": len(told),
+        "messages": [{"message": text, "times": times} for text, times in told.most_common(_MOST)],
+    }
 
-    Args:
-        file: A page in Markdown.
-        outcomes: By key of the case.
-        command: That ran it.
-        seconds: That it took.
-        seed: Of the campaign.
-        limits: What a case may take.
+
+def _counted(frame: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
+    counts = frame.groupby(by)["verdict"].value_counts().unstack(fill_value=0).reindex(columns=VERDICTS, fill_value=0)
+    counts.insert(0, "cases", counts.sum(axis=1))
+    return counts.reset_index().to_dict("records")
+
+
+def plain(message: str) -> str:
+    """A message without names, numbers and hashes.
+
+    >>> plain("degree 4: the file /tmp/x1/r04.onnx must have 3 bytes")
+    'degree N: the file FILE must have N bytes'
     """
-    all_of_them = total(outcomes)
-    text = "\n\n".join((
-        "# Damaged files at every entry point",
-        f"Written by `{command}` ([bench/fuzz](../fuzz)), {datetime.now(UTC):%Y-%m-%d}: {_machine()}; {_versions()}.",
-        f"{all_of_them.cases} cases of seed {seed} in {seconds / 60:.0f} minutes; each in a process that may die of "
-        f"it. Limits: {limits}. Refused means one clear line and status 2; another answer, that the damaged file is "
-        "a valid one that says something else. The rest are faults.",
-        f"**{_verdict(outcomes)}**",
-        _FORGED,
-        "## By entry point",
-        _by_entry(outcomes),
-        *_crashes(outcomes),
-        *_faults(outcomes),
-        "## What users were told",
-        f"The most frequent of {len(messages(outcomes, (REFUSED,)))} messages, without what differs from file to file.",
-        table(("message", "times"), ([_cell(text), str(count)] for text, count in
-                                     messages(outcomes, (REFUSED,)).most_common(_MOST)), ("message",)),
-        "## By kind of damage",
-        _by_kind(outcomes),
-    ))  # fmt: skip
-    write_atomically(file, (text + "\n").encode())
+    for pattern, stands in _VARYING:
+        message = pattern.sub(stands, message)
+    return message[:110]
 
 
-def _verdict(outcomes: Mapping[str, Outcome]) -> str:
-    found = total(outcomes)
-    counts = ", ".join(f"{found.verdicts[name]} {name}" for name in (*FAULTS, LIBRARY_CRASH) if found.verdicts[name])
-    return f"{found.faults or 'No'} faults" + (f" ({counts})." if counts else ": no crash, no hang, nothing unclear.")
-
-
-def _by_entry(outcomes: Mapping[str, Outcome]) -> str:
-    rows = by_entry(outcomes)
-    cells = [[name, *row.cells(), f"{row.mebibytes:.0f}", f"{row.seconds:.1f}"] for name, row in sorted(rows.items())]
-    everything = total(outcomes)
-    cells.append(["**all**", *everything.cells(), f"{everything.mebibytes:.0f}", f"{everything.seconds:.1f}"])
-    return table(("entry point", "cases", *COLUMNS, "MiB at most", "s at most"), cells, ("entry point",))
-
-
-def _by_kind(outcomes: Mapping[str, Outcome]) -> str:
-    cells = [[entry, kind, *row.cells()] for (entry, kind), row in sorted(by_kind(outcomes).items())]
-    return table(("entry point", "damage", "cases", *COLUMNS), cells, ("entry point", "damage"))
-
-
-def _crashes(outcomes: Mapping[str, Outcome]) -> list[str]:
-    found = {key: each for key, each in outcomes.items() if each.verdict == LIBRARY_CRASH}
-    if not found:
-        return []
-    rows = [[*key.split("|"), _cell(each.message)] for key, each in sorted(found.items())]
-    return ["## Crashes inside engine libraries", table(("entry point", "damage", "number", "how"), rows,
-                                                        ("entry point", "damage", "how"))]  # fmt: skip
-
-
-def _faults(outcomes: Mapping[str, Outcome]) -> list[str]:
-    found = {key: each for key, each in outcomes.items() if each.verdict in FAULTS}
-    if not found:
-        return []
-    rows = [[*key.split("|"), each.verdict, _cell(each.message)] for key, each in sorted(found.items())]
-    return ["## Faults", table(("entry point", "damage", "number", "fault", "what"), rows,
-                               ("entry point", "damage", "fault", "what"))]  # fmt: skip
-
-
-def _cell(text: str) -> str:
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text[:200])
-    return "`` " + shown.replace("|", "\\|").replace("`", "'") + " ``" if shown else ""
-
-
-def _machine() -> str:
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.processor())  # fmt: skip
-    return f"{processor}, {os.cpu_count()} cores"
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in _LIBRARIES) + f", Python {platform.python_version()}"
+def write_page(results: Mapping[str, Any], out: Path) -> None:
+    """Writes the page."""
+    entries = pd.DataFrame(results["entries"])
+    summed = entries[["cases", *VERDICTS]].sum()
+    total = {
+        "entry point": "**all**",
+        **summed,
+        "MiB at most": entries["MiB at most"].max(),
+        "s at most": entries["s at most"].max(),
+    }
+    counts = pd.concat([entries, pd.DataFrame([total])])
+    empty = [name for name in VERDICTS if not summed[name]]
+    counts[list(VERDICTS)] = counts[list(VERDICTS)].astype(object).replace(0, "")
+    found = [f"{summed[name]} {name}" for name in (*FAULTS, LIBRARY_CRASH) if summed[name]]
+    shown = {
+        "messages": [each | {"message": cell(each["message"])} for each in results["messages"]],
+        "odd": [each | {"message": cell(each["message"])} for each in results["odd"]],
+    }
+    render("fuzz/page.md.j2", out, **{**results, **shown}, counts=counts.drop(columns=empty), empty=empty, found=found,
+           cases=summed["cases"], faults=sum(summed[name] for name in FAULTS))  # fmt: skip

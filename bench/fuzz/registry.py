@@ -5,23 +5,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from bench.fuzz import entries_cascade, entries_family, entries_graph, entries_images, entries_tables, entries_weights
+from bench.fuzz import entries_family, entries_files, entries_graph, entries_images
 from bench.fuzz.case import Case, Entry
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
-    for module in (entries_cascade, entries_family, entries_graph, entries_weights, entries_images, entries_tables)
+    for module in (entries_family, entries_graph, entries_files, entries_images)
     for entry in module.ENTRIES
 }
 
 
 def cases(seed: int, only: str = "") -> Iterator[Case]:
-    """Cases without end: entry points by their weights, each one's kinds of damage in turn.
-
-    Args:
-        seed: Decides everything random about them.
-        only: Part of the names of the entry points that take part.
-    """
+    """Cases without end: entry points by their weights, each one's kinds of damage in turn."""
     chosen = [entry for entry in ENTRIES.values() if only.lower() in entry.name.lower()]
     queue = [(0.5 / entry.weight, index) for index, entry in enumerate(chosen)]
     heapq.heapify(queue)

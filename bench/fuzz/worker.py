@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
 import resource
 import shutil
 import signal
 import tempfile
 import time
 import traceback
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.fuzz.case import Case, Entry
+from bench.fuzz.case import DIFFERENT, ESCAPED, REFUSED, SAME, Case, Entry, FaultError, Outcome, RefusedError
 from bench.fuzz.given import Given
-from bench.fuzz.outcome import DIFFERENT, ESCAPED, REFUSED, SAME, FaultError, Outcome, RefusedError
 
 _BETWEEN_COLLECTIONS = 25  # cases; each would cost more than most of them
 _ADDRESSES = 16 << 30  # bytes that a worker may map beyond what it starts with
 
 
-def work(connection: Connection, folder: Path, scratch: Path) -> None:
-    """Runs the cases that come through a connection, until it closes.
+@dataclass
+class _Place:
+    """What this process works with, once `begin` has run."""
 
-    Args:
-        connection: Takes (case, content) and gives an `Outcome`.
-        folder: The whole files.
-        scratch: Where damaged ones are put.
-    """
+    given: Given
+    scratch: Path
+    cases: int = 0
+
+
+_place: list[_Place] = []
+
+
+def begin(folder: Path, scratch: Path) -> None:
+    """Loads what no case's memory is to be; the whole files lie in a folder, damaged ones are put into scratch."""
     import torch
-
-    from bench.fuzz.registry import ENTRIES
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for the supervisor
     torch.set_num_threads(1)
     given = Given(folder)
-    _ = given.source, given.logits  # what is loaded once is no case's memory
+    _ = given.source, given.logits
     _limit_addresses()
     gc.freeze()  # collecting what a case leaves is quick then
-    connection.send("ready")
-    with contextlib.suppress(EOFError):
-        for number in itertools.count():
-            case, content = connection.recv()
-            if number % _BETWEEN_COLLECTIONS == 0:
-                gc.collect()
-            connection.send(run(ENTRIES[case.entry], given, content, scratch))
+    _place.append(_Place(given, scratch))
+
+
+def run_case(case: Case, content: bytes) -> Outcome:
+    """Runs a case's entry point on a file."""
+    from bench.fuzz.registry import ENTRIES
+
+    (place,) = _place
+    place.cases += 1
+    if place.cases % _BETWEEN_COLLECTIONS == 0:
+        gc.collect()
+    return run(ENTRIES[case.entry], place.given, content, place.scratch)
 
 
 def damaged(entry: Entry, given: Given, case: Case) -> bytes:

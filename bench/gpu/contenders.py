@@ -29,23 +29,14 @@ Opens = Callable[[ExitStack], Timed]
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who takes part, at one degree.
+    """Somebody who takes part, at one degree."""
 
-    Attributes:
-        name: Who.
-        degree: Tokens that are removed in every block.
-        bound: Whether they are the last ones, dropped unseen: the slice bound of the contender of that name.
-        clock: How it is timed: `EVENTS` on the device, or `WALL` time until it is done.
-        gmacs: Multiply-accumulates of one image that it does, in units of 1e9.
-        open: Makes it ready.
-    """
-
-    name: str
-    degree: int
-    bound: bool
-    clock: str
-    gmacs: float
-    open: Opens
+    name: str  # who
+    degree: int  # tokens that are removed in every block
+    bound: bool  # whether they are the last ones, dropped unseen: the slice bound of the contender of that name
+    clock: str  # how it is timed: `EVENTS` on the device, or `WALL` time until it is done
+    gmacs: float  # multiply-accumulates of one image that it does, in units of 1e9
+    open: Opens  # makes it ready
 
     @property
     def key(self) -> tuple[str, int, bool]:
@@ -55,21 +46,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Field:
-    """Everybody at one batch size.
+    """Everybody at one batch size."""
 
-    Attributes:
-        subject: The model.
-        batch: Images per call.
-        precision: What all compute in, one of `DTYPES`.
-        only: Only those with one of these texts in their names; none for all.
-        without: Not those with one of these.
-    """
-
-    subject: Subject
-    batch: int
-    precision: str
-    only: Sequence[str] = ()
-    without: Sequence[str] = ()
+    subject: Subject  # the model
+    batch: int  # images per call
+    precision: str  # what all compute in, one of `DTYPES`
+    only: Sequence[str] = ()  # only those with one of these texts in their names; none for all
+    without: Sequence[str] = ()  # not those with one of these
 
     def contenders(self, degrees: Sequence[int]) -> Iterator[Contender]:
         """All of them; degree 0, which comes first, before the other degrees of each."""
@@ -166,11 +149,7 @@ class Field:
         return by_events(step)
 
     def _onnxruntime(self, degree: int, bound: bool, stack: ExitStack) -> Timed:
-        """ONNX Runtime, whose calls wait.
-
-        Raises:
-            InputError: It cannot run here.
-        """
+        """ONNX Runtime, whose calls wait."""
         try:
             from bench.gpu.ort_cuda import CudaOrtRunner
         except ImportError as error:
@@ -179,11 +158,7 @@ class Field:
             return by_wall(stack.enter_context(CudaOrtRunner(file)).on_device(self._images))
 
     def _plan(self, backend: str, degree: int, bound: bool, stack: ExitStack) -> Timed:
-        """A plan for the batch size.
-
-        Raises:
-            InputError: It cannot be built or run here.
-        """
+        """A plan for the batch size."""
         options, how = plan_options(backend, 1, self.batch), {"precision": self.precision, "batch": self.batch}
         if bound:
             recipe = {"options": options.to_json()}
@@ -201,11 +176,7 @@ class Field:
 
 
 def _step(model: nn.Module, degree: int, bound: bool) -> ReduceStep | None:
-    """How a network of ours removes tokens.
-
-    Raises:
-        tocom.runtime.errors.InputError: By Triton, which is not there.
-    """
+    """How a network of ours removes tokens."""
     if not degree:
         return None
     if bound:

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from contextlib import suppress
 
 import torch
 
@@ -28,10 +29,8 @@ def describe() -> dict[str, str]:
         "Python": platform.python_version(),
     }
     for name in _LIBRARIES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {**found, "torch": torch.__version__}  # which also tells the build
 
 

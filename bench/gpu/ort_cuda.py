@@ -21,24 +21,13 @@ class CudaOrtRunner(OrtRunner):
     """Runs an ONNX file on the current CUDA device; refuses to be one that fell back to the CPU."""
 
     def __init__(self, path: Path) -> None:
-        """Loads the file.
-
-        Args:
-            path: The graph.
-
-        Raises:
-            InputError: As for `OrtRunner`.
-        """
+        """Loads the file."""
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find and others may bring
             onnxruntime.preload_dlls()
         super().__init__(path, provider=_PROVIDER)
 
     def on_device(self, images: np.ndarray) -> Callable[[], None]:
-        """What runs a batch that is on the device already, leaves the logits there, and waits for them.
-
-        Args:
-            images: float32 [B, 3, H, W].
-        """
+        """What runs a batch that is on the device already, leaves the logits there, and waits for them."""
         logits = [len(images), self.classes]
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(INPUT_NAME, onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0))

@@ -2,110 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from bench.gpu.checks import NOT_RUN, Check
-from bench.gpu.speed import Group, Missing
-from bench.markdown import spread, table
-
-_CHECKS = """Randomly initialized weights. Decisions (who merges into whom) and logits on noise and patterns, against \
-the reference in float32 on the CPU with the same decisions forced on it. The Triton step is compared with the plain \
-step on the same GPU, block by block; its error is that of its tokens, as a share of the largest number in them. \
-Explained: images in whose blocks another choice was made that is as good to within rounding."""
-
-_SPEED = """Randomly initialized weights, real sizes, noise. At each batch size all contenders took turns in one \
-process, at all degrees: ratios within a table are comparable. ms: median of one call, and its quartiles; events: by \
-CUDA events, calls queued one right behind the other, images on the device; wall: until the logits are there, images \
-and logits bound on the device. All ratios are medians of ratios round by round; in parentheses: quartiles. Speed-up: \
-over the same contender at r = 0. Ideal: by multiplications of the whole network. Tax: beyond the same engine that \
-drops the last r tokens unseen. Over torch.compile: its time (mode reduce-overhead, which is by CUDA graphs; timm's \
-model at r = 0, plain token merging at the others) over this one's. Of the GPU: the multiplications that it does, \
-against those of one large matrix product. `ours` leaves out what no logit depends on."""
+from bench.gpu.compare import NOT_RUN
+from bench.harness.page import render, spread
 
 
-def page(
-    machine: Mapping[str, str],
-    command: str,
-    date: str,
-    checks: Iterable[Check],
-    matmul: Mapping[str, float],
-    groups: Iterable[Group],
-    to_do: Sequence[str],
-) -> str:
-    """The page in Markdown.
-
-    Args:
-        machine: From `machine.describe`.
-        command: Without folders.
-        date: Of writing.
-        checks: All that were made.
-        matmul: Precision -> TFLOP/s of a large product.
-        groups: All that were measured.
-        to_do: What was asked for and has not been measured, one line each.
-    """
-    checks, groups = list(checks), list(groups)
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "GPU")
-    parts = [f"# Engines on {machine['GPU']}",
-             f"Written by `make gpu-check` (`{command}`), {date}: {machine['GPU']}; {facts}.",
-             f"## Right?\n\n{_CHECKS}", _check_table(checks)]  # fmt: skip
-    rates = ", ".join(f"{rate:.0f} TFLOP/s in {precision}" for precision, rate in matmul.items())
-    parts.append(f"## Fast?\n\n{_SPEED}" + (f"\n\nA product of 8192 x 8192 x 8192 reaches {rates}." if rates else ""))
-    for group in groups:
-        rate = matmul.get(group.precision)
-        parts.append(f"### {_title(group)}\n\n{group.date}. The products of its first block reach "
-                     f"{group.block_tflops:.0f} TFLOP/s.\n\n{_speed_table(group, rate)}")  # fmt: skip
-    lines = [*(f"- {line}" for line in to_do), *_not_run(checks, groups)]
-    parts.append("## Not run\n\n" + ("\n".join(lines) or "Everything was."))
-    return "\n\n".join(parts) + "\n"
-
-
-def _title(group: Group) -> str:
-    return f"{group.model}, batch {group.batch}, {group.precision}"
-
-
-def _check_table(checks: Iterable[Check]) -> str:
-    columns = ("model", "r", "what", "verdict", "decisions equal", "explained", "unexplained", "error", "allowed", "")
-    rows = [
-        (each.model, str(each.degree), each.what, each.verdict,
-         "" if each.agreement is None else f"{each.agreement:.2%}", str(each.explained), str(each.unexplained),
-         "" if each.error is None else f"{each.error:.1e}", "" if each.allowed is None else f"{each.allowed:.1e}",
-         each.why)
-        for each in checks if each.verdict != NOT_RUN
-    ]  # fmt: skip
-    return table(columns, rows, text=("model", "what", "verdict", "")) if rows else "Nothing was compared."
-
-
-def _speed_table(group: Group, rate: float | None) -> str:
-    columns = ("r", "contender", "clock", "rounds", "ms", "quartiles", "images/s", "speed-up", "of ideal", "tax",
-               "over torch.compile", "TFLOP/s", "of the GPU")  # fmt: skip
-    rows = [
-        (str(row.degree), row.contender, row.clock, str(row.rounds), f"{row.ms:.3f}", f"{row.low:.3f} - {row.high:.3f}",
-         f"{1000 * group.batch / row.ms:.0f}", *_speed_up(row.degree, row.speed_up, row.ideal),
-         spread(row.tax, "{:+.1%}"), spread(row.over_compile, "{:.2f}x"), f"{row.tflops:.1f}",
-         "" if rate is None else f"{row.tflops / rate:.0%}")
-        for row in sorted(group.rows, key=lambda row: (row.degree, row.ms))
-    ]  # fmt: skip
-    return table(columns, rows, text=("contender", "clock")) if rows else "Nobody ran."
-
-
-def _speed_up(degree: int, speed_up: float | None, ideal: float) -> tuple[str, str]:
-    if not degree or speed_up is None:
-        return "", ""
-    return f"{speed_up:.2f}x", f"{speed_up / ideal:.0%}"
-
-
-def _not_run(checks: Iterable[Check], groups: Iterable[Group]) -> list[str]:
-    """Who did not run, and why; those with the same reason together."""
-    lines = [f"- compared, {line}" for line in _gathered(
-        (f"{each.what}, {each.model}", each.degree, each.why) for each in checks if each.verdict == NOT_RUN
+def write_page(results: Mapping[str, Any], out: Path) -> None:
+    """Writes the page, from what `bench.gpu.check` keeps."""
+    checks, groups = results["checks"], results["groups"]
+    lines = list(results["to_do"])
+    lines += [f"compared, {line}" for line in _gathered(
+        (f"{each['what']}, {each['model']}", each["degree"], each["why"])
+        for each in checks if each["verdict"] == NOT_RUN
     )]  # fmt: skip
     for group in groups:
-        lines += [f"- {_title(group)}: {line}" for line in _gathered(map(_parts, group.missing))]
-    return lines
+        missing = ((each["contender"], each["degree"], each["why"]) for each in group["missing"])
+        lines += [f"{_title(group)}: {line}" for line in _gathered(missing)]
+    render(
+        "gpu/page.md.j2", out, **results, not_run=lines,
+        compared=[_check(each) for each in checks if each["verdict"] != NOT_RUN],
+        timed=[group | {"title": _title(group), "table": _speed(group, results["matmul"].get(group["precision"]))}
+               for group in groups],
+        facts=", ".join(f"{name} {value}" for name, value in results["machine"].items() if name != "GPU"),
+        rates=", ".join(f"{rate:.0f} TFLOP/s in {precision}" for precision, rate in results["matmul"].items()),
+    )  # fmt: skip
 
 
-def _parts(missing: Missing) -> tuple[str, int, str]:
-    return missing.contender, missing.degree, missing.why
+def _title(group: Mapping[str, Any]) -> str:
+    return f"{group['model']}, batch {group['batch']}, {group['precision']}"
+
+
+def _check(each: Mapping[str, Any]) -> dict[str, Any]:
+    agreement, error, allowed = each["agreement"], each["error"], each["allowed"]
+    return {"model": each["model"], "r": each["degree"], "what": each["what"], "verdict": each["verdict"],
+            "decisions equal": "" if agreement is None else f"{agreement:.2%}", "explained": each["explained"],
+            "unexplained": each["unexplained"], "error": "" if error is None else f"{error:.1e}",
+            "allowed": "" if allowed is None else f"{allowed:.1e}", "": each["why"]}  # fmt: skip
+
+
+def _speed(group: Mapping[str, Any], rate: float | None) -> list[dict[str, Any]]:
+    rows = []
+    for row in sorted(group["rows"], key=lambda row: (row["degree"], row["ms"])):
+        ratio = row["speed_up"] if row["degree"] else None
+        rows.append({
+            "r": row["degree"], "contender": row["contender"], "clock": row["clock"], "rounds": row["rounds"],
+            "ms": f"{row['ms']:.3f}", "quartiles": f"{row['low']:.3f} - {row['high']:.3f}",
+            "images/s": f"{1000 * group['batch'] / row['ms']:.0f}",
+            "speed-up": "" if ratio is None else f"{ratio:.2f}x",
+            "of ideal": "" if ratio is None else f"{ratio / row['ideal']:.0%}",
+            "tax": spread(row["tax"], "{:+.1%}"), "over torch.compile": spread(row["over_compile"], "{:.2f}x"),
+            "TFLOP/s": f"{row['tflops']:.1f}", "of the GPU": "" if rate is None else f"{row['tflops'] / rate:.0%}",
+        })  # fmt: skip
+    return rows
 
 
 def _gathered(found: Iterable[tuple[str, int, str]]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,107 +15,15 @@ from bench.gpu.subject import DTYPES, ensure_usable
 from bench.gpu.timing import interleaved, matmul_rate, warm_up
 from tocom.runtime.degrees.latency import Latency
 
-Quartiles = tuple[float, float, float]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One contender of a group at one degree, as measured.
-
-    Attributes:
-        contender: Who.
-        degree: Tokens removed in every block.
-        clock: How it was timed.
-        ms: Median of one call.
-        low: 25th percentile.
-        high: 75th percentile.
-        rounds: Turns that were measured.
-        speed_up: Over its own degree 0; None where that is missing.
-        ideal: Speed-up by multiplications of the whole network.
-        tax: Time beyond its slice bound, as a share of it, 25th, 50th and 75th percentile; None without a bound.
-        over_compile: The time of torch.compile of the same network, merged plainly, over this one's, likewise.
-        tflops: Multiplications and additions that it does, in 1e12 per second.
-    """
-
-    contender: str
-    degree: int
-    clock: str
-    ms: float
-    low: float
-    high: float
-    rounds: int
-    speed_up: float | None
-    ideal: float
-    tax: Quartiles | None
-    over_compile: Quartiles | None
-    tflops: float
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A contender that has no row.
-
-    Attributes:
-        contender: Who; its slice bound is named as such.
-        degree: At which degree.
-        why: One line.
-    """
-
-    contender: str
-    degree: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """What was measured of one model at one batch size.
-
-    Attributes:
-        model: timm's name.
-        batch: Images per call.
-        precision: What all computed in.
-        degrees: Tokens removed per block, 0 first.
-        rows: Who ran.
-        missing: Who did not.
-        block_tflops: What the GPU reaches in the products of one of its blocks, in TFLOP/s.
-        date: When.
-    """
-
-    model: str
-    batch: int
-    precision: str
-    degrees: tuple[int, ...]
-    rows: tuple[Row, ...]
-    missing: tuple[Missing, ...]
-    block_tflops: float
-    date: str
-
-    def to_json(self) -> dict[str, Any]:
-        """For the file of finished groups."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Group:
-        """What `to_json` gave."""
-        rows = tuple(Row(**{**row, **{name: row[name] and tuple(row[name]) for name in ("tax", "over_compile")}})
-                     for row in value["rows"])  # fmt: skip
-        missing = tuple(Missing(**each) for each in value["missing"])
-        return cls(**{**value, "degrees": tuple(value["degrees"]), "rows": rows, "missing": missing})
-
-
-def run_group(field: Field, degrees: Sequence[int], seconds: float, date: str) -> Group:
+def run_group(field: Field, degrees: Sequence[int], seconds: float, date: str) -> dict[str, Any]:
     """Times everybody at one batch size, in turn.
 
-    Args:
-        field: Who takes part.
-        degrees: 0 first.
-        seconds: How long to measure; making everybody ready comes on top.
-        date: Today.
-
-    Raises:
-        GateError: A contender left the GPU unusable, so that nothing more can be measured in this process.
+    Returns:
+        `model`, `batch`, `precision`, `degrees` and `date`; `rows`, see `rows_of`; `missing`, `contender`, `degree` and
+        `why` of each that did not run; `block_tflops`, what the GPU reaches in the products of one of its blocks.
     """
-    missing: list[Missing] = []
+    missing: list[dict[str, Any]] = []
     ready: dict[tuple[str, int, bool], Contender] = {}
     absent: dict[str, str] = {}
     everybody = list(field.contenders(degrees))
@@ -150,9 +57,8 @@ def run_group(field: Field, degrees: Sequence[int], seconds: float, date: str) -
     _release()
     whole = {degree: field.subject.gmacs(degree) for degree in degrees}
     rows = rows_of(times, ready, whole, field.batch, f"{COMPILE} {field.precision}")
-    return Group(
-        field.subject.name, field.batch, field.precision, tuple(degrees), rows, tuple(missing), rate, date
-    )  # fmt: skip
+    return {"model": field.subject.name, "batch": field.batch, "precision": field.precision, "degrees": list(degrees),
+            "rows": rows, "missing": missing, "block_tflops": rate, "date": date}  # fmt: skip
 
 
 def rows_of(
@@ -161,7 +67,7 @@ def rows_of(
     gmacs: Mapping[int, float],
     batch: int,
     compiled: str,
-) -> tuple[Row, ...]:
+) -> list[dict[str, Any]]:
     """What follows from the times of one group; ratios are taken round by round.
 
     Args:
@@ -170,6 +76,12 @@ def rows_of(
         gmacs: Multiply-accumulates of the whole network at each degree, in units of 1e9.
         batch: Images per call.
         compiled: The contender that all others are compared with.
+
+    Returns:
+        For each contender and degree `ms`, the median of a call, with quartiles `low` and `high`, after so many
+        `rounds`; `speed_up` over its own degree 0, None where that is missing; `ideal`, by multiplications; quartiles
+        of `tax`, the time beyond its slice bound as a share of it, and of `over_compile`, torch.compile's time over
+        this one's, None where the other is missing; `tflops`, the work that it does itself in 1e12 per second.
     """
     rows = []
     for (name, degree, bound), each in times.items():
@@ -178,20 +90,20 @@ def rows_of(
         contender = who[name, degree, False]
         base, floor = times.get((name, 0, False)), times.get((name, degree, True))
         peer = None if name == compiled else times.get((compiled, degree, False))
-        low, middle, high = (0.0, 0.0, 0.0) if floor is None else each.ratio_to(floor)
-        rows.append(Row(
-            name, degree, contender.clock, each.p50, each.p25, each.p75, each.rounds,
-            None if base is None else base.ratio_to(each)[1],
-            gmacs[0] / gmacs[degree],
-            None if floor is None else (low - 1, middle - 1, high - 1),
-            None if peer is None else peer.ratio_to(each),
-            2 * contender.gmacs * batch / each.p50,  # 1e9 per ms are 1e12 per s
-        ))  # fmt: skip
-    return tuple(rows)
+        rows.append({
+            "contender": name, "degree": degree, "clock": contender.clock, "ms": each.p50, "low": each.p25,
+            "high": each.p75, "rounds": each.rounds, "speed_up": None if base is None else base.ratio_to(each)[1],
+            "ideal": gmacs[0] / gmacs[degree],
+            "tax": None if floor is None else [ratio - 1 for ratio in each.ratio_to(floor)],
+            "over_compile": None if peer is None else list(peer.ratio_to(each)),
+            "tflops": 2 * contender.gmacs * batch / each.p50,  # 1e9 per ms are 1e12 per s
+        })  # fmt: skip
+    return rows
 
 
-def _missing(who: Contender, why: str) -> Missing:
-    return Missing(f"{who.name}, its slice bound" if who.bound else who.name, who.degree, why)
+def _missing(who: Contender, why: str) -> dict[str, Any]:
+    name = f"{who.name}, its slice bound" if who.bound else who.name
+    return {"contender": name, "degree": who.degree, "why": why}
 
 
 def _named(who: Contender) -> str:

@@ -142,21 +142,13 @@ def drop_last(_block: int, x: Tensor, token_size: Tensor, _signal: Tensor, r: in
 
 
 def plan_options(backend: str, smallest: int, batch: int) -> PlanOptions:
-    """How plans are built for the GPU that is there, by its name where the library knows that.
-
-    Raises:
-        InputError: The library is not installed.
-    """
+    """How plans are built for the GPU that is there, by its name where the library knows that."""
     library_of(backend)
     return PlanOptions(batch=(smallest, batch, batch), targets=_own_target(backend))
 
 
 def ensure_runs(engine: Engine) -> None:
-    """Makes sure that an engine that was built can be run here.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Makes sure that an engine that was built can be run here."""
     if engine.unrunnable is not None:
         foreign = engine.backend == "tensorrt-rtx" and _own_target(engine.backend) == (CURRENT,)
         told = f"it names no GPU like this one, {_capability()}: " if foreign else ""
@@ -175,15 +167,7 @@ def _capability() -> str:
 
 
 def ensure_usable(who: str, why: str) -> None:
-    """Makes sure that a failure did not take the device with it.
-
-    Args:
-        who: What failed.
-        why: How.
-
-    Raises:
-        GateError: It did.
-    """
+    """Makes sure that a failure did not take the device with it."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

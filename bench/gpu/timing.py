@@ -68,12 +68,6 @@ def interleaved(
 ) -> tuple[dict[Key, Latency], dict[Key, Exception]]:
     """Times contenders in rounds: a turn of each, in an order that rotates, as `degrees.latency.measure` does.
 
-    Args:
-        timed: The contenders, warmed up.
-        calls: How many calls the turn of each has.
-        seconds: How long to measure, all together, in seconds.
-        min_rounds: Rounds to do even when they take longer than that.
-
     Returns:
         The time of a call of each, and what those raised that failed on the way and have none.
     """
@@ -101,13 +95,7 @@ def latency(times_ms: Iterable[float]) -> Latency:
 
 
 def matmul_rate(products: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: str = "cuda") -> float:
-    """What the GPU reaches in matrix products, in TFLOP/s: all of some, as often as each other.
-
-    Args:
-        products: (M, N, K) of each: [M, K] @ [K, N].
-        dtype: Number format.
-        device: Where.
-    """
+    """What the GPU reaches in matrix products, in TFLOP/s: all of some, as often as each other."""
     work, ms = 0, 0.0
     for rows, columns, depth in products:
         # of zeros, it would be faster than of anything a network computes

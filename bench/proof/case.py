@@ -36,17 +36,11 @@ _SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as the gates take it.
+    """A model as the gates take it."""
 
-    Attributes:
-        graph: One degree, in the form that the engine takes.
-        reference: What it is compared with.
-        plain: Of a quantized one, the reference that is not quantized.
-    """
-
-    graph: OnnxGraph
-    reference: ReducedViT
-    plain: ReducedViT | None = None
+    graph: OnnxGraph  # one degree, in the form that the engine takes
+    reference: ReducedViT  # what it is compared with
+    plain: ReducedViT | None = None  # of a quantized one, the reference that is not quantized
 
 
 def check(drawn: Drawn) -> dict[str, Any]:
@@ -72,28 +66,14 @@ def check(drawn: Drawn) -> dict[str, Any]:
 
 
 def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
-    """Lowers a model, quantized where the precision is a quantized one.
-
-    Args:
-        drawn: What is asked for.
-        model: Its timm model.
-        folder: Empty; takes the graph and its weights.
-    """
+    """Lowers a model, quantized where the precision is a quantized one."""
     weights = model.state_dict()
     compensation = None
     if drawn.delta_scale is not None:
         compensation = compensator_of(drawn, model).between(0, drawn.degree, drawn.delta_scale)
         weights = fuse(weights, compensation)
-    fused = FusedCheckpoint(
-        weights=weights,
-        model=drawn.kind,
-        degree=drawn.degree,
-        source_degree=0,
-        delta_scale=drawn.delta_scale,
-        checkpoint_sha256=_SHA256,
-        compensator_sha256=None if compensation is None else _SHA256,
-        compensation=compensation,
-    )
+    sha256 = None if compensation is None else _SHA256
+    fused = FusedCheckpoint(weights, drawn.kind, drawn.degree, 0, drawn.delta_scale, _SHA256, sha256, compensation)
     schedule, reduction = drawn.schedule_of(model), reduction_named(drawn.reduction)
     reference, store = reference_model(model, schedule, fused, reduction), WeightStore(folder)
     if drawn.precision not in FORMATS:
@@ -111,13 +91,7 @@ def subject_of(drawn: Drawn, model: nn.Module, folder: Path) -> Subject:
 
 
 def measured(found: Mapping[str, Any], depth: int, reduction: str) -> dict[str, Any]:
-    """What was found, in units of the number format's unit roundoff.
-
-    Args:
-        found: Findings as JSON.
-        depth: Blocks of the network.
-        reduction: Name of it.
-    """
+    """What was found, in units of the number format's unit roundoff."""
     unit = GATES[found["precision"]].unit_roundoff
     parts: dict[str, float] = {}
     for block in found["blocks"].values():

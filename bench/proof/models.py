@@ -34,19 +34,12 @@ _GATED_RATIO = 2.66667 * 2  # hidden channels of timm's SwiGLU networks to their
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of architecture.
+    """One kind of architecture."""
 
-    Attributes:
-        name: timm's name of a network that is built so.
-        class_token: Whether it has one, which pruning needs.
-        arguments: More of timm's arguments, always.
-        choices: Arguments of which each is drawn from some.
-    """
-
-    name: str
-    class_token: bool = True
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    name: str  # timm's name of a network that is built so
+    class_token: bool = True  # whether it has one, which pruning needs
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # more of timm's arguments, always
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # arguments of which each is drawn from some
 
 
 _PLAIN = {
@@ -79,33 +72,19 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """One random model and what is made of it; JSON-ready.
+    """One random model and what is made of it; JSON-ready."""
 
-    Attributes:
-        number: Which of the campaign.
-        seed: Of weights and images.
-        kind: Of `KINDS`.
-        arguments: For timm.
-        gain: Factor on every matrix.
-        degree: Target degree.
-        schedule: Name of the schedule family.
-        reduction: Name of the reduction.
-        delta_scale: Weight of a random compensator; None for none.
-        backend: Engine library.
-        precision: Number format.
-    """
-
-    number: int
-    seed: int
-    kind: str
-    arguments: Mapping[str, Any]
-    gain: float
-    degree: int
-    schedule: str
-    reduction: str
-    delta_scale: float | None
-    backend: str
-    precision: str
+    number: int  # which of the campaign
+    seed: int  # of weights and images
+    kind: str  # Of `KINDS`
+    arguments: Mapping[str, Any]  # for timm
+    gain: float  # factor on every matrix
+    degree: int  # target degree
+    schedule: str  # name of the schedule family
+    reduction: str  # name of the reduction
+    delta_scale: float | None  # weight of a random compensator; None for none
+    backend: str  # engine library
+    precision: str  # number format
 
     @property
     def engine(self) -> str:
@@ -139,18 +118,12 @@ def draw(number: int, seed: int) -> Drawn:
     }
     backend, precision = ENGINES[number % len(ENGINES)]
     return Drawn(
-        number=number,
-        seed=chance.randrange(1 << 31),
-        kind=name,
-        arguments=arguments,
-        gain=2.0 ** chance.uniform(-1, 1),
-        degree=chance.randint(0, GROUPS),
-        schedule=_schedule(chance, depth),
+        number=number, seed=chance.randrange(1 << 31), kind=name, arguments=arguments,
+        gain=2.0 ** chance.uniform(-1, 1), degree=chance.randint(0, GROUPS), schedule=_schedule(chance, depth),
         reduction="prune" if kind.class_token and chance.random() < 0.3 else "merge",
         delta_scale=chance.choice((0.05, 0.1, 0.2)) if chance.random() < 0.4 else None,
-        backend=backend,
-        precision=precision,
-    )
+        backend=backend, precision=precision,
+    )  # fmt: skip
 
 
 def _schedule(chance: random.Random, depth: int) -> str:

@@ -1,1 +1,1 @@
-"""What low precision does to a network that merges tokens: an accuracy study."""
+"""What low precision costs networks that merge tokens, with default settings."""

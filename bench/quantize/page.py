@@ -1,74 +1,86 @@
-"""The page, from the results alone: no number in it is typed by hand."""
+"""The page, from the results alone."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.experiment.tasks import TASKS
-from bench.quantize import accuracy_page, insight_page
-from bench.quantize.protocol import CALIBRATION_IMAGES, POOL
-from bench.quantize.selection import listed, records_of, values
-from tocom.calib.quantize.calibrate import OBSERVED
-from tocom.runtime.files import write_atomically
+import pandas as pd
 
-SECTIONS = {
-    "default": accuracy_page.default,
-    "methods": accuracy_page.methods,
-    "degrees": accuracy_page.degrees,
-    "ranges": insight_page.ranges,
-    "products": insight_page.products,
-    "decisions": insight_page.decisions,
-    "data": accuracy_page.data,
-}
+from bench.experiment.tasks import TASKS
+from bench.harness.page import figure, render
+from bench.quantize.accuracy import CALIBRATION_IMAGES
+from bench.quantize.subjects import POOL
+from tocom.calib.quantize.calibrate import OBSERVED
+
+BAR = 0.3  # points of top-1 that INT8 may lose
+TITLES = {"int8": "INT8", "fp8": "FP8", "int8-weights": "INT8 weights only"}
 
 
 def write_page(results: Mapping[str, Any], out: Path) -> None:
-    """Writes the page, and its plots beside it.
-
-    Args:
-        results: As `bench.quantize.__main__` gathers them; sections whose stage is missing are left out.
-        out: Markdown file.
-    """
-    sections = [write(results, out) for stage, write in SECTIONS.items() if stage in results["stages"]]
-    found = [f"### {section.title}\n\n" + "\n".join(f"- {each}" for each in section.found)
-             for section in sections if section.found]  # fmt: skip
-    parts = [_setup(results, out), "## What was found", *found]
-    parts += [f"## {section.title}\n\n{section.body}" for section in sections]
-    write_atomically(out, ("\n\n".join(parts) + "\n").encode())
-
-
-def _setup(results: Mapping[str, Any], out: Path) -> str:
-    setup = results["setup"]
-    tasks = [name for name in TASKS if any(each.startswith(f"{name}-") for each in _networks(results))]
-    asked = "\n".join(f"  - `{name}`: {TASKS[name].asks}" for name in tasks)
-    seeds, observed = listed([str(seed) for seed in setup["seeds"]]), listed([str(degree) for degree in OBSERVED])
-    quick = "\n\n**A quick trial on a few sheets: it shows that the study runs, and nothing else.**"
-    counts = Counter(each.partition("-")[0] for each in setup["unfinished"])
-    missing = [f"{stage} ({count} network{'s' if count > 1 else ''})" for stage, count in counts.items()]
-    unfinished = f"\n\nNot finished yet, so not in it: {listed(missing)}." if missing else ""
-    return f"""# Low precision under token merging: accuracy
-
-Written by `python -m bench.quantize` ([bench/quantize](../quantize)), {setup["date"]}; torch {setup["torch"]}, timm
-{setup["timm"]}, Python {setup["python"]}. Every number is in [{out.stem}.json]({out.stem}.json), and every sentence is
-made from them.{quick if setup["effort"] == "quick" else ""}{unfinished}
-
-- **Networks**: ViTs of width 96, 6 blocks, 65 tokens, fine-tuned without merging: the example's checkpoint, and the
-  experiment's, seeds {seeds}. At every degree but 0 the compensator is fused into the weights before anything is
-  calibrated, at the scale that was chosen on validation sheets; schedules are constant. The experiment's tasks:
-{asked}
-- **Quantized** are the products of the blocks: weights per output channel, inputs per tensor, both symmetric. Computed
-  by the quantized network in PyTorch, to which `tocom quantize` proves its engines equal.
-- **Calibration**: {CALIBRATION_IMAGES} of {POOL} sheets drawn from the training split, ranges at degrees {observed}
-  together, the default rule, unless told otherwise. Test sheets are drawn from the test split; float32 and quantized
-  networks see the same ones.
-- **Errors**: ± is one standard error, of paired differences over the test sheets; over networks they are combined as if
-  independent. "Within the error" is less than two of them; among many rows one in twenty lies outside by chance.
-- **Divergence** is KL(float32 || quantized) of the class probabilities, mean over sheets: it tells apart what top-1
-  does not."""
+    """Writes the page, and its plot beside it."""
+    records = pd.DataFrame(results["rows"])
+    int8 = records[records["format"] == "int8"]
+    rows = [_degree_row(degree, each) for degree, each in int8.groupby("degree")]
+    by_task = int8.groupby(["degree", int8["network"].str.replace(r"-\d+$", "", regex=True)], sort=False)
+    tasks = by_task.apply(lambda each: f"{each['reference'].mean():.1f}, {change(each)}").unstack()
+    formats = [_format_row(form, each) for form, each in records.groupby("format", sort=False)]
+    worst = int8.loc[int8["change"].idxmin()]
+    means = int8.groupby("degree")["change"].mean()
+    picture = out.with_name(f"{out.stem}-default.png")
+    _draw(records, picture)
+    render("quantize/page.md.j2", out, **results, rows_of_degrees=rows, formats=formats, picture=picture.name, bar=BAR,
+           tasks=tasks.rename_axis("r").rename_axis(None, axis=1).reset_index(), networks=int8["network"].nunique(),
+           lowest=(means.idxmin(), change(int8[int8["degree"] == means.idxmin()])), worst=worst, singles=len(int8),
+           below=int((int8["change"] < -BAR).sum()), held=bool((means >= -BAR).all()),
+           beyond=int((int8["change"] < -2 * int8["error"]).sum()), images=CALIBRATION_IMAGES, pool=POOL,
+           observed=OBSERVED, sheets=int8["sheets"].max(),
+           asked=[(name, task.asks) for name, task in TASKS.items()
+                  if records["network"].str.startswith(f"{name}-").any()])  # fmt: skip
 
 
-def _networks(results: Mapping[str, Any]) -> list[str]:
-    return [name for stage in results["stages"] for name in values(records_of(results, stage), "network")]
+def change(records: pd.DataFrame) -> str:
+    """The mean change in top-1 with its standard error, from theirs, taken as independent."""
+    return f"{records['change'].mean():+.2f} ± {math.sqrt((records['error'] ** 2).sum()) / len(records):.2f}"
+
+
+def _degree_row(degree: int, records: pd.DataFrame) -> dict[str, Any]:
+    worst = records.loc[records["change"].idxmin()]
+    return {
+        "r": degree, "float32, %": f"{records['reference'].mean():.2f}",
+        "INT8, %": f"{records['candidate'].mean():.2f}",
+        "change": change(records),
+        "worst network": f"{worst['change']:+.2f} ± {worst['error']:.2f} ({worst['network']})",
+        "same class, %": f"{records['equal'].mean():.2f}", "divergence": f"{records['divergence'].mean():.2g}",
+        f"within {BAR}": "yes" if records["change"].mean() >= -BAR else "**no**",
+    }  # fmt: skip
+
+
+def _format_row(form: str, records: pd.DataFrame) -> dict[str, Any]:
+    row = {"format": TITLES[form], "sheets": records["sheets"].iloc[0]}
+    at = {degree: each for degree, each in records.groupby("degree") if degree in (0, 8, 16)}
+    row |= {f"change, r = {degree}": change(each) for degree, each in at.items()}
+    return row | {f"divergence, r = {degree}": f"{each['divergence'].mean():.2g}" for degree, each in at.items()}
+
+
+def _draw(records: pd.DataFrame, file: Path) -> None:
+    """INT8's change in top-1 of every network and the mean, with the bar; and the divergence of every format."""
+    with figure(file, 1, 2, figsize=(9, 3.4)) as (_, (left, right)):
+        int8 = records[records["format"] == "int8"]
+        for _name, own in int8.groupby("network"):
+            left.plot(own["degree"], own["change"], color="0.7", linewidth=0.8)
+        by_degree = int8.groupby("degree")
+        errors = by_degree["error"].apply(lambda each: 2 * math.sqrt((each**2).sum()) / len(each))
+        means = by_degree["change"].mean()
+        left.errorbar(means.index, means, errors, color="#1f5fa8", marker="o", markersize=4, capsize=2,
+                      label="mean, 2 standard errors")  # fmt: skip
+        left.axhline(-BAR, color="#b5651d", linestyle="--", linewidth=1, label=f"{BAR} points")
+        left.set(title="INT8", xlabel="degree r", ylabel="change in top-1, points", xticks=list(means.index))
+        left.legend(loc="upper left", fontsize=7)
+        for form, own in records.groupby("format", sort=False):
+            nats = own.groupby("degree")["divergence"].mean()
+            right.plot(nats.index, nats, marker="o", markersize=3, label=TITLES[form])
+        right.set(title="divergence from float32", xlabel="degree r", ylabel="nats", yscale="log")
+        right.legend(fontsize=7)

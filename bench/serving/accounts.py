@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,93 +16,50 @@ BUSY = (429, 503)
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back, whichever protocol brought it.
+    """What came back, whichever protocol brought it."""
 
-    Attributes:
-        status: Of HTTP; what a code of gRPC stands for there; 0 where nothing came.
-        text: What a refusal says, or how the connection failed.
-        retry_after: Whether the refusal says when to come back. gRPC has no place for it that this server could use.
-        logits: float32 [n, classes], of an answer.
-        classes: Best class of each image, of an answer that tells no logits.
-        degree: That answered.
-    """
-
-    status: int
-    text: str = ""
-    retry_after: bool = False
-    logits: np.ndarray | None = None
-    classes: tuple[int, ...] | None = None
-    degree: int | None = None
+    status: int  # of HTTP; what a code of gRPC stands for there; 0 where nothing came
+    text: str = ""  # what a refusal says, or how the connection failed
+    retry_after: bool = False  # whether the refusal says when to come back, for which gRPC has no place
+    logits: np.ndarray | None = None  # float32 [n, classes], of an answer
+    classes: tuple[int, ...] | None = None  # best class of each image, of an answer that tells no logits
+    degree: int | None = None  # that answered
 
 
 @dataclass(slots=True)
 class Record:
-    """One request.
+    """One request."""
 
-    Attributes:
-        at_s: When it was to be sent, from the start of the phase; its latency counts from here.
-        body: Which one.
-        sent_s: When it was sent.
-        done_s: When its answer was there.
-        reply: The answer, as it came.
-    """
-
-    at_s: float
-    body: int
-    sent_s: float = 0.0
-    done_s: float = 0.0
-    reply: object = None
+    at_s: float  # when it was to be sent, from the start of the phase; its latency counts from here
+    body: int  # which one
+    sent_s: float = 0.0  # when it was sent
+    done_s: float = 0.0  # when its answer was there
+    reply: object = None  # the answer, as it came
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One request, and what became of it.
+    """One request, and what became of it."""
 
-    Attributes:
-        at_s: See `Record`.
-        latency_ms: From when it was to be sent to its answer.
-        outcome: Of `OUTCOMES`.
-        images: In it.
-        correct: Of the images, how many got the class of their label.
-        degree: That answered.
-        text: What a refusal or a failure said.
-    """
-
-    at_s: float
-    latency_ms: float
-    outcome: str
-    images: int
-    correct: int = 0
-    degree: int | None = None
-    text: str = ""
+    at_s: float  # see `Record`
+    latency_ms: float  # from when it was to be sent to its answer
+    outcome: str  # Of `OUTCOMES`
+    images: int  # in it
+    correct: int = 0  # of the images, how many got the class of their label
+    degree: int | None = None  # that answered
+    text: str = ""  # what a refusal or a failure said
 
 
-@dataclass
-class Tally:
-    """Counts of outcomes, and what was said with those that are no answer."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    said: Counter[str] = field(default_factory=Counter)
-
-    def add(self, judged: Judged) -> None:
-        """Counts a request."""
-        self.counts[judged.outcome] += 1
-        if judged.outcome != RIGHT and judged.text:
-            self.said[f"{judged.outcome}: {judged.text[:160]}"] += 1
-
-    def to_json(self) -> dict[str, object]:
-        """Counts, and the most frequent texts."""
-        counts = {"sent": sum(self.counts.values()), **{name: self.counts[name] for name in OUTCOMES}}
-        return {"counts": counts, "said": dict(self.said.most_common(8))}
+def tallied(judged: Sequence[Judged]) -> dict[str, object]:
+    """Counts of outcomes, and the texts that were said most often with those that are no right answer."""
+    counts = Counter(each.outcome for each in judged)
+    said = Counter(f"{each.outcome}: {each.text[:160]}" for each in judged if each.outcome != RIGHT and each.text)
+    named = {name: counts[name] for name in OUTCOMES}
+    return {"counts": {"sent": len(judged), **named}, "said": dict(said.most_common(8))}
 
 
 def clear_refusal(reply: Reply, *, over_http: bool) -> bool:
-    """Whether a valid request was refused so that a client knows what to do: come back, and when.
-
-    Args:
-        reply: It.
-        over_http: Whether it came over HTTP, which must say when.
-    """
+    """Whether a valid request was refused so that a client knows what to do: come back, and over HTTP when."""
     readable = bool(reply.text.strip()) and "\n" not in reply.text and "Traceback" not in reply.text
     return reply.status in BUSY and readable and (reply.retry_after or not over_http)
 
@@ -122,21 +79,13 @@ def percentile(values: np.ndarray, share: float) -> float | None:
 
 
 def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
-    """What a phase came to, JSON-ready.
-
-    Args:
-        judged: All requests of the phase.
-        seconds: That it was offered for.
-    """
+    """What a phase came to that was offered for some seconds, JSON-ready."""
     answered = [each for each in judged if each.outcome in (RIGHT, WRONG)]
     taken = latencies(judged)
     images = sum(each.images for each in answered)
     degrees = Counter[int]()
     for each in answered:
         degrees[-1 if each.degree is None else each.degree] += each.images
-    tally = Tally()
-    for each in judged:
-        tally.add(each)
     asked = sum(each.images for each in judged)
     return {
         "seconds": seconds,
@@ -149,7 +98,7 @@ def summary(judged: Sequence[Judged], seconds: float) -> dict[str, object]:
         "refused": sum(each.outcome == REFUSED for each in judged) / max(len(judged), 1),
         "top1": sum(each.correct for each in answered) / images if images else None,
         "degrees": {str(degree): count / images for degree, count in sorted(degrees.items())},
-        **tally.to_json(),
+        **tallied(judged),
     }
 
 
@@ -169,8 +118,8 @@ def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> l
         {
             "at_s": number * bin_s,
             "requests": len(inside),
-            "degree": _mean_degree(inside),
-            "highest": max((each.degree for each in inside if each.degree is not None), default=None),
+            "degree": float(np.mean(found)) if (found := _degrees(inside)) else None,
+            "highest": max(found, default=None),
             "p50_ms": percentile(latencies(inside), 50),
             "p99_ms": percentile(latencies(inside), 99),
             "refused": sum(each.outcome == REFUSED for each in inside),
@@ -179,6 +128,5 @@ def over_time(judged: Sequence[Judged], seconds: float, bin_s: float = 1.0) -> l
     ]
 
 
-def _mean_degree(judged: Sequence[Judged]) -> float | None:
-    found = [each.degree for each in judged if each.degree is not None]
-    return sum(found) / len(found) if found else None
+def _degrees(judged: Sequence[Judged]) -> list[int]:
+    return [each.degree for each in judged if each.degree is not None]

@@ -90,11 +90,7 @@ def _of_transport(text: str) -> bool:
 async def exchange(port: int, request: bytes, timeout_s: float, *, end: bool = False) -> bytes | Exception:
     """Sends bytes on a connection of their own; all that comes back, or how it failed.
 
-    Args:
-        port: Of HTTP.
-        request: To send.
-        timeout_s: For all of it.
-        end: Whether to end the sending side afterwards.
+    `end` tells whether to end the sending side afterwards.
     """
     writer = None
     try:
@@ -114,11 +110,7 @@ async def exchange(port: int, request: bytes, timeout_s: float, *, end: bool = F
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:
-    """Until the response is whole, or the server ends the connection.
-
-    Raises:
-        ConnectionError: It ends before anything came.
-    """
+    """Until the response is whole, or the server ends the connection."""
     got = bytearray()
     while True:
         try:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.accounts import LOST
+from bench.serving.case import Bench, Case, SkippedError
 from bench.serving.fault_clients import bad_requests, many_connections, slow_clients
-from bench.serving.faults import Bench, Case, SkippedError
+from bench.serving.soak import soak
 from bench.serving.traffic import account, sound
 
 
@@ -41,8 +42,7 @@ def _kill_worker(bench: Bench) -> None:
 
 def _hang_worker(bench: Bench) -> None:
     """A stopped process: a batch counts as hung after a minute, and what waits longer than 30 s is refused."""
-    with bench.serve() as server:
-        traffic = bench.traffic(server, 70.0, rate=2.0)
+    with bench.under_traffic(70.0, rate=2.0) as server:
         time.sleep(2)
         stopped = server.workers
         for pid in stopped:
@@ -52,13 +52,10 @@ def _hang_worker(bench: Bench) -> None:
         again = bench.wait(lambda: not set(stopped) & set(server.workers) and bool(server.workers), 120)
         bench.check("the hung process was replaced", again, f"after {time.monotonic() - began:.0f} s")
         bench.notes["replaced_s"] = time.monotonic() - began
-        bench.check_traffic(traffic)
-        bench.check_alive(server)
 
 
 def _corrupt(bench: Bench) -> None:
-    with bench.serve() as server:
-        traffic = bench.traffic(server)
+    with bench.under_traffic() as server:
         time.sleep(bench.options.seconds / 4)
         for file in bench.family.iterdir():
             if file.suffix in (".onnx", ".bin"):
@@ -69,7 +66,6 @@ def _corrupt(bench: Bench) -> None:
         time.sleep(1)
         for pid in server.workers:  # so that engines are opened again, from what is not damaged
             os.kill(pid, signal.SIGKILL)
-        bench.check_traffic(traffic)
         bench.edit_manifest(_only(0, 8, 16))
         status, said = bench.reload(server)
         bench.check("reloading the damaged family is refused (409)", status == 409, f"{status} {said}")
@@ -88,8 +84,7 @@ def _only(*degrees: int) -> Any:
 def _replace(bench: Bench) -> None:
     whole = (bench.family / "family.json").read_text()
     everything = [each["degree"] for each in json.loads(whole)["engines"]]
-    with bench.serve() as server:
-        traffic = bench.traffic(server)
+    with bench.under_traffic() as server:
         for number in range(3):
             time.sleep(1)
             if number % 2:
@@ -102,15 +97,12 @@ def _replace(bench: Bench) -> None:
             status, said = bench.reload(server)
             after = bench.degrees(server)
             bench.check("the new one takes over", (status, after) == (200, expected), f"{status} {said} {after}")
-        bench.check_traffic(traffic)
-        bench.check_alive(server)
 
 
 def _replace_broken(bench: Bench) -> None:
     whole = (bench.family / "family.json").read_text()
     engines = {file.name: file.read_bytes() for file in bench.family.glob("*.onnx")}
-    with bench.serve() as server:
-        traffic = bench.traffic(server, 2 * bench.options.seconds)
+    with bench.under_traffic(2 * bench.options.seconds) as server:
         degrees = bench.degrees(server)
         for what, damage in _BROKEN.items():
             damage(bench)
@@ -121,8 +113,6 @@ def _replace_broken(bench: Bench) -> None:
             (bench.family / "family.json").write_text(whole)
             for name, content in engines.items():
                 (bench.family / name).write_bytes(content)
-        bench.check_traffic(traffic)
-        bench.check_alive(server)
 
 
 def _cut_engine(bench: Bench) -> None:
@@ -170,8 +160,7 @@ def _small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def _full_disk(bench: Bench) -> None:
-    with _small_disk(bench.work / "disk", 64) as disk, bench.serve(environment={"TMPDIR": str(disk)}) as server:
-        traffic = bench.traffic(server)
+    with _small_disk(bench.work / "disk", 64) as disk, bench.under_traffic(environment={"TMPDIR": str(disk)}) as server:
         time.sleep(1)
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while True:
@@ -186,11 +175,8 @@ def _full_disk(bench: Bench) -> None:
         bench.notes["files of the server on the disk"] = len(left)
         (disk / "filler").unlink()
         status, said = bench.reload(server)
-        bench.check(
-            "with space it takes over", status == 200 and bench.degrees(server) == [0, 8, 16], f"{status} {said}"
-        )
-        bench.check_traffic(traffic)
-        bench.check_alive(server)
+        new = status == 200 and bench.degrees(server) == [0, 8, 16]
+        bench.check("with space it takes over", new, f"{status} {said}")
 
 
 def _end(bench: Bench) -> None:
@@ -260,4 +246,5 @@ CASES: dict[str, Case] = {
     "slow clients": _slow,
     "too many connections": _connections,
     "malformed requests": _malformed,
+    "soak": soak,
 }

@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bench.serving.case import Bench
 from bench.serving.clients import BlockingGrpcClient, exchange, read_grpc
-from bench.serving.malformed_grpc import judge_grpc, judge_http, malformed
+from bench.serving.malformed import judge_grpc, judge_http, malformed
 from bench.serving.server import Server
 from bench.serving.traffic import Traffic
-
-if TYPE_CHECKING:
-    from bench.serving.faults import Bench
 
 _AT_ONCE = 8  # malformed requests on their way
 _TIMEOUT_S = 60.0
@@ -22,13 +20,7 @@ _HARD = ("answered as if valid", "fault of the server", "no answer", "refused un
 
 
 def slow_clients(server: Server, count: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Opens connections that send a byte a second, within headers or a body; how the server ended them.
-
-    Args:
-        server: Whom.
-        count: Of either kind.
-        seconds: After which a client gives up.
-    """
+    """Opens connections that send a byte a second, within headers or a body; how the server ended them."""
     beginnings = {
         "headers": b"POST /v2/models/digits/infer HTTP/1.1\r\nX-Slow: ",
         "body": b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{",
@@ -63,12 +55,7 @@ def slow_clients(server: Server, count: int, seconds: float) -> dict[str, dict[s
 
 
 def many_connections(server: Server, count: int) -> dict[str, int]:
-    """Opens connections that send nothing, and asks on every one that the server did not refuse.
-
-    Args:
-        server: Whom.
-        count: How many.
-    """
+    """Opens connections that send nothing, and tells what became of them."""
 
     async def everyone() -> dict[str, int]:
         opened = []
@@ -97,15 +84,7 @@ async def _told(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> s
 
 
 def bad_requests(bench: Bench, server: Server) -> tuple[dict[str, Any], Traffic]:
-    """Sends malformed requests, a few at once, while valid traffic goes on.
-
-    Args:
-        bench: Of the case.
-        server: Whom.
-
-    Returns:
-        Verdicts, verdicts by kind, and what was said with faults; and the traffic.
-    """
+    """Sends malformed requests, a few at once, while valid traffic goes on: how they were answered, and the traffic."""
     traffic = bench.traffic(server, 3600.0)  # stopped below
     storm = BadStorm(server, bench.subject.sheets, bench.options.seed)
     began = time.monotonic()
@@ -124,13 +103,7 @@ class BadStorm:
         self.faults: dict[str, str] = {}
 
     async def run(self, numbers: range, at_once: int = _AT_ONCE, pause_s: float = 0.0) -> None:
-        """Sends some of them.
-
-        Args:
-            numbers: Which.
-            at_once: On their way.
-            pause_s: After each.
-        """
+        """Sends some of them, so many at once, each worker with a pause after each."""
         left = iter(numbers)
         client = BlockingGrpcClient(self._server.grpc, _TIMEOUT_S)
 

@@ -8,52 +8,40 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.harness.run import Tell
+from bench.harness.state import State
 from bench.serving.accounts import Judged, over_time, summary
 from bench.serving.clients import GrpcClient, read_grpc
-from bench.serving.offer import lag_ms, offer
-from bench.serving.schedule import order, poisson
+from bench.serving.offer import lag_ms, offer, order, poisson
 from bench.serving.server import Server
-from bench.serving.state import State
 from bench.serving.subject import Body, Subject
 
 FACTORS = (0.5, 1.0, 1.5, 2.0, 4.0)
 FIXED, COMPRESSED, ADAPTIVE = "fixed r=0", "fixed r={}", "adaptive"
+MAX_QUEUE = 96  # images that may wait, in every server
 TRICKLE = 0.1  # of what degree 0 sustains: the idle phase
 _WARM_S = 3.0  # offered before what counts
 _CLOSE = 1.06  # where the search stops: highest rate that failed over highest that held
 _TRIALS, _CONFIRMS, _EASE = 8, 4, 0.94
 _CORES = sorted(os.sched_getaffinity(0))
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the load test runs.
+    """How the load test runs."""
 
-    Attributes:
-        objective_ms: Of the 99th percentile.
-        images: In a request.
-        seconds: For each measurement.
-        trial_s: For each step of the search.
-        max_queue: Of every contender.
-        workers: Of every contender.
-        server_cores: It may use; the generator has the others, or shares them where there are none.
-        seed: Of arrivals.
-    """
-
-    objective_ms: float = 100.0
-    images: int = 16
-    seconds: float = 60.0
-    trial_s: float = 15.0
-    max_queue: int = 96
-    workers: int = 1
-    server_cores: tuple[int, ...] = (_CORES[0],)
-    seed: int = 0
+    objective_ms: float = 100.0  # of the 99th percentile
+    images: int = 16  # in a request
+    seconds: float = 60.0  # for each measurement
+    trial_s: float = 15.0  # for each step of the search
+    server_cores: tuple[int, ...] = (_CORES[0],)  # the generator has the others, or shares them where there are none
+    seed: int = 0  # of arrivals
 
     @property
     def own_cores(self) -> tuple[int, ...]:
@@ -65,49 +53,31 @@ class LoadTest:
     """The measurements, in the order they are made; what is in the state is not measured again."""
 
     def __init__(self, subject: Subject, options: LoadOptions, state: State, work: Path, tell: Tell) -> None:
-        """Encodes the requests.
-
-        Args:
-            subject: Whom to ask.
-            options: How.
-            state: What is known.
-            work: For logs and the measured latencies of the family.
-            tell: Told what is done now.
-        """
         self._subject, self._options, self._state, self._work, self._tell = subject, options, state, work, tell
         self._bodies: list[Body] = [subject.body(each, "grpc") for each in subject.batches(options.images)]
-        self._last = max(subject.expected)
+        self._contenders = contenders(max(subject.expected), options.objective_ms)
 
     def run(self) -> None:
         """Measures everything that is missing."""
         os.sched_setaffinity(0, self._options.own_cores)
-        if "sustained" not in self._state.results:
-            self._state.keep("sustained", self._search())
-        rate = self._state.results["sustained"]["rate"]
+        rate = self._state.once("sustained", self._search)["rate"]
         for factor in FACTORS:
-            for name in self.contenders():
-                key = f"{factor:g}x {name}"
-                if key not in self._state.results:
-                    self._tell(f"{key}: {factor * rate:.1f} requests/s")
-                    phases = [(factor * rate, self._options.seconds)]
-                    self._state.keep(key, self._measure(name, phases))
-        if "step" not in self._state.results:
-            self._tell("a step of load")
-            third = self._options.seconds / 2
-            phases = [(0.5 * rate, third / 2), (2 * rate, third), (TRICKLE * rate, third)]
-            self._state.keep("step", self._measure(ADAPTIVE, phases) | {"phases": phases})
-
-    def contenders(self) -> dict[str, list[object]]:
-        """Name -> arguments of the server."""
-        return contenders(self._last, self._options.objective_ms)
+            for name in self._contenders:
+                self._tell(f"{factor:g}x {name}: {factor * rate:.1f} requests/s")
+                phases = [(factor * rate, self._options.seconds)]
+                self._state.once(f"{factor:g}x {name}", partial(self._measure, name, phases))
+        self._tell("a step of load")
+        third = self._options.seconds / 2
+        phases = [(0.5 * rate, third / 2), (2 * rate, third), (TRICKLE * rate, third)]
+        self._state.once("step", lambda: self._measure(ADAPTIVE, phases) | {"phases": phases})
 
     def _serve(self, name: str) -> Server:
         options = self._options
-        arguments = ["--threads", 1, "--workers", options.workers, "--max-queue", options.max_queue]
+        arguments = ["--threads", 1, "--workers", 1, "--max-queue", MAX_QUEUE]
         log = self._work / f"{name.replace(' ', '-')}.log"
         # every contender goes by the same measured latencies, of this run
         environment = {"XDG_CACHE_HOME": str(self._work / "cache")}
-        return Server(self._subject.folder, log, [*arguments, *self.contenders()[name]],
+        return Server(self._subject.folder, log, [*arguments, *self._contenders[name]],
                       cores=options.server_cores, environment=environment)  # fmt: skip
 
     def _search(self) -> dict[str, Any]:
@@ -188,12 +158,7 @@ class LoadTest:
 
 
 def contenders(last: int, objective_ms: float) -> dict[str, list[object]]:
-    """Name -> arguments of the server.
-
-    Args:
-        last: The most compressed degree.
-        objective_ms: Of the adaptive one.
-    """
+    """Name -> arguments of the server; `last` is the most compressed degree."""
     return {
         FIXED: ["--degree", 0],
         COMPRESSED.format(last): ["--degree", last],

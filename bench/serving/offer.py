@@ -1,4 +1,7 @@
-"""Open-loop load: requests go out when the schedule says so, whatever became of those before them."""
+"""Open-loop load: requests go out when a schedule that was drawn beforehand says so, whatever became of others.
+
+So a server that is slow cannot slow down what is asked of it.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,11 @@ Send = Callable[[int], Awaitable[object]]
 
 
 async def offer(
-    times: Sequence[float],
-    bodies: Sequence[int],
-    send: Send,
-    stopped: Callable[[], bool] = lambda: False,
+    times: Sequence[float], bodies: Sequence[int], send: Send, stopped: Callable[[], bool] = lambda: False
 ) -> list[Record]:
-    """Sends every request at its time, and waits for all answers; tells of what was sent.
+    """Sends every body at its time, in seconds from now, and waits for all answers; tells of what was sent.
 
-    Args:
-        times: When, rising, in seconds from now.
-        bodies: Which body, for every time.
-        send: See `Send`.
-        stopped: Asked at least twice a second whether to send nothing any more.
+    `stopped` is asked at least twice a second whether to send nothing any more.
     """
     records = [Record(float(at), int(body)) for at, body in zip(times, bodies, strict=True)]
     running: set[asyncio.Task[None]] = set()
@@ -61,3 +57,22 @@ def lag_ms(records: Sequence[Record]) -> tuple[float, float]:
     """By how much requests were sent too late, in ms, 99th percentile and most: what the generator itself adds."""
     late = np.array([1e3 * (record.sent_s - record.at_s) for record in records])
     return percentile(late, 99) or 0.0, float(late.max(initial=0.0))
+
+
+def poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
+    """Times of arrivals of a Poisson process with `rate` arrivals a second, rising, in seconds from its start."""
+    draw = np.random.default_rng(seed)
+    times, last = [], 0.0
+    while last < seconds:
+        gaps = draw.exponential(1 / rate, max(int(1.2 * rate * seconds), 16))
+        times.append(last + np.cumsum(gaps))
+        last = float(times[-1][-1])
+    found = np.concatenate(times)
+    return found[found < seconds]
+
+
+def order(count: int, length: int, seed: int) -> np.ndarray:
+    """Which of `count` bodies each of `length` requests has: all of them equally often, shuffled anew every round."""
+    draw = np.random.default_rng(seed)
+    rounds = [draw.permutation(count) for _ in range(length // count + 1)]
+    return np.concatenate(rounds)[:length]

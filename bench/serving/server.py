@@ -15,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from bench.serving.subject import MODEL
 from tocom.runtime.errors import InputError, one_line
-
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def free_ports(count: int) -> list[int]:
@@ -51,19 +51,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
         start_s: float = 180.0,
     ) -> None:
-        """Starts it and waits until it is ready.
-
-        Args:
-            folder: Of the family.
-            log: Where its output goes.
-            arguments: Of `tocom serve`, beside the family and the ports.
-            cores: It may run on; all by default.
-            environment: Beside this process's.
-            start_s: How long that may take.
-
-        Raises:
-            InputError: It does not start.
-        """
+        """Starts it and waits until it is ready."""
         self.http, self.grpc = free_ports(2)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,20 +83,12 @@ class Server:
         raise InputError(f"tocom serve does not start: {one_line(self.log.read_text()[-300:])}")
 
     def get(self, path: str) -> str:
-        """What a GET brings.
-
-        Raises:
-            OSError: Another status than 200, or no answer.
-        """
+        """What a GET brings."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as answer:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
-        """One number of /metrics, summed over its labels.
-
-        Raises:
-            OSError: There is no answer.
-        """
+        """One number of /metrics, summed over its labels."""
         lines = [line for line in self.get("/metrics").splitlines() if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
@@ -118,31 +98,32 @@ class Server:
         return self.process.poll() is None
 
     @property
-    def pids(self) -> list[int]:
-        """Of the server and all that it started, in the order of their numbers."""
-        found, look = [], [self.process.pid]
-        while look:
-            pid = look.pop()
-            found.append(pid)
-            look += _children(pid)
-        return sorted(found)
+    def _processes(self) -> list[psutil.Process]:
+        """The server and all that it started."""
+        with suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            return [own, *own.children(recursive=True)]
+        return []
 
     @property
     def workers(self) -> list[int]:
         """Processes that hold engines: the server's own children of this kind, not what these start themselves."""
-        return sorted(pid for pid in _children(self.process.pid) if b"spawn_main" in _read(f"/proc/{pid}/cmdline"))
+        found = []
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.Error):
+                    found += [child.pid] if "spawn_main" in " ".join(child.cmdline()) else []
+        return sorted(found)
 
     def sample(self) -> dict[str, float]:
         """Memory in MiB, open files and threads, of all processes together."""
-        pids = self.pids
-        memory = [_read(f"/proc/{pid}/statm").split() for pid in pids]
-        files, threads = 0, 0
-        for pid in pids:
-            with suppress(OSError):
-                files += sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-                threads += sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
-        rss = sum(int(each[1]) for each in memory if len(each) > 1) * _PAGE / (1 << 20)
-        return {"rss_mib": rss, "files": files, "threads": threads, "processes": len(pids)}
+        found = {"rss_mib": 0.0, "files": 0, "threads": 0, "processes": 0}
+        for process in self._processes:
+            with suppress(psutil.Error), process.oneshot():
+                each = {"rss_mib": process.memory_info().rss / (1 << 20), "files": process.num_fds(),
+                        "threads": process.num_threads(), "processes": 1}  # fmt: skip
+                found = {name: found[name] + value for name, value in each.items()}
+        return found
 
     def faults(self) -> list[str]:
         """Lines of its log that no server should write."""
@@ -160,9 +141,9 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and all that it started, at once."""
-        for pid in reversed(self.pids if self.alive else [self.process.pid]):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in reversed(self._processes):
+            with suppress(psutil.Error):
+                process.kill()
         self.process.wait()
 
     def __enter__(self) -> Self:
@@ -173,18 +154,3 @@ class Server:
     ) -> None:
         if self.alive:
             self.stop(40.0 if kind is None else 10.0)
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(OSError):
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def _read(path: str) -> bytes:
-    with suppress(OSError):
-        return Path(path).read_bytes()
-    return b""

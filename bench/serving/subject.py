@@ -20,19 +20,12 @@ MODEL = "digits"
 
 @dataclass(frozen=True)
 class Body:
-    """A valid request.
+    """A valid request."""
 
-    Attributes:
-        sheets: Which ones it asks about.
-        want: Its parameters: degree, min_degree, max_degree.
-        route: "grpc", "http", or "page" for /api/predict.
-        content: As it is sent: a message of gRPC, or a whole request of HTTP.
-    """
-
-    sheets: tuple[int, ...]
-    want: Mapping[str, int]
-    route: str
-    content: bytes
+    sheets: tuple[int, ...]  # which ones it asks about
+    want: Mapping[str, int]  # its parameters: degree, min_degree, max_degree
+    route: str  # "grpc", "http", or "page" for /api/predict
+    content: bytes  # as it is sent: a message of gRPC, or a whole request of HTTP
 
 
 class Subject:
@@ -45,15 +38,7 @@ class Subject:
     """
 
     def __init__(self, folder: Path, images: Path) -> None:
-        """Reads the sheets, whose folders are named by their classes.
-
-        Args:
-            folder: Of the family.
-            images: Folders of PNG files.
-
-        Raises:
-            InputError: There are no such files.
-        """
+        """Reads the sheets, whose folders are named by their classes."""
         files = sorted(images.rglob("*.png"))
         if not files or not all(file.parent.name.isdigit() for file in files):
             raise InputError(f"sheets must lie in folders named by their classes, got {one_line(images)}")
@@ -79,25 +64,13 @@ class Subject:
         return [tuple(mixed[at : at + images].tolist()) for at in range(0, len(mixed) - images + 1, images)]
 
     def body(self, sheets: Sequence[int], route: str, want: Mapping[str, int] | None = None) -> Body:
-        """Encodes a request.
-
-        Args:
-            sheets: To ask about; one for "page".
-            route: See `Body`.
-            want: See `Body`.
-        """
+        """Encodes a request; see `Body`. For "page" it is about one sheet."""
         contents = [self.sheets[sheet] for sheet in sheets]
         encode = {"grpc": grpc_message, "http": http_infer, "page": http_page}[route]
         return Body(tuple(sheets), dict(want or {}), route, encode(contents, want or {}))
 
     def judge(self, record: Record, body: Body, reply: Reply) -> Judged:
-        """Compares an answer with the local engine's and with the labels.
-
-        Args:
-            record: When it was sent and answered.
-            body: What was asked.
-            reply: What came.
-        """
+        """Compares an answer with the local engine's and with the labels."""
         outcome, correct = self._outcome(body, reply)
         took = 1e3 * (record.done_s - record.at_s)
         text = reply.text if reply.status != 200 else ""
@@ -145,9 +118,8 @@ def http_infer(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
         "name": "image", "datatype": "BYTES", "shape": [len(contents)], "parameters": {"content_type": "base64"},
         "data": [base64.b64encode(content).decode() for content in contents],
     }  # fmt: skip
-    return http_request(
-        f"/v2/models/{MODEL}/infer", json.dumps({"inputs": [tensor], "parameters": dict(want)}).encode()
-    )
+    body = json.dumps({"inputs": [tensor], "parameters": dict(want)}).encode()
+    return http_request(f"/v2/models/{MODEL}/infer", body)
 
 
 def http_page(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
@@ -158,11 +130,6 @@ def http_page(contents: Sequence[bytes], want: Mapping[str, int]) -> bytes:
 
 def http_request(path: str, body: bytes, method: str = "POST", headers: Sequence[str] = ()) -> bytes:
     """A request of HTTP, on a connection of its own."""
-    lines = [
-        f"{method} {path} HTTP/1.1",
-        "Host: localhost",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-        *headers,
-    ]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += headers
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.serving.accounts import Judged, Tally, latencies, percentile
+from bench.serving.accounts import Judged, latencies, percentile, tallied
 from bench.serving.clients import GrpcClient, exchange, read_grpc, read_http
-from bench.serving.offer import offer
-from bench.serving.schedule import order, poisson
+from bench.serving.offer import offer, order, poisson
 from bench.serving.server import Server
 from bench.serving.subject import Body, Subject
 
@@ -22,13 +21,7 @@ _TIMEOUT_S = 100.0  # longer than any time limit of the server: what is not answ
 
 
 def mixed_bodies(subject: Subject, *, wants: Sequence[dict[str, int]] = _WANTS, seed: int = 1) -> list[Body]:
-    """Requests of 1 to 8 images over both protocols and the page, some of which say what degree they want.
-
-    Args:
-        subject: Whom they ask.
-        wants: Drawn from.
-        seed: Of the draw.
-    """
+    """Requests of 1 to 8 images over both protocols and the page, some of which say what degree they want."""
     draw = np.random.default_rng(seed)
     bodies = []
     for number in range(240):
@@ -49,16 +42,6 @@ class Traffic:
 
     def __init__(self, subject: Subject, bodies: Sequence[Body], server: Server, rate: float, seconds: float,
                  seed: int = 0) -> None:  # fmt: skip
-        """Starts.
-
-        Args:
-            subject: Judges.
-            bodies: Drawn from.
-            server: Asked.
-            rate: Requests a second.
-            seconds: How long.
-            seed: Of arrivals.
-        """
         self._subject, self._bodies, self._server = subject, bodies, server
         self._times, self._seed = poisson(rate, seconds, seed), seed
         self.judged: list[Judged] = []
@@ -100,11 +83,8 @@ class Traffic:
 
 def account(judged: Sequence[Judged]) -> dict[str, Any]:
     """Counts of a phase and its latency, JSON-ready."""
-    tally = Tally()
-    for each in judged:
-        tally.add(each)
     taken = latencies(judged)
-    return {**tally.to_json(), "p50_ms": percentile(taken, 50), "p99_ms": percentile(taken, 99)}
+    return {**tallied(judged), "p50_ms": percentile(taken, 50), "p99_ms": percentile(taken, 99)}
 
 
 def sound(found: dict[str, Any]) -> bool:

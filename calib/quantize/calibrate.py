@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from tocom.calib.quantize.grids import FORMATS, Format
+from tocom.calib.quantize.method import Method
 from tocom.calib.quantize.migrations import Migration, migrate
 from tocom.calib.quantize.network import (
     Observation,
@@ -22,55 +23,13 @@ from tocom.calib.quantize.network import (
     products_of,
     round_to_nearest,
 )
-from tocom.calib.quantize.ranges import RANGES, scale_of
+from tocom.calib.quantize.ranges import scale_of
 from tocom.reduction import MERGE, Reduction
 from tocom.runtime.errors import InputError
 from tocom.schedule import MergeSchedule
 from tocom.vit import ReducedViT
 
-ROUNDINGS = ("nearest", "gptq", "quantease")
-CHOICES = ("spread", "diverse")
 OBSERVED = (0, 8, 16)  # degrees that are looked at for a calibration that all degrees share
-
-
-@dataclass(frozen=True)
-class Method:
-    """What calibration does; every part can be switched by itself.
-
-    Attributes:
-        format: Name of the number format, one of `tocom.calib.quantize.grids.FORMATS`.
-        images: How many images are looked at.
-        choice: Which: "spread" evenly over the folder, or "diverse" by density and diversity (EDA-DM).
-        range: Which range of an input its grid covers, one of `tocom.calib.quantize.ranges.RANGES`.
-        smooth: Whether range moves from inputs into weights (SmoothQuant), alpha searched.
-        widen: Whether weights' unsaturated channels are widened (DilateQuant).
-        reparameterize: Whether norms are given one range for all channels (RepQuant).
-        rounding: How weights are rounded, one of `ROUNDINGS`.
-        reconstruct: Whether weights' rounding is then learnt, block by block (MGRQ).
-        shared: Whether all degrees share one calibration.
-
-    Raises:
-        InputError: If there is no such choice.
-    """
-
-    format: str = "int8"
-    images: int = 128
-    choice: str = "spread"
-    range: str = "minmax"
-    smooth: bool = False
-    widen: bool = False
-    reparameterize: bool = False
-    rounding: str = "nearest"
-    reconstruct: bool = False
-    shared: bool = True
-
-    def __post_init__(self) -> None:
-        known = {"format": tuple(FORMATS), "choice": CHOICES, "range": RANGES, "rounding": ROUNDINGS}
-        for name, names in known.items():
-            if getattr(self, name) not in names:
-                raise InputError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
-        if self.images < 1:
-            raise InputError(f"images must be 1 or more, got {self.images}.")
 
 
 @dataclass(frozen=True)

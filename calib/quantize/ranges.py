@@ -19,7 +19,6 @@ from torch import Tensor
 from tocom.calib.quantize.grids import Grid, scale_for
 from tocom.calib.quantize.network import Observation
 
-RANGES = ("minmax", "percentile", "mse", "entropy")
 PERCENTILE = 99.99
 
 _SHARES = 60  # ranges that are tried for the least squared error, as shares of the largest number
@@ -33,7 +32,7 @@ def scale_of(seen: Observation, grid: Grid, method: str) -> float:
     Args:
         seen: What went into it.
         grid: Its format.
-        method: One of `RANGES`.
+        method: One of `tocom.calib.quantize.method.RANGES`.
     """
     largest = seen.largest.max()
     if method != "minmax" and largest > 0:

@@ -43,7 +43,7 @@ def smooth(
         model: A timm VisionTransformer, float.
         seen: Product -> what was seen going into it.
         format: The format of both factors; where the input stays float, only the weight's rounding counts.
-        range_method: How the input's range is chosen, one of `ranges.RANGES`.
+        range_method: How the input's range is chosen, one of `method.RANGES`.
 
     Returns:
         Product -> its change. One that is better left as it is is not among them.
@@ -76,7 +76,7 @@ def widen(
         model: A timm VisionTransformer, float.
         seen: Product -> what was seen going into it.
         format: The format of both factors; where the input stays float, channels are widened to their limits.
-        range_method: How the input's range is chosen, one of `ranges.RANGES`.
+        range_method: How the input's range is chosen, one of `method.RANGES`.
 
     Returns:
         Product -> its change. One that is better left as it is is not among them.

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tocom.export.cli.console import open_console
-from tocom.export.cli.options import FamilyFolder, Limit
+from tocom.export.cli.console import open_console, progress_bar
+from tocom.export.cli.extras import require_engine
+from tocom.export.cli.options import Batch, FamilyFolder, Limit, existing, number, option, whole
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.family_files import CASCADE
 from tocom.runtime.files import write_atomically
@@ -26,28 +25,36 @@ if TYPE_CHECKING:
 
 
 def cascade_command(
-    engines: FamilyFolder,
-    images: Annotated[Path, typer.Option(help="Folder of images, one folder per class.")],
-    accuracy: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Least top-1 to keep, a share such as 0.94.")
-    ] = None,
+    family: FamilyFolder,
+    /,
+    *,
+    images: Annotated[Path, existing("Folder of images, one folder per class.", metavar="FOLDER")],
+    accuracy: Annotated[float | None, number("Least top-1 to keep, a share such as 0.94.", metavar="SHARE")] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(metavar="POINTS", help="Top-1 that may be lost against the lowest degree. Default: 0.5 points."),
+        number("Top-1 that may be lost against the lowest degree. Default: 0.5 points.", metavar="POINTS"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call that costs are measured at.")] = 8,
+    batch: Batch = 8,
     limit: Limit = 5000,
-    seed: Annotated[int, typer.Option(help="Of the draw that halves the images.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
+    seed: Annotated[int, whole("Seed of the draw that halves the images.")] = 0,
+    json_file: Annotated[Path | None, option("Write all numbers there, as JSON.", metavar="FILE")] = None,
 ) -> None:
     """Find the cascade that keeps an accuracy at the least mean cost: a high degree first, a lower one if unsure.
 
-    One half of the images calibrates, the other half is reported. It goes to cascade.json in the family's folder;
+    One half of the images calibrates, the other half is reported. Writes cascade.json into the family's folder;
     `tocom infer --cascade` runs it. Where no cascade is cheaper than a single degree that keeps the same, this says so,
     and there is no cascade.json afterwards.
 
+    Examples of use:
+
+        tocom cascade engines/my --images val-images
+        tocom cascade engines/my --images val-images --accuracy 0.94 --batch 1
+
     Exit status: 0 done, also where no cascade pays; 1 nothing keeps what is asked for; 2 bad input.
+
+    See also: `tocom infer --cascade`, `tocom frontier`.
     """
+    require_engine()
     from tocom.calib.cascade import Goal
     from tocom.calib.cascade_family import CascadeOptions, find_cascade
     from tocom.calib.labelled import LabelledImages
@@ -56,38 +63,29 @@ def cascade_command(
     if accuracy is not None and max_drop is not None:
         raise InputError("--accuracy and --max-drop exclude each other: give one of them")
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"--json must name a file in a folder that is there, got {one_line(json_file)}")
+        raise InputError(f"--json-file must name a file in a folder that is there, got {one_line(json_file)}")
     goal = Goal(accuracy) if max_drop is None else Goal(accuracy, max_drop)
-    family = Family.read(engines)
-    given = LabelledImages.below(images, family.input, family.class_names, family.classes, limit)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    on_terminal = open_console(stderr=True)
-    with (
-        locked(engines),
-        Progress(*columns, console=on_terminal, transient=True, disable=not on_terminal.is_terminal) as progress,
-    ):
-        task = progress.add_task("reading", total=None)
-        found = find_cascade(
-            engines, family, given, CascadeOptions(goal, batch, seed),
-            lambda text, done, total: progress.update(task, description=text, completed=done, total=total),
-        )  # fmt: skip
-        if found.cascade is None:
-            (engines / CASCADE).unlink(missing_ok=True)  # one that was found earlier pays no more
+    manifest = Family.read(family)
+    labelled = LabelledImages.below(images, manifest.input, manifest.class_names, manifest.classes, limit)
+    with locked(family), progress_bar("reading") as tell:
+        result = find_cascade(family, manifest, labelled, CascadeOptions(goal, batch, seed), tell)
+        if result.cascade is None:
+            (family / CASCADE).unlink(missing_ok=True)  # one that was found earlier pays no more
         else:
-            found.cascade.write(engines)
+            result.cascade.write(family)
     if json_file is not None:
-        write_atomically(json_file, (json.dumps(_as_json(found), indent=1) + "\n").encode())
+        write_atomically(json_file, (json.dumps(_as_json(result), indent=1) + "\n").encode())
     console = open_console()
-    if found.trial is not None:
-        console.print(cascade_table(found.trial))
-    if found.cascade is None:
-        console.print(_no_cascade(found))
+    if result.trial is not None:
+        console.print(cascade_table(result.trial))
+    if result.cascade is None:
+        console.print(_no_cascade(result))
         return
-    console.print(_stages(found))
-    if (note := better_single(found.trial)) is not None:
+    console.print(_stages(result))
+    if (note := better_single(result.trial)) is not None:
         console.print(f"[yellow]note[/]: {note}")
-    console.print(f"[green]wrote[/] {escape(one_line(engines / CASCADE))}   try: tocom infer --engines "
-                  f"{escape(one_line(engines))} --cascade IMAGE...")  # fmt: skip
+    console.print(f"[green]wrote[/] {escape(one_line(family / CASCADE))}   try: tocom infer "
+                  f"{escape(one_line(family))} --cascade IMAGE...")  # fmt: skip
 
 
 def cascade_table(trial: Trial) -> Table:
@@ -131,42 +129,42 @@ def _cells(row: Row, name: str) -> tuple[str, ...]:
             f"{row.gmacs:.4g}", sent)  # fmt: skip
 
 
-def _stages(found: FoundCascade) -> str:
-    (*inner, last) = found.cascade.stages
-    told = [f"degree {stage.degree} answers from a confidence of {stage.threshold:.3f} on (temperature "
+def _stages(result: FoundCascade) -> str:
+    (*inner, last) = result.cascade.stages
+    parts = [f"degree {stage.degree} answers from a confidence of {stage.threshold:.3f} on (temperature "
             f"{stage.temperature:.3f})" for stage in inner]  # fmt: skip
-    return f"{', then '.join(told)}, degree {last.degree} the rest; calibrated on {found.images} images"
+    return f"{', then '.join(parts)}, degree {last.degree} the rest; calibrated on {result.images} images"
 
 
-def _no_cascade(found: FoundCascade) -> str:
-    cascade, single = found.calibration.cascade, found.calibration.single
+def _no_cascade(result: FoundCascade) -> str:
+    cascade, single = result.calibration.cascade, result.calibration.single
     if cascade is None:
-        return (f"no cascade is sure to keep it; {_told(single)} is the cheapest single degree that does. No cascade "
+        return (f"no cascade is sure to keep it; {_named(single)} is the cheapest single degree that does. No cascade "
                 "is written")  # fmt: skip
     measured = ""
-    if found.trial is not None:
-        of_single = next(row for row in found.trial.singles if row.degrees == single.cascade.degrees)
-        measured = f" (measured: {found.trial.cascade.ms:.3f} and {of_single.ms:.3f} ms)"
-    return (f"no cascade pays on this machine: the cheapest that keeps it, {_told(cascade)}, takes {cascade.cost:.3f} "
-            f"ms per image, {_told(single)} alone {single.cost:.3f} ms{measured}. No cascade is written")  # fmt: skip
+    if result.trial is not None:
+        of_single = next(row for row in result.trial.singles if row.degrees == single.cascade.degrees)
+        measured = f" (measured: {result.trial.cascade.ms:.3f} and {of_single.ms:.3f} ms)"
+    return (f"no cascade pays on this machine: the cheapest that keeps it, {_named(cascade)}, takes {cascade.cost:.3f} "
+            f"ms per image, {_named(single)} alone {single.cost:.3f} ms{measured}. No cascade is written")  # fmt: skip
 
 
-def _told(candidate: Candidate) -> str:
+def _named(candidate: Candidate) -> str:
     degrees = candidate.cascade.degrees
     return f"degree {degrees[0]}" if len(degrees) == 1 else f"degrees {', '.join(map(str, degrees))}"
 
 
-def _as_json(found: FoundCascade) -> dict[str, object]:
+def _as_json(result: FoundCascade) -> dict[str, object]:
     trial = None
-    if found.trial is not None:
-        trial = asdict(found.trial)
+    if result.trial is not None:
+        trial = asdict(result.trial)
         for cost in ("ms", "gmacs"):
-            rival = found.trial.best_single(cost)
+            rival = result.trial.best_single(cost)
             trial[f"best_single_by_{cost}"] = None if rival is None else rival.degrees[0]
     return {
-        "plan": None if found.cascade is None else found.cascade.to_json(),
-        "calibrated_on": found.images,
-        "cascade": None if found.calibration.cascade is None else asdict(found.calibration.cascade),
-        "single": None if found.calibration.single is None else asdict(found.calibration.single),
+        "plan": None if result.cascade is None else result.cascade.to_json(),
+        "calibrated_on": result.images,
+        "cascade": None if result.calibration.cascade is None else asdict(result.calibration.cascade),
+        "single": None if result.calibration.single is None else asdict(result.calibration.single),
         "trial": trial,
     }

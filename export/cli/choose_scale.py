@@ -5,85 +5,87 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from tocom.export.cli.console import open_console
+from tocom.export.cli.console import open_console, progress_bar
+from tocom.export.cli.extras import require_extra
 from tocom.export.cli.options import (
-    Checkpoint,
-    Model,
-    ModelArgs,
-    NumClasses,
-    ReductionName,
-    Schedule,
-    read_degrees,
-    read_model_args,
+    AS_IN_THE_PAPER,
+    Batch,
+    CompensatorFile,
+    ConfigFile,
+    Network,
+    Replace,
+    SourceDegree,
+    TokenReduction,
+    existing,
+    option,
+    whole,
 )
-from tocom.runtime.errors import InputError
+from tocom.export.cli.reading import read_degrees, read_scales
 from tocom.runtime.family_files import SCALES
-
-# Heavy imports (torch, timm) lie in the commands that need them, as everywhere in this room.
 
 
 def choose_scale_command(
-    model: Model,
-    compensator: Annotated[Path, typer.Option(help="Compensator, .safetensors or the original .pth.")],
-    source_degree: Annotated[int, typer.Option(help="Degree the checkpoint was fine-tuned at.")],
-    degrees: Annotated[str, typer.Option(help="Degrees to choose a scale for, e.g. 8,16.")],
-    images: Annotated[
-        Path, typer.Option(help="Folder of images to choose on, one folder per class; none that top-1 is reported on.")
+    *,
+    network: Network,
+    reduction: TokenReduction = AS_IN_THE_PAPER,
+    compensator: CompensatorFile,
+    source_degree: SourceDegree,
+    degrees: Annotated[
+        tuple[int, ...], option("Degrees to choose a scale for, e.g. 8,16.", read=read_degrees, metavar="R,R")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the family; scales.json is written there.")],
-    checkpoint: Checkpoint = None,
+    images: Annotated[
+        Path,
+        existing("Folder of images to choose on, one folder per class; none that top-1 is reported on.",
+                 metavar="FOLDER"),
+    ],
+    out: Annotated[Path, option("Folder of the family.", metavar="FOLDER")],
+    config: ConfigFile = None,  # noqa: ARG001 - read before the command begins
     scales: Annotated[
-        str | None, typer.Option(help="Scales to try besides 0.05, 0.08, 0.1, 0.12 and 0.15, e.g. 0.03,0.2.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Choose on at most this many images, evenly spread.")] = 5000,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    num_classes: NumClasses = None,
-    model_arg: ModelArgs = None,
-    schedule: Schedule = "constant",
-    reduction: ReductionName = "merge",
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite another network's choices in the folder.")
-    ] = False,
-) -> None:
-    """Choose the weight of the compensator's change per degree, by top-1 on labelled images; compile then takes it.
+        tuple[float, ...],
+        option("Scales to try besides 0.05, 0.08, 0.1, 0.12 and 0.15, e.g. 0.03,0.2.", read=read_scales,
+               metavar="X,...", show_default=False),
+    ] = (),
+    limit: Annotated[int, whole("Choose on at most this many images, evenly spread.", 1)] = 5000,
+    batch: Batch = 32,
+    replace: Replace = False,
+) -> None:  # fmt: skip
+    r"""Choose the weight of the compensator's change per degree, by top-1 on labelled images.
 
-    Of equally good scales the one closest to the training scale is taken, and no compensation only where it is better
-    than every scale. Finished degrees are kept: run the same command again after an interruption.
+    Writes scales.json into the family's folder; `tocom compile` then takes it. Of equally good scales the one closest
+    to the training scale is taken, and no compensation only where it is better than every scale. Finished degrees are
+    kept: run the same command again after an interruption.
+
+    Examples of use:
+
+        tocom choose-scale --model my-folder --compensator c.safetensors --source-degree 0 --degrees 8,16 \
+            --images train-images --out engines/my
+        tocom choose-scale --config engines/my/compile.toml --images train-images --degrees 12
+
+    Exit status: 0 done, 2 bad input.
+
+    See also: `tocom compile`, `tocom distill`.
     """
-    wanted, further = read_degrees(degrees), _read_scales(scales)
-    arguments = read_model_args(model_arg)
-    from tocom.export.cli.family_table import scale_table
-    from tocom.export.family.scales import choose_family_scales
     from tocom.export.source.options import CompileOptions
 
     options = CompileOptions(
-        model=model, out=out, degrees=wanted, checkpoint=checkpoint, compensator=compensator,
-        source_degree=source_degree, images=images, limit=limit, num_classes=num_classes, model_args=arguments,
-        schedule=schedule, reduction=reduction, replace=replace,
+        model=network.model, out=out, degrees=degrees, checkpoint=network.checkpoint, compensator=compensator,
+        source_degree=source_degree, images=images, limit=limit, num_classes=network.num_classes,
+        model_args=network.model_args, schedule=reduction.schedule, reduction=reduction.reduction, replace=replace,
     )  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("loading", total=None)
+    require_extra("compile", "choosing a scale")
+    from tocom.export.cli.family_table import scale_table
+    from tocom.export.family.scales import choose_family_scales
+
+    with progress_bar("loading") as tell:
         chosen = choose_family_scales(
-            options, further, batch,
-            lambda degree, done, total: progress.update(task, description=f"r={degree}", completed=done, total=total),
-        )  # fmt: skip
+            options, scales, batch, lambda degree, done, total: tell(f"r={degree}", done, total)
+        )
     console = open_console()
-    if source_degree in wanted:
+    if source_degree in degrees:
         console.print(f"degree {source_degree} is the source degree: nothing is compensated there, no scale to choose")
     if chosen.degrees:
+        from rich.markup import escape
+
         console.print(scale_table(chosen.choices, chosen.degrees))
         wrote = escape(str(out / SCALES))
         console.print(f"[green]wrote[/] {wrote}   `tocom compile` without --scale takes it")
-
-
-def _read_scales(text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, text.split(","))) if text else ()
-    except ValueError:
-        raise InputError(f"scales must be numbers parted by commas, like 0.03,0.2, got {text!r}.") from None

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from cyclopts import Group, Parameter
 
-from tocom.export.cli.console import open_console
-from tocom.export.cli.options import Checkpoint, Model, ModelArgs, NumClasses, ReductionName, Schedule, read_model_args
+from tocom.export.cli.console import open_progress
+from tocom.export.cli.extras import require_extra
+from tocom.export.cli.options import AS_IN_THE_PAPER, Network, TokenReduction, choice, flag, number, option, whole
 from tocom.runtime.errors import InputError
 
 if TYPE_CHECKING:  # torch lies behind it, and `tocom --help` answers at once
+    from tocom.calib.distill.options import DistillOptions
     from tocom.calib.distill.training import TrainingOverview
 
+TRAINING = Group("Training", sort_key=3)
+AUGMENTATION = Group("Augmentation", sort_key=4)
+MACHINE = Group("Machine", sort_key=5)
 _LINE_EVERY = 50  # steps, where the output is no terminal
 _NAMED = 3  # unreadable images told by name
 
@@ -27,74 +32,109 @@ def _workers() -> int:
     return max(0, min(4, cores - 1))
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a compensator is trained."""
+
+    steps: Annotated[int, whole("Optimizer steps.", 1, panel=TRAINING)] = 2000
+    batch_size: Annotated[int, whole("Images a process takes at once; even.", panel=TRAINING)] = 128
+    accumulate: Annotated[int, whole("Batches that a process takes before one optimizer step.", panel=TRAINING)] = 1
+    lr: Annotated[
+        float,
+        number("Peak learning rate for 512 images; it grows with batch size x accumulate x processes.", panel=TRAINING),
+    ] = 1e-3
+    warmup: Annotated[int, whole("Steps of linear warm-up, before the cosine.", panel=TRAINING)] = 50
+    weight_decay: Annotated[float, number("Weight decay of AdamW.", panel=TRAINING)] = 0.05
+    clip_grad: Annotated[float | None, number("Largest norm of the gradient. Default: as it is.", panel=TRAINING)] = (
+        None
+    )
+    dropout: Annotated[
+        float, number("Share of low-rank activations that are dropped while training.", panel=TRAINING)
+    ] = 0.1
+    rank: Annotated[int, whole("Rank of each of the 16 groups.", panel=TRAINING)] = 2
+    seed: Annotated[int, whole("Seed of everything that is drawn.", panel=TRAINING)] = 0
+    augment: Annotated[
+        Literal["none", "light", "timm"],
+        choice(
+            "none prepares images as for evaluation; light crops and mirrors them at random; timm adds RandAugment, "
+            "mixup and cutmix.",
+            panel=AUGMENTATION,
+        ),
+    ] = "timm"
+    flip: Annotated[bool, option("Whether images may be mirrored.", panel=AUGMENTATION, negative="--no-flip")] = True
+    random_erasing: Annotated[float, number("Probability of random erasing, with timm.", panel=AUGMENTATION)] = 0.0
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        choice("Number format to train in; the loss is float32 in any case.", panel=MACHINE),
+    ] = "fp32"
+    device: Annotated[Literal["auto", "cpu", "cuda"], choice("Where to train.", panel=MACHINE)] = "auto"
+    workers: Annotated[
+        int | None,
+        whole("Processes that load images. Default: 4, or one less than the cores.", 0, panel=MACHINE),
+    ] = None
+    save_every: Annotated[int, whole("Steps between saved states.", panel=MACHINE)] = 200
+
+    def options(self, reduction: TokenReduction) -> DistillOptions:
+        """The same for the training."""
+        from tocom.calib.distill import DistillOptions
+
+        return DistillOptions(
+            steps=self.steps, batch=self.batch_size, accumulate=self.accumulate, lr=self.lr,
+            weight_decay=self.weight_decay, warmup=self.warmup, clip_grad=self.clip_grad, dropout=self.dropout,
+            rank=self.rank, schedule=reduction.schedule, reduction=reduction.reduction, augment=self.augment,
+            flip=self.flip, erasing=self.random_erasing, precision=self.precision, device=self.device,
+            save_every=self.save_every, seed=self.seed, workers=_workers() if self.workers is None else self.workers,
+        )  # fmt: skip
+
+
+_DEFAULTS = Training()
+
+
 def distill_command(
-    model: Model,
+    *,
+    network: Network,
     images: Annotated[
         str,
-        typer.Option(
-            help="Images the backbone was pre-trained on: a folder, or a dataset timm can open here, NAME:ROOT, like "
-            "torch/cifar10:/data or hfds/NAME."
+        option(
+            "Images the backbone was pre-trained on: a folder, or a dataset timm can open here, NAME:ROOT, like "
+            "torch/cifar10:/data or hfds/NAME.",
+            metavar="FOLDER|NAME",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Compensator file to write (.safetensors).")],
-    checkpoint: Checkpoint = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Images a process takes at once; even.")] = 128,
-    accumulate: Annotated[int, typer.Option(help="Times it does so before one optimizer step.")] = 1,
-    lr: Annotated[
-        float, typer.Option(help="Peak learning rate for 512 images; it grows with batch x accumulate x processes.")
-    ] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up, before the cosine.")] = 50,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.05,
-    clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradient. Default: as it is.")] = None,
-    dropout: Annotated[float, typer.Option(help="Share of low-rank activations dropped while training.")] = 0.1,
-    rank: Annotated[int, typer.Option(help="Rank of each of the 16 groups.")] = 2,
-    schedule: Schedule = "constant",
-    reduction: ReductionName = "merge",
-    augment: Annotated[
-        str,
-        typer.Option(
-            help="none prepares images as for evaluation; light crops and mirrors them at random; timm adds "
-            "RandAugment, mixup and cutmix."
-        ),
-    ] = "timm",
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Whether images may be mirrored.")] = True,
-    random_erasing: Annotated[float, typer.Option(help="Probability of random erasing, with timm.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; the loss is float32 in any case.")] = "fp32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that load images. Default: 4, or one less than the cores.")
-    ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 200,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, whatever an interrupted training left.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    num_classes: NumClasses = None,
-    model_arg: ModelArgs = None,
+    out: Annotated[Path, option("Compensator file to write (.safetensors).", metavar="FILE")],
+    restart: Annotated[bool, flag("Begin anew, whatever an interrupted training left.")] = False,
+    reduction: TokenReduction = AS_IN_THE_PAPER,
+    training: Training = _DEFAULTS,
 ) -> None:
     """Train a compensator for a backbone by self-distillation, once; it then serves every checkpoint tuned from it.
 
-    The state is kept beside the output, in OUT.training, with log.csv and TensorBoard events: the same command again
-    goes on where it was. On several devices: torchrun --nproc-per-node N -m tocom distill ...
+    Writes the compensator to --out. The state is kept beside it, in OUT.training, with log.csv and TensorBoard events:
+    the same command again goes on where it was.
+
+    Examples of use:
+
+        tocom distill --model deit_small_patch16_224 --images imagenet/train --out compensator.safetensors
+        tocom distill --model my-folder --images train-images --steps 500 --batch-size 64 --out c.safetensors
+        torchrun --nproc-per-node 4 -m tocom distill --model my-folder --images train-images --out c.safetensors
 
     Exit status: 0 done, 1 the loss is not finite, 2 bad input.
+
+    See also: `tocom choose-scale`, `tocom compile --compensator`.
     """
-    from tocom.calib.distill import DistillOptions, distill
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise InputError(f"the compensator must be a file in a folder that exists, got {out}.")
+    require_extra("distill", "training a compensator")
+    from tocom.calib.distill import distill
     from tocom.calib.distill.image_source import open_images
     from tocom.checkpoint import load_model
     from tocom.runtime.files import write_atomically
 
-    options = DistillOptions(
-        steps=steps, batch=batch, accumulate=accumulate, lr=lr, weight_decay=weight_decay, warmup=warmup,
-        clip_grad=clip_grad, dropout=dropout, rank=rank, schedule=schedule, reduction=reduction, augment=augment,
-        flip=flip, erasing=random_erasing, precision=precision, device=device, save_every=save_every, seed=seed,
-        workers=_workers() if workers is None else workers,
-    )  # fmt: skip
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise InputError(f"the compensator must be a file in a folder that exists, got {out}.")
+    options = training.options(reduction)
     pictures = open_images(images)
-    loaded = load_model(model, checkpoint=checkpoint, num_classes=num_classes, **read_model_args(model_arg))
+    loaded = load_model(
+        network.model, checkpoint=network.checkpoint, num_classes=network.num_classes, **network.model_args
+    )
     with _Telling(len(pictures), out) as telling:
         trained = distill(
             loaded.model, pictures, backbone=loaded.architecture, backbone_sha256=loaded.checkpoint_sha256,
@@ -113,10 +153,8 @@ class _Telling:
         self.images, self.out = images, out
         self.unreadable: list[str] = []
         self.plan: TrainingOverview | None = None
-        self._console = open_console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._bar = open_progress(remaining=True)
+        self._console = self._bar.console
         self._task = self._bar.add_task("distilling")
         self._times: deque[float] = deque(maxlen=_LINE_EVERY + 1)
 
@@ -166,4 +204,4 @@ class _Telling:
             names = ", ".join(self.unreadable[:_NAMED]) + (", ..." if len(self.unreadable) > _NAMED else "")
             self._console.print(f"{len(self.unreadable)} of {self.images} images could not be read and were replaced "
                                 f"by others: {names}", soft_wrap=True, markup=False)  # fmt: skip
-        typer.echo(f"wrote {self.out}")
+        print(f"wrote {self.out}")

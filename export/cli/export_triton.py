@@ -6,72 +6,88 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Group
 from rich.markup import escape
 from rich.table import Table
 
 from tocom.export.cli.console import open_console
-from tocom.export.cli.options import read_degrees
+from tocom.export.cli.extras import require_extra
+from tocom.export.cli.options import Degrees, FamilyFolder, flag, option, whole
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tocom.serving.triton.repository import Written
 
+TRITON = Group("Triton", sort_key=1)
 _MIB = 1 << 20
 
 
 def export_triton_command(
-    engines: Annotated[Path, typer.Argument(help="Folder of the family.")],
-    out: Annotated[Path, typer.Option(help="Folder of the repository.")],
-    degrees: Annotated[str | None, typer.Option(help="Degrees to serve, e.g. 0,8. Default: all.")] = None,
+    family: FamilyFolder,
+    /,
+    *,
+    out: Annotated[Path, option("Folder of the repository.", metavar="FOLDER")],
+    degrees: Degrees = (),
     name: Annotated[
-        str | None, typer.Option(help="What models' names begin with: NAME_r08. Default: the family's folder.")
+        str | None,
+        option(
+            "What the models' names begin with: `NAME_r08`. Default: the name of the family's folder.", metavar="NAME"
+        ),
     ] = None,
     preprocess: Annotated[
         str,
-        typer.Option(
+        option(
+            "Who turns images into the network's input: client, or ensemble, which adds a model `NAME_r08_image` per "
+            "degree that takes encoded images.",
             metavar="WHO",
-            help="Who turns images into the network's input: client, or ensemble, which adds a model NAME_r08_image "
-            "per degree that takes encoded images.",
         ),
     ] = "client",
     backend: Annotated[
         str | None,
-        typer.Option(
-            help="onnxruntime: serve the graphs of another library's engines by ONNX Runtime. Default: the engine's "
-            "own library, where Triton has it."
+        option(
+            "onnxruntime: serve the graphs of another library's engines by ONNX Runtime. Default: the engine's own "
+            "library, where Triton has it.",
+            metavar="NAME",
         ),
     ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option(help="Images of one call, at most. Default: 32, or what the plan allows; not for openvino."),
+        whole(
+            "How many images a call takes at most. Default: 32, or what the plan allows; not for openvino.",
+            panel=TRITON,
+        ),
     ] = None,
-    instances: Annotated[int, typer.Option(help="Calls of a model that run at the same time.")] = 1,
-    max_queue: Annotated[int, typer.Option(help="Requests of a model that wait at most; others are refused.")] = 128,
+    instances: Annotated[int, whole("Calls of a model that run at the same time.", panel=TRITON)] = 1,
+    max_queue: Annotated[int, whole("How many requests of a model may wait; others are refused.", panel=TRITON)] = 128,
     queue_delay_us: Annotated[
-        int, typer.Option(help="Microseconds that a request waits for others to share a call with.")
+        int, whole("Microseconds that a request waits for others to share a call with.", panel=TRITON, metavar="US")
     ] = 1000,
     queue_timeout_ms: Annotated[
-        int, typer.Option(help="Milliseconds that a request waits at most before it is refused.")
+        int, whole("Milliseconds that a request waits at most before it is refused.", panel=TRITON, metavar="MS")
     ] = 10_000,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run ONNX Runtime's models on a GPU.")] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Delete another model repository that is in the folder.")
-    ] = False,
+    gpu: Annotated[bool, flag("Run ONNX Runtime's models on a GPU.", panel=TRITON)] = False,
+    replace: Annotated[bool, flag("Delete another model repository that is in the folder.")] = False,
 ) -> None:
     """Write a model repository for Triton Inference Server: one model per degree.
 
-    Every file's hash is checked first. The repository is there whole or not at all.
+    Writes the repository to --out, whole or not at all. Every file's hash is checked first.
+
+    Examples of use:
+
+        tocom export-triton engines/my --out repository
+        tocom export-triton engines/my --out repository --degrees 0,8 --preprocess ensemble --gpu
 
     Exit status: 0 done, 2 bad input.
+
+    See also: `tocom serve`, docs/triton.md.
     """
-    wanted = read_degrees(degrees) if degrees else ()
+    require_extra("compile", "reading graphs")
     from tocom.serving.triton.config import TritonOptions
     from tocom.serving.triton.repository import RepositoryOptions, write_repository
 
     running = TritonOptions(max_batch, instances, max_queue, queue_delay_us, queue_timeout_ms, gpu)
-    options = RepositoryOptions(wanted, name, preprocess, backend, replace, running)
-    written = write_repository(engines, out, options, _inlined)
+    options = RepositoryOptions(degrees, name, preprocess, backend, replace, running)
+    written = write_repository(family, out, options, _inlined)
     console = open_console()
     console.print(_table(written))
     console.print(_notes(written), soft_wrap=True)
@@ -102,26 +118,26 @@ def _table(written: tuple[Written, ...]) -> Table:
     table = Table("model", "degree", "backend", "max batch", "preferred", "instances", "MiB", "of its own")
     for name in ("degree", "max batch", "preferred", "instances", "MiB", "of its own"):
         next(column for column in table.columns if column.header == name).justify = "right"
-    for each in written:
-        config = each.model.config
+    for entry in written:
+        config = entry.model.config
         best = config.get("dynamic_batching", {}).get("preferred_batch_size", [])
         table.add_row(
-            escape(each.model.name),
-            "-" if each.model.degree is None else str(each.model.degree),
-            each.model.backend,
+            escape(entry.model.name),
+            "-" if entry.model.degree is None else str(entry.model.degree),
+            entry.model.backend,
             str(config["max_batch_size"]) if config["max_batch_size"] else "the request's",
             ", ".join(map(str, best)) or "-",
             str(config["instance_group"]["count"]) if "instance_group" in config else "-",
-            f"{each.size / _MIB:.2f}",
-            f"{(each.size - each.linked) / _MIB:.2f}",
+            f"{entry.size / _MIB:.2f}",
+            f"{(entry.size - entry.linked) / _MIB:.2f}",
         )
     return table
 
 
 def _notes(written: tuple[Written, ...]) -> str:
-    own = sum(each.size - each.linked for each in written)
-    notes = [f"On disk {own / _MIB:.2f} MiB in all: what several models read is stored once."]
-    if any(each.model.backend == "openvino" for each in written):
+    distinct = sum(entry.size - entry.linked for entry in written)
+    notes = [f"On disk {distinct / _MIB:.2f} MiB in all: what several models read is stored once."]
+    if any(entry.model.backend == "openvino" for entry in written):
         notes.append(
             "Triton's openvino backend pads what it batches, so requests are not batched there. It runs the function\n"
             "bodies, not the native operator, and where the processor has bf16 it computes in that, also what was\n"

@@ -32,7 +32,7 @@ def family_table(family: Family, folder: Path, degrees: Collection[int] | None =
         degrees: Rows to show; None shows all.
 
     Raises:
-        InputError: What is noted of an engine's proof, times or plan is not what a compile notes.
+        InputError: What is noted of an engine's validation, times or plan is not what a compile notes.
     """
     try:
         return _family_table(family, folder, degrees)
@@ -74,7 +74,7 @@ def _family_table(family: Family, folder: Path, degrees: Collection[int] | None)
             *(_plan(entry) if planned else ()),
             *(_times(entry, baseline, brief=quantized) if timed else ()),
             *(_gain(entry) if quantized and timed else ()),
-            *_proof(entry),
+            *_validation(entry),
             *(_loss(entry) if quantized else ()),
         ]
         degree = str(entry.degree)
@@ -152,14 +152,16 @@ def _plan(entry: EngineEntry) -> list[str]:
 
 
 def _about_plans(entries: Sequence[EngineEntry]) -> str:
-    """For what and by what the plans were built, and what was proven of them."""
+    """For what and by what the plans were built, and how they were validated."""
     build = next(entry.build for entry in entries if entry.build)
     smallest, best, largest = build["options"]["batch"]
     made_for = ", ".join(build["options"]["targets"]) or build.get("gpu", "the library's default targets")
     by = f"{entries[0].backend} {build['library']}"
     text = f"Plans by {by} for {made_for}; batch {smallest} to {largest}, best at {best}."
     if any(entry.validation.get("run", entry.backend) is None for entry in entries):
-        text += "\nNot run here: proven are their graphs, which ONNX Runtime carried out with every rounding in them."
+        text += (
+            "\nNot run here: validated are their graphs, which ONNX Runtime carried out with half precision emulated."
+        )
     return text
 
 
@@ -174,11 +176,11 @@ def _times(entry: EngineEntry, baseline: EngineEntry | None, *, brief: bool) -> 
     ]
 
 
-def _proof(entry: EngineEntry) -> list[str]:
-    found = entry.validation
+def _validation(entry: EngineEntry) -> list[str]:
+    findings = entry.validation
     return [
-        f"{found['max_logit_error']:.1e}" if "max_logit_error" in found else "-",
-        f"{found['agreement']:.2%}" if found.get("decisions") else "-",
+        f"{findings['max_logit_error']:.1e}" if "max_logit_error" in findings else "-",
+        f"{findings['agreement']:.2%}" if findings.get("decisions") else "-",
     ]
 
 
@@ -189,19 +191,19 @@ def _gain(entry: EngineEntry) -> list[str]:
 
 
 def _loss(entry: EngineEntry) -> list[str]:
-    found = entry.validation.get("quantization")
-    if found is None:
+    quantization = entry.validation.get("quantization")
+    if quantization is None:
         return ["-", "-"]
-    left = len(found["float_products"])
-    return [f"{left} of {left + found['products']}", f"{found['drop']:+.2f}"]
+    left = len(quantization["float_products"])
+    return [f"{left} of {left + quantization['products']}", f"{quantization['drop']:+.2f}"]
 
 
 def _about_quantized(entries: Sequence[EngineEntry]) -> str:
     """What the columns mean, and where quantizing does not pay."""
-    found = next(entry.validation["quantization"] for entry in entries if "quantization" in entry.validation)
-    loses = "points of top-1 against float32" if found["drop_of"] == "top1" else "percent of answers that differ"
+    quantization = next(entry.validation["quantization"] for entry in entries if "quantization" in entry.validation)
+    loses = "points of top-1 against float32" if quantization["drop_of"] == "top1" else "percent of answers that differ"
     text = (f"gain: over the same degree in the fastest float format of the library; in float: products left so; "
-            f"loses: {loses}, {found['drop_images']} images.")  # fmt: skip
+            f"loses: {loses}, {quantization['drop_images']} images.")  # fmt: skip
     slower = [
         f"{entry.degree} at batch {batch}"
         for entry in entries
@@ -213,8 +215,8 @@ def _about_quantized(entries: Sequence[EngineEntry]) -> str:
 
 def _idle(entries: Sequence[EngineEntry]) -> str:
     batches = sorted({batch for entry in entries for batch in entry.pays}, key=int)
-    found = {batch: [str(entry.degree) for entry in entries if not entry.pays.get(batch, True)] for batch in batches}
-    return ", ".join(f"{', '.join(degrees)} at batch {batch}" for batch, degrees in found.items() if degrees)
+    idle = {batch: [str(entry.degree) for entry in entries if not entry.pays.get(batch, True)] for batch in batches}
+    return ", ".join(f"{', '.join(degrees)} at batch {batch}" for batch, degrees in idle.items() if degrees)
 
 
 def _speed_up(entry: EngineEntry, time: Mapping[str, float], base: Mapping[str, float]) -> str:

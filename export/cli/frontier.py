@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from tocom.export.cli.console import open_console, stages
-from tocom.export.cli.options import FamilyFolder, Picture
+from tocom.export.cli.extras import require_engine, require_extra
+from tocom.export.cli.options import FamilyFolder, option
+from tocom.export.cli.reading import read_batches
 from tocom.runtime.checked_json import Json
 from tocom.runtime.degrees.cascade import Cascade
 from tocom.runtime.degrees.choose import Point, points
@@ -61,18 +62,18 @@ class CascadeFigures:
         cascade = Cascade.read(folder, family)
         if not cascade.found:
             return None
-        found = Json(cascade.found, f"{one_line(folder / CASCADE)}: found")
+        figures = Json(cascade.found, f"{one_line(folder / CASCADE)}: found")
         return cls(
             degrees=cascade.degrees,
-            batch=found.key("batch").integer(minimum=1),
-            ms=found.key("ms_per_image").number(),
-            gmacs=found.key("gmacs").number(),
-            accuracy=found.key("accuracy").number(),
-            error=found.key("standard_error").number(),
-            against=found.key("against_degree").integer(),
-            gain=found.key("gain").number(),
-            images=found.key("images").integer(minimum=1),
-            machine=found.key("machine").text(),
+            batch=figures.key("batch").integer(minimum=1),
+            ms=figures.key("ms_per_image").number(),
+            gmacs=figures.key("gmacs").number(),
+            accuracy=figures.key("accuracy").number(),
+            error=figures.key("standard_error").number(),
+            against=figures.key("against_degree").integer(),
+            gain=figures.key("gain").number(),
+            images=figures.key("images").integer(minimum=1),
+            machine=figures.key("machine").text(),
         )
 
     def fits(self, batch: int) -> bool:
@@ -81,47 +82,51 @@ class CascadeFigures:
 
 
 def frontier_command(
-    engines: FamilyFolder,
-    batch: Annotated[str, typer.Option(metavar="B,...", help="Images per call, e.g. 1,8.")] = "1,8",
-    out: Picture = None,
+    family: FamilyFolder,
+    /,
+    *,
+    batch: Annotated[
+        tuple[int, ...], option("Images per call.", read=read_batches, metavar="N,...", show_default="1,8")
+    ] = (1, 8),
+    out: Annotated[Path | None, option("Draw accuracy against latency there, .png or .svg.", metavar="FILE")] = None,
 ) -> None:
     """Show accuracy and latency of every degree on this machine, and which degrees are worth running.
 
     Latencies are the manifest's if it was written on this machine, else measured once and kept in the user's cache.
     A degree pays if it saves at least 2% of degree 0's time; it is on the frontier if it pays and no other one that
-    pays is both as fast and as accurate.
+    pays is both as fast and as accurate. Writes nothing but the picture.
+
+    Examples of use:
+
+        tocom frontier engines/my
+        tocom frontier engines/my --batch 1,8,32 --out frontier.png
+
+    Exit status: 0 done, 2 bad input.
+
+    See also: `tocom infer --budget-ms`, `tocom cascade`.
     """
-    batches = _read_batches(batch)
+    require_engine()
     if out is not None:
+        require_extra("report", "drawing")
         from tocom.export.cli.frontier_plot import ensure_drawable
 
         ensure_drawable(out)
-    family = Family.read(engines)
-    cascade = CascadeFigures.read(engines, family)
+    manifest = Family.read(family)
+    cascade = CascadeFigures.read(family, manifest)
     with stages(None) as notify:
-        found = {
-            each: points(family, local_latencies(engines, family, each, tell=lambda line: notify(None, line)))
-            for each in batches
+        frontiers = {
+            size: points(manifest, local_latencies(family, manifest, size, tell=lambda line: notify(None, line)))
+            for size in batch
         }
     console = open_console()
-    console.print(f"{escape(one_line(family.model))} on {escape(this_machine())}")
-    for each, listed in found.items():
-        console.print(frontier_table(listed, each, cascade))
+    console.print(f"{escape(one_line(manifest.model))} on {escape(this_machine())}")
+    for size, listed in frontiers.items():
+        console.print(frontier_table(listed, size, cascade))
     if out is not None:
         from tocom.export.cli.frontier_plot import draw
 
-        draw([_panel(family, listed, each, cascade) for each, listed in found.items()], out)
+        draw([_panel(manifest, listed, size, cascade) for size, listed in frontiers.items()], out)
         console.print(f"[green]wrote[/] {escape(one_line(out))}")
-
-
-def _read_batches(text: str) -> tuple[int, ...]:
-    try:
-        batches = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        batches = (0,)
-    if min(batches) < 1:
-        raise InputError(f"--batch must be whole numbers of 1 or more parted by commas, like 1,8, got {one_line(text)}")
-    return batches
 
 
 def frontier_table(listed: tuple[Point, ...], batch: int, cascade: CascadeFigures | None) -> Table:

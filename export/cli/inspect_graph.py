@@ -60,7 +60,7 @@ def examine(reports: Mapping[int, Report], *, comparing: bool, folder: Path | No
 
 
 def _bisect(degree: int, report: Report, folder: Path) -> None:
-    from tocom.export.engine.tensorrt.plan import PlanOptions
+    from tocom.export.engine.tensorrt.plan_options import PlanOptions
 
     engine = report.engine
     with stages(None) as notify:

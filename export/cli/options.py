@@ -1,206 +1,346 @@
-"""Options that several commands share, and how their texts are read."""
+"""The options that commands share, each defined once, in the panels that --help shows."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from cyclopts import Group, Parameter
 
-from tocom.runtime.errors import InputError
+from tocom import names
+from tocom.calib.quantize.method import CHOICES, FORMATS, RANGES, ROUNDINGS
+from tocom.export.cli.reading import (
+    PLAN_OPTIONS,
+    one_token,
+    read_blocks,
+    read_degrees,
+    read_existing,
+    read_model,
+    read_model_args,
+    read_number,
+    read_plan_batch,
+    read_schedule,
+    read_targets,
+)
+from tocom.runtime.backends import AUTO, BACKENDS, PRECISIONS, precisions_in_words, require
 
 if TYPE_CHECKING:
-    from tocom.export.engine.tensorrt.plan import PlanOptions
+    from tocom.export.source.options import CompileOptions
 
-Model = Annotated[str, typer.Option(help="timm model name, or a folder in timm's hub layout (config.json, weights).")]
+MAIN = Group("Options", sort_key=0)
+NETWORK = Group("Network", sort_key=1)
+REDUCTION = Group("Token reduction", sort_key=2)
+ENGINES = Group("Engines", sort_key=3)
+QUANTIZATION = Group("Quantized precisions", sort_key=4)
+PLANS = Group("TensorRT plans", sort_key=5)
+MEASURING = Group("Images to validate on", sort_key=6)
+
+
+def option(text: str, *, panel: Group = MAIN, read: Callable[[str], object] | None = None, **more: Any) -> Parameter:
+    """An option.
+
+    Args:
+        text: What --help says.
+        panel: Where it says so.
+        read: Reads the text that is given; None leaves that to the type.
+        **more: Further parts of a `cyclopts.Parameter`.
+    """
+    if read is not None:
+        more |= {"converter": one_token(read), "n_tokens": 1}
+    return Parameter(help=text, group=panel, **more)
+
+
+def whole(text: str, least: int | None = None, most: int | None = None, **more: Any) -> Parameter:
+    """An option that is a whole number of a range."""
+    return option(text, read=partial(read_number, least=least, most=most), **{"metavar": "N", **more})
+
+
+def number(text: str, least: float | None = None, most: float | None = None, **more: Any) -> Parameter:
+    """An option that is a number of a range."""
+    return option(text, read=partial(read_number, kind=float, least=least, most=most), **{"metavar": "X", **more})
+
+
+def flag(text: str, *, panel: Group = MAIN) -> Parameter:
+    """An option without a value."""
+    return option(text, panel=panel, show_default=False)
+
+
+def choice(text: str, *, panel: Group = MAIN, **more: Any) -> Parameter:
+    """An option of which the values are known; --help and completion name them."""
+    return option(text, panel=panel, **more)
+
+
+def existing(text: str, *, panel: Group = MAIN, metavar: str = "FILE", **more: Any) -> Parameter:
+    """A file or folder that is there."""
+    return option(text, panel=panel, read=read_existing, metavar=metavar, **more)
+
+
+FamilyFolder = Annotated[
+    Path,
+    Parameter(
+        help="Folder of the family, which `tocom compile` wrote.", group=MAIN, converter=one_token(read_existing)
+    ),
+]
+Degrees = Annotated[
+    tuple[int, ...],
+    option("Degrees, e.g. 8,16. Default: all.", read=read_degrees, metavar="R,R", show_default=False),
+]
+Model = Annotated[
+    str,
+    option(
+        "timm model name, or a folder in timm's hub layout (config.json beside the weights).",
+        panel=NETWORK, read=read_model, metavar="NAME|FOLDER",
+    ),
+]  # fmt: skip
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(
-        help="Fine-tuned weights, .safetensors or .pth (bare, or under model or state_dict). Default: the model "
-        "folder's, or timm's pretrained ones."
+    existing(
+        "Fine-tuned weights, .safetensors or .pth (bare, or under model or state_dict). Default: the model folder's, "
+        "or timm's pretrained ones.",
+        panel=NETWORK,
     ),
 ]
-CompensatorFile = Annotated[Path | None, typer.Option(help="Compensator, .safetensors or the original .pth.")]
-SourceDegree = Annotated[
-    int | None, typer.Option(help="Degree the checkpoint was fine-tuned at; needed with a compensator.")
+NumClasses = Annotated[
+    int | None, whole("Classes. Default: as many as the checkpoint's classifier has.", 1, panel=NETWORK)
 ]
-NumClasses = Annotated[int | None, typer.Option(help="Classes. Default: as many as the checkpoint's classifier has.")]
 ModelArgs = Annotated[
-    list[str] | None,
-    typer.Option("--model-arg", metavar="NAME=VALUE", help="timm model argument, e.g. img_size=384; repeatable."),
+    tuple[str, ...],
+    option("timm model argument, e.g. img_size=384; repeatable.", panel=NETWORK, metavar="NAME=VALUE",
+           show_default=False),
+]  # fmt: skip
+CompensatorFile = Annotated[Path, existing("Compensator, .safetensors or the original .pth.", panel=NETWORK)]
+SourceDegree = Annotated[
+    int, whole("Degree the checkpoint was fine-tuned at; needed with a compensator.", 0, panel=NETWORK, metavar="R")
 ]
-Schedule = Annotated[
-    str,
-    typer.Option(
-        help="How a degree r is spread over the blocks: constant (r in each), decreasing (2r down to 0), strided:K "
-        "(K*r in every K-th block), or one number per block, each times r, like 0,3,0,0,3,0."
-    ),
-]
-ReductionName = Annotated[
-    str, typer.Option("--reduction", help="How tokens go: merge (ToMe) or prune (EViT, by class-token attention).")
-]
-FamilyFolder = Annotated[Path, typer.Option("--engines", help="Folder of the family.")]
-Picture = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Draw accuracy against latency there, .png or .svg.")
-]
-Images = Annotated[
+Limit = Annotated[int, whole("Measure top-1 on at most this many images, evenly spread.", 1, panel=MEASURING)]
+ConfigFile = Annotated[
     Path | None,
-    typer.Option(help="Folder of images to validate on; with one folder per class, top-1 is measured too."),
-]
-PlanBatch = Annotated[
-    str, typer.Option("--batch", metavar="MIN:OPT:MAX", help="Batch sizes that a TensorRT plan takes and is best at.")
-]
-PlanTarget = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        metavar="SM,...",
-        help="GPUs that tensorrt-rtx builds for; current: this one. Default: sm80,sm86,sm89,sm120.",
+    existing(
+        "Take options from a TOML file, such as the compile.toml that every compile writes into its family's folder. "
+        "Options on the command line win."
     ),
 ]
-PlanOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plan-option",
-        help="For tensorrt: hardware-compatible (also later GPUs), version-compatible (also later minor versions), "
-        "stripped (without weights), plugin (merge by our kernels); repeatable.",
-    ),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="FOLDER|FILE",
-        help="For quantized precisions: images to calibrate on, or a calibration-*.safetensors of an earlier run. "
-        "Default: images made from the network itself.",
-    ),
-]
-MaxDrop = Annotated[
-    float | None,
-    typer.Option(
-        "--max-drop",
-        metavar="POINTS",
-        help="For quantized precisions: how much top-1 a degree may lose against float32; products return to float "
-        "until it holds. Default: 1.0 where there are labelled images.",
-    ),
-]
-FloatBlocks = Annotated[
-    str | None,
-    typer.Option(
-        "--float-blocks",
-        metavar="N,...",
-        help="Blocks that stay float32 in an fp16 or bf16 graph (onnxruntime, tensorrt), e.g. where activations are "
-        "too large for fp16. `tocom validate --bisect` finds them.",
-    ),
-]
-Compare = Annotated[
-    bool,
-    typer.Option("--compare", help="Also compare each degree across all engine libraries that run here (Polygraphy)."),
-]
-BisectFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--bisect",
-        metavar="DIR",
-        help="For each degree that fails, say which operator of which block is the first to be wrong, and which blocks "
-        "kept in float32 bring it back; and write the smallest piece of its graph that its engine library fails on to "
-        "DIR/rNN.onnx (Polygraphy).",
-    ),
-]
-Show = Annotated[
-    str, typer.Option(help="Of a graph, also show any of layers,attrs,weights, parted by commas (Polygraphy).")
-]
-BisectGraph = Annotated[
-    str | None,
-    typer.Option(
-        "--bisect",
-        metavar="BACKEND",
-        help="Find the smallest piece of a graph that a backend refuses, cannot build, or computes wrongly "
-        "(Polygraphy). For a bare graph, because one that is refused gets into no family; for a family, see validate.",
-    ),
-]
-PieceFile = Annotated[Path | None, typer.Option("--out", help="Where --bisect writes the piece.")]
-Limit = Annotated[int, typer.Option(min=1, help="Measure top-1 on at most this many images, evenly spread.")]
+Batch = Annotated[int, whole("Images per call.", 1)]
+Replace = Annotated[bool, flag("Overwrite what the folder holds of another network.")]
+Precision = Literal[PRECISIONS]
+Quantized = Literal[FORMATS]
+BackendName = Literal[AUTO, *BACKENDS]
+_PRECISION = f"Number format: {precisions_in_words()}."
 
 
-def read_degrees(text: str) -> tuple[int, ...]:
-    """Reads degrees parted by commas.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network that must be named, and how timm builds it."""
 
-    Raises:
-        InputError: If one is not a whole number of 0 or more.
+    model: Model
+    checkpoint: Checkpoint = None
+    num_classes: NumClasses = None
+    model_arg: ModelArgs = ()
 
-    >>> read_degrees("8,16")
-    (8, 16)
-    """
-    degrees = []
-    for part in text.split(","):
-        try:
-            degrees.append(int(part))
-        except ValueError:
-            raise InputError(
-                f"degrees must be whole numbers parted by commas, like 8,16, got {part.strip()!r} in {text!r}."
-            ) from None
-        if degrees[-1] < 0:
-            raise InputError(f"degree r must be 0 or more tokens per block, got {degrees[-1]}. "
-                                            "Use 0 to export without merging.")  # fmt: skip
-    return tuple(degrees)
+    @property
+    def model_args(self) -> dict[str, object]:
+        """The further arguments of the timm model."""
+        return read_model_args(self.model_arg)
 
 
-def read_blocks(text: str | None) -> tuple[int, ...]:
-    """Reads numbers of blocks parted by commas.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TokenReduction:
+    """How tokens are removed."""
 
-    Raises:
-        InputError: If one is not a whole number of 0 or more.
-
-    >>> read_blocks("3,11")
-    (3, 11)
-    """
-    parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
-        raise InputError(f"blocks must be whole numbers parted by commas, like 3,11, got {text!r}.")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def read_plan_options(batch: str, target: str, names: Sequence[str]) -> PlanOptions:
-    """Reads how plans are to be built.
-
-    Raises:
-        InputError: If a text cannot be read.
-
-    >>> read_plan_options("1:4:8", "sm80,sm89", ["stripped"]).targets
-    ('sm80', 'sm89')
-    """
-    from tocom.export.engine.tensorrt.plan import PlanOptions
-
-    parts = batch.split(":")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise InputError(f"batch must be MIN:OPT:MAX, like 1:8:32, got {batch!r}.")
-    known = {"hardware-compatible", "version-compatible", "stripped", "plugin"}
-    if unknown := sorted(set(names) - known):
-        raise InputError(f"a plan option must be one of {', '.join(sorted(known))}, got {unknown[0]!r}.")
-    chosen = {("own_kernels" if name == "plugin" else name.replace("-", "_")): True for name in names}
-    targets = tuple(part.strip().lower() for part in target.split(",")) if target else ()
-    return PlanOptions(batch=tuple(map(int, parts)), targets=targets, **chosen)
+    schedule: Annotated[
+        str,
+        option(
+            "How a degree r is spread over the blocks: constant (r in each), decreasing (2r down to 0), strided:K "
+            "(K times r in every K-th block), or one number per block, each times r, like 0,3,0,0,3,0.",
+            panel=REDUCTION, read=read_schedule, metavar="NAME",
+        ),
+    ] = "constant"  # fmt: skip
+    reduction: Annotated[
+        Literal[names.REDUCTIONS],
+        choice("How tokens go: merge (ToMe) or prune (EViT, by class-token attention).", panel=REDUCTION),
+    ] = names.MERGE
 
 
-def read_model_args(pairs: list[str] | None) -> dict[str, object]:
-    """Reads NAME=VALUE pairs; a value that is no Python literal is taken as text.
+AS_IN_THE_PAPER = TokenReduction()
 
-    Raises:
-        InputError: If one is not a pair.
 
-    >>> read_model_args(["img_size=384", "global_pool=avg"])
-    {'img_size': 384, 'global_pool': 'avg'}
-    """
-    arguments: dict[str, object] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"a model argument must be NAME=VALUE, like img_size=384, got {pair!r}.")
-        try:
-            arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[name] = value
-    return arguments
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How quantized engines are made."""
+
+    calibration: Annotated[
+        Path | None,
+        existing(
+            "Images to calibrate on, or a calibration-....safetensors of an earlier run. Default: images made from "
+            "the network itself.",
+            panel=QUANTIZATION, metavar="FOLDER|FILE",
+        ),
+    ] = None  # fmt: skip
+    calibration_images: Annotated[
+        int, whole("How many images of the folder to calibrate on.", 1, panel=QUANTIZATION)
+    ] = 128
+    choose: Annotated[
+        Literal[CHOICES],
+        choice(
+            "Which images of the folder: spread (evenly) or diverse (by density and diversity, EDA-DM).",
+            panel=QUANTIZATION,
+        ),
+    ] = "spread"
+    range: Annotated[
+        Literal[RANGES], choice("Which range of a product's input its grid covers.", panel=QUANTIZATION)
+    ] = "minmax"
+    smooth: Annotated[
+        bool, flag("Move range from inputs into weights, alpha searched (SmoothQuant).", panel=QUANTIZATION)
+    ] = False
+    widen: Annotated[bool, flag("Widen unsaturated channels of weights (DilateQuant).", panel=QUANTIZATION)] = False
+    reparameterize: Annotated[bool, flag("Give norms one range for all channels (RepQuant).", panel=QUANTIZATION)] = (
+        False
+    )
+    rounding: Annotated[Literal[ROUNDINGS], choice("How weights are rounded.", panel=QUANTIZATION)] = "nearest"
+    reconstruct: Annotated[
+        bool, flag("Learn the rounding of weights block by block (MGRQ); slow.", panel=QUANTIZATION)
+    ] = False
+    per_degree: Annotated[
+        bool, flag("Calibrate every degree by itself instead of all at once.", panel=QUANTIZATION)
+    ] = False
+    keep_float: Annotated[
+        tuple[str, ...],
+        option(
+            "Leave a product in float, e.g. blocks.0.mlp.fc2; repeatable.",
+            panel=QUANTIZATION,
+            metavar="PRODUCT",
+            show_default=False,
+        ),
+    ] = ()
+    max_drop: Annotated[
+        float | None,
+        number(
+            "How much top-1 a degree may lose against float32; products return to float until it holds. Default: 1.0 "
+            "where there are labelled images.",
+            0, 100, panel=QUANTIZATION, metavar="POINTS",
+        ),
+    ] = None  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """How plans are built."""
+
+    plan_batch: Annotated[
+        tuple[int, int, int],
+        option("Smallest, most frequent and largest batch of a plan.", panel=PLANS, read=read_plan_batch,
+               metavar="MIN:OPT:MAX", show_default="1:8:32"),
+    ] = (1, 8, 32)  # fmt: skip
+    plan_target: Annotated[
+        tuple[str, ...],
+        option("GPUs that tensorrt-rtx builds for; current: this one. Default: sm80,sm86,sm89,sm120.", panel=PLANS,
+               read=read_targets, metavar="SM,...", show_default=False),
+    ] = ()  # fmt: skip
+    plan_option: Annotated[
+        tuple[Literal[PLAN_OPTIONS], ...],
+        option(
+            "For tensorrt: hardware-compatible (also later GPUs), version-compatible (also later minor versions), "
+            "stripped (without weights, see `tocom refit`), plugin (merge by our kernels); repeatable.",
+            panel=PLANS, metavar="WHAT", show_default=False,
+        ),
+    ] = ()  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CompileArgs(TokenReduction, Quantization, Plans):
+    """Everything that a family can be compiled with."""
+
+    out: Annotated[Path, option("Folder of the family.", metavar="FOLDER")]
+    degrees: Annotated[
+        tuple[int, ...],
+        option("Degrees to compile, e.g. 8,16. 0 is always added, to compare with.", read=read_degrees, metavar="R,R"),
+    ]
+    config: ConfigFile = None
+    replace: Replace = False
+    model: Model
+    checkpoint: Checkpoint = None
+    compensator: CompensatorFile | None = None
+    source_degree: SourceDegree | None = None
+    scale: Annotated[
+        float | None,
+        number(
+            "Weight of the compensator's change, at every degree. Default: each degree's choice by `tocom "
+            "choose-scale`, else the scale the compensator was trained with.",
+            panel=NETWORK,
+        ),
+    ] = None
+    num_classes: NumClasses = None
+    model_arg: ModelArgs = ()
+    precision: Annotated[Precision, choice(_PRECISION, panel=ENGINES, show_choices=False)] = "fp32"
+    backend: Annotated[
+        BackendName,
+        choice(
+            "Engine library; auto takes the fastest one that runs here. The plans of tensorrt-rtx (TensorRT for RTX) "
+            "are also built without a GPU.",
+            panel=ENGINES, env_var="TOCOM_BACKEND",
+        ),
+    ] = AUTO  # fmt: skip
+    float_blocks: Annotated[
+        tuple[int, ...],
+        option(
+            "Blocks that stay float32 in an fp16 or bf16 graph (onnxruntime, tensorrt), e.g. where activations are "
+            "too large for fp16. `tocom validate --bisect` finds them.",
+            panel=ENGINES, read=read_blocks, metavar="N,...", show_default=False,
+        ),
+    ] = ()  # fmt: skip
+    images: Annotated[
+        Path | None,
+        existing("Folder of images; with one folder per class, top-1 is measured too.", panel=MEASURING,
+                 metavar="FOLDER"),
+    ] = None  # fmt: skip
+    limit: Limit = 5000
+
+    def options(self) -> CompileOptions:
+        """The same for the compiler; what can be checked without torch is checked.
+
+        Raises:
+            InputError: If an option cannot be used.
+        """
+        from tocom.calib.quantize.method import Method
+        from tocom.export.engine.tensorrt.plan_options import PlanOptions
+        from tocom.export.source.options import CompileOptions, QuantizeOptions
+
+        require(self.backend, self.precision)
+        method = Method(
+            format=self.precision if self.precision in FORMATS else Method.format, images=self.calibration_images,
+            choice=self.choose, range=self.range, smooth=self.smooth, widen=self.widen,
+            reparameterize=self.reparameterize, rounding=self.rounding, reconstruct=self.reconstruct,
+            shared=not self.per_degree,
+        )  # fmt: skip
+        flags = {("own_kernels" if name == "plugin" else name.replace("-", "_")): True for name in self.plan_option}
+        return CompileOptions(
+            model=self.model, out=self.out, degrees=self.degrees, checkpoint=self.checkpoint,
+            compensator=self.compensator, source_degree=self.source_degree, delta_scale=self.scale,
+            precision=self.precision, backend=self.backend, images=self.images, limit=self.limit,
+            num_classes=self.num_classes, model_args=read_model_args(self.model_arg), schedule=self.schedule,
+            reduction=self.reduction, replace=self.replace, float_blocks=self.float_blocks,
+            plan=PlanOptions(batch=self.plan_batch, targets=self.plan_target, **flags),
+            quantize=QuantizeOptions(self.calibration, method, self.max_drop, self.keep_float),
+        )  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class QuantizeArgs(CompileArgs):
+    """The same, for precisions that are quantized ones."""
+
+    precision: Annotated[
+        Quantized,
+        choice(
+            "int8 (weights and inputs of products), fp8 (likewise, tensorrt), int8-weights, int4-weights (tensorrt).",
+            panel=ENGINES, show_choices=False,
+        ),
+    ] = "int8"  # fmt: skip

@@ -11,107 +11,138 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.markup import escape
+from cyclopts import Group
 
 from tocom.export.cli.console import open_console
+from tocom.export.cli.extras import require_engine, require_extra
+from tocom.export.cli.options import FamilyFolder, flag, number, option, whole
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tocom.serving.mlserver.app import ServerOptions
     from tocom.serving.service.options import ServeOptions
 
+ADDRESS = Group("Address", sort_key=1)
+LOAD = Group("Degree and load", sort_key=2)
+RUNNING = Group("Processes", sort_key=3)
+LIMITS = Group("Limits of requests", sort_key=4)
+
+# what `tocom serve` and `tocom serve-ray` have in common
+Host = Annotated[
+    str,
+    option("Address to listen on. The default is reached from this machine only.", panel=ADDRESS, metavar="ADDRESS"),
+]
+ModelName = Annotated[
+    str | None, option("Name of the model in the protocol. Default: the folder's name.", metavar="NAME")
+]
+ObjectiveMs = Annotated[
+    float | None,
+    number(
+        "Time that 99 of 100 requests may take. While the load is too high for it the degree rises, and falls back "
+        "when the load does. Default: the degree never changes.",
+        panel=LOAD, metavar="MS",
+    ),
+]  # fmt: skip
+FirstDegree = Annotated[
+    int | None, whole("Degree to begin with. Default: the lowest there is.", panel=LOAD, metavar="R")
+]
+MaxBatch = Annotated[int, whole("How many images run together at most.", 1, panel=LIMITS)]
+MaxWait = Annotated[
+    float, number("How long a request may wait, in seconds; then it is refused.", panel=LIMITS, metavar="S")
+]
+MaxBody = Annotated[int, whole("Largest size of a request, in MiB.", 1, 1024, panel=LIMITS, metavar="MIB")]
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def serve_command(
-    engines: Annotated[Path, typer.Argument(help="Folder of the family.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. The default is reached from this machine only.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP: the protocol, the page, /metrics.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC.")] = 8081,
-    name: Annotated[str | None, typer.Option(help="Of the model in the protocol. Default: the folder's name.")] = None,
-    objective_ms: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MS",
-            help="What 99 of 100 requests are to take at most. While the load is too high for it the degree rises, and "
-            "falls back when the load does. Default: the degree never changes.",
-        ),
-    ] = None,
-    degree: Annotated[
-        int | None, typer.Option(metavar="R", help="Where the degree begins. Default: the lowest there is.")
-    ] = None,
+    family: FamilyFolder,
+    /,
+    *,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int, whole("Port of HTTP: the protocol, the page, /metrics.", 1, 65535, panel=ADDRESS)
+    ] = 8080,
+    grpc_port: Annotated[int, whole("Port of gRPC.", 1, 65535, panel=ADDRESS)] = 8081,
+    name: ModelName = None,
+    objective_ms: ObjectiveMs = None,
+    degree: FirstDegree = None,
     budget_ms: Annotated[
         float | None,
-        typer.Option(
-            metavar="MS", help="In place of --degree: begin at the most accurate one that answers an image in time."
-        ),
+        number("Instead of --degree: begin with the most accurate one that answers an image in this time.", panel=LOAD,
+               metavar="MS"),
     ] = None,
     min_accuracy: Annotated[
         float | None,
-        typer.Option(
-            metavar="SHARE", help="Least top-1 of a degree that the load may choose, as measured when it was compiled."
-        ),
+        number("Least top-1 of a degree that the load may choose, as measured when it was compiled.", panel=LOAD,
+               metavar="SHARE"),
     ] = None,
     workers: Annotated[
         int,
-        typer.Option(
-            min=0,
-            max=64,
-            help="Processes that hold the engines, each running one batch at a time; one that dies is started again. "
-            "0: the engines run in the server's own process, which saves small networks some time.",
+        whole(
+            "Processes that hold the engines, each running one batch at a time; one that dies is started again. 0: the "
+            "engines run in the server's own process, which saves small networks some time.",
+            0, 64, panel=RUNNING,
         ),
     ] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each worker. Default: the engine's choice.")
+        int | None, whole("CPU threads of each worker. Default: the engine's choice.", 1, panel=RUNNING)
     ] = None,
     engine_timeout_s: Annotated[
-        float, typer.Option(help="After so long a batch counts as hung, and its worker is replaced.")
+        float,
+        number("After so many seconds a batch counts as hung, and its worker is replaced.", panel=RUNNING, metavar="S"),
     ] = 60.0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Images that wait; more are refused with 503.")] = 256,
-    max_wait_s: Annotated[float, typer.Option(help="After waiting so long a request is refused.")] = 30.0,
-    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request.")] = 16,
-    max_megapixels: Annotated[float, typer.Option(help="Size of an image, decoded.")] = 40.0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
-) -> None:
+    max_batch: MaxBatch = 32,
+    max_queue: Annotated[int, whole("How many images may wait; more are refused with 503.", 1, panel=LIMITS)] = 256,
+    max_wait_s: MaxWait = 30.0,
+    max_body_mib: MaxBody = 16,
+    max_megapixels: Annotated[float, number("Largest size of an image, in megapixels.", panel=LIMITS)] = 40.0,
+    verbose: Annotated[bool, flag("Log every request.")] = False,
+) -> None:  # fmt: skip
     """Serve a family: Open Inference Protocol over HTTP and gRPC, a page to look at, Prometheus metrics.
 
     The family's folder can be compiled anew while it is served: POST /v2/repository/models/NAME/load takes it over once
-    all of its engines run.
+    all of its engines run. Writes nothing.
+
+    Examples of use:
+
+        tocom serve engines/my
+        tocom serve engines/my --objective-ms 50 --workers 2 --threads 4
+        tocom serve engines/my --host 0.0.0.0 --port 80 --name my-model
 
     Exit status: 0 ended by Ctrl-C or SIGTERM after what was accepted is answered, 2 bad input.
+
+    See also: `tocom serve-ray`, `tocom export-triton`, docs/serving.md.
     """
-    name = engines.resolve().name if name is None else name
+    name = family.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise InputError(f"a model's name must be letters, digits, _, - and ., got {one_line(name)}: give --name")
     if port == grpc_port:
         raise InputError(f"--port and --grpc-port must differ, got {port} for both")
     if not max_megapixels > 0:
         raise InputError(f"--max-megapixels must be more than 0, got {max_megapixels:g}")
-    try:
-        from tocom.serving.mlserver.app import Addresses, ServerOptions
-    except ModuleNotFoundError as error:
-        raise InputError(f"serving needs {error.name}, which is not installed: pip install 'tocom[serve]'") from None
+    require_extra("serve", "serving")
+    require_engine()
+    from tocom.serving.mlserver.app import Addresses, ServerOptions
     from tocom.serving.protocol.http_guard import HttpLimits
     from tocom.serving.service.options import Limits, ServeOptions
 
-    for option, number in (("--port", port), ("--grpc-port", grpc_port)):
-        _require_free(host, option, number)
+    for name_of_option, wanted_port in (("--port", port), ("--grpc-port", grpc_port)):
+        _require_free(host, name_of_option, wanted_port)
     options = ServeOptions(
         objective_ms=objective_ms, degree=degree, budget_ms=budget_ms, min_accuracy=min_accuracy, workers=workers,
         threads=threads,
         limits=Limits(max_batch, max_queue, max_wait_s), max_pixels=int(max_megapixels * 1e6),
         engine_timeout_s=engine_timeout_s,
     )  # fmt: skip
-    _serve(engines, options, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
+    _serve(family, options, ServerOptions(name, Addresses(host, port, grpc_port), HttpLimits(max_body_mib << 20),
                                            verbose))  # fmt: skip
 
 
-def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
+def _serve(family: Path, options: ServeOptions, server: ServerOptions) -> None:
     """Opens the family, says where it is to be found, and serves it."""
+    from rich.markup import escape
+
     from tocom.serving.mlserver.app import serve
     from tocom.serving.mlserver.metrics import ServiceMetrics
     from tocom.serving.service.arenas import limit_arenas
@@ -125,7 +156,7 @@ def _serve(engines: Path, options: ServeOptions, server: ServerOptions) -> None:
     scratch = own_scratch()  # what a server leaves that is killed, the next one clears away
     try:
         with console.status("opening every engine ..."):
-            service = Service(engines, options, metrics.batch, metrics.ended)
+            service = Service(family, options, metrics.batch, metrics.ended)
         degrees = ", ".join(str(entry.degree) for entry in service.family.engines)
         objective_ms, where = options.objective_ms, server.addresses
         load = "fixed" if objective_ms is None else f"chosen by the load for {objective_ms:g} ms"

@@ -1,127 +1,189 @@
-"""`tocom validate`: proves a family, says where one goes wrong, and writes the report."""
+"""`tocom validate`: validates a family, says where one goes wrong, and writes the report."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Group, Parameter
 from rich.markup import escape
 
 from tocom.export.cli.console import complain, open_console, stages
+from tocom.export.cli.exits import Exit
+from tocom.export.cli.extras import require_extra
 from tocom.export.cli.options import (
-    BisectFolder,
+    MEASURING,
     Checkpoint,
-    Compare,
     CompensatorFile,
-    Images,
+    Degrees,
+    FamilyFolder,
     Limit,
     Model,
     ModelArgs,
     NumClasses,
-    read_degrees,
-    read_model_args,
+    existing,
+    flag,
+    option,
+    whole,
 )
+from tocom.export.cli.reading import read_model_args
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tocom.export.artifacts import Engine, Report
-    from tocom.export.proof.validate_family import FamilyProof, ProofOptions, Proven
+    from tocom.export.proof.validate_family import FamilyValidation, ValidatedDegree, ValidateOptions
+    from tocom.export.source.options import CompileOptions
 
+COMPARISON = Group("What is compared", sort_key=7)
+FINDINGS = Group("What is found", sort_key=8)
 _SIDE = (
     "engines (as listed), torch:fp64|fp32|bf16|fp16, BACKEND:PRECISION (the same graph there), or the folder of "
     "another family of the checkpoint"
 )
 
 
-_VERSIONS = ("torch", "timm", "onnx", "onnxruntime-gpu", "openvino")  # of the report
+_VERSIONS = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino")  # of the report, where installed
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the family was made from, where its compile.toml does not say, or files have moved."""
+
+    model: Model | None = None
+    checkpoint: Checkpoint = None
+    compensator: CompensatorFile | None = None
+    num_classes: NumClasses = None
+    model_arg: ModelArgs = ()
+
+    def files_of(self, family: Path, degrees: tuple[int, ...], images: Path | None, limit: int) -> CompileOptions:
+        """What the family's engines are compared with is made from these.
+
+        Raises:
+            InputError: If a model argument is no pair.
+        """
+        from tocom.export.source.options import CompileOptions
+
+        return CompileOptions(
+            model=self.model, out=family, degrees=degrees, checkpoint=self.checkpoint, compensator=self.compensator,
+            images=images, limit=limit, num_classes=self.num_classes, model_args=read_model_args(self.model_arg),
+        )  # fmt: skip
+
+
+_AS_RECORDED = Origin()
 
 
 def validate_command(
-    engines: Annotated[Path, typer.Option(help="Folder of the family.")],
-    model: Model,
-    checkpoint: Checkpoint = None,
-    compensator: CompensatorFile = None,
-    degrees: Annotated[str | None, typer.Option(help="Degrees to validate. Default: all.")] = None,
-    images: Images = None,
+    family: FamilyFolder,
+    /,
+    *,
+    origin: Origin = _AS_RECORDED,
+    degrees: Degrees = (),
+    images: Annotated[
+        Path | None,
+        existing("Folder of images; with one folder per class, top-1 is measured too.", panel=MEASURING,
+                 metavar="FOLDER"),
+    ] = None,
     limit: Limit = 500,
-    num_classes: NumClasses = None,
-    model_arg: ModelArgs = None,
-    candidate: Annotated[str, typer.Option(metavar="WHO", help=f"What is proven: {_SIDE}.")] = "engines",
+    candidate: Annotated[
+        str, option(f"What is validated: {_SIDE}.", panel=COMPARISON, metavar="WHO")
+    ] = "engines",
     against: Annotated[
         str,
-        typer.Option(
-            metavar="WHO",
-            help="What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are proven against "
+        option(
+            "What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are validated against "
             "float64, then compared with each other.",
+            panel=COMPARISON, metavar="WHO",
         ),
     ] = "torch:fp64",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Prove engines as prepared for so many images. Default: for any number.")
+        int | None,
+        whole("Images per call; engines are prepared for that many. Default: for any number.", 1, panel=COMPARISON),
     ] = None,
+    compare: Annotated[
+        bool,
+        flag("Also compare each degree across all engine libraries that run here (Polygraphy).", panel=COMPARISON),
+    ] = False,
     per_block: Annotated[
-        bool, typer.Option("--per-block", help="Also show decisions and errors block by block.")
+        bool, flag("Also show decisions and errors block by block.", panel=FINDINGS)
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.json, report.md and report.html there.")
+        Path | None, option("Write report.json, report.md and report.html there.", panel=FINDINGS, metavar="FOLDER")
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="An image whose merged patches the report shows, reference beside candidate."
+        option(
+            "An image whose merged patches the report shows, reference beside candidate.", panel=FINDINGS,
+            metavar="FILE",
         ),
     ] = None,
-    compare: Compare = False,
-    bisect: BisectFolder = None,
-) -> None:
-    """Prove the engines of a family once more, against the reference made from the original files.
+    bisect: Annotated[
+        Path | None,
+        option(
+            "For each degree that fails, say which operator of which block is the first to be wrong, and which blocks "
+            "kept in float32 bring it back; and write the smallest piece of its graph that its engine library fails on "
+            "there, as rNN.onnx (Polygraphy).",
+            panel=FINDINGS, metavar="FOLDER",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Validate the engines of a family once more, against the reference made from the original files.
 
-    Decisions and values are judged apart: an engine that decides otherwise at a tie passes, one that computes otherwise
-    does not, however small the difference in its logits.
+    The family's compile.toml says where these lie; name the ones that have moved. Decisions and values are checked
+    apart: an engine that decides otherwise at a tie passes, one that computes otherwise does not, however small the
+    difference in its logits. Writes nothing but the report and what --bisect finds.
+
+    Examples of use:
+
+        tocom validate engines/my
+        tocom validate engines/my --images val-images --report report --per-block
+        tocom validate engines/my --checkpoint moved/my.safetensors --degrees 8
+        tocom validate engines/my --candidate openvino:bf16 --bisect pieces
 
     Exit status: 0 all pass, 1 an engine fails, 2 bad input.
+
+    See also: `tocom compile`, `tocom inspect`.
     """
-    wanted = read_degrees(degrees) if degrees else ()
-    if compare:
-        import tocom.export.cli.inspect_graph  # noqa: F401  # says at once if Polygraphy is missing
     _require_folder("--bisect", bisect)
     _require_report(report, image)
-    from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
-    from tocom.export.proof.validate_family import ProofOptions, prove_family
-    from tocom.export.source.options import CompileOptions
-
-    files = CompileOptions(
-        model=model, out=engines, degrees=wanted, checkpoint=checkpoint, compensator=compensator, images=images,
-        limit=limit, num_classes=num_classes, model_args=read_model_args(model_arg),
-    )  # fmt: skip
-    options = ProofOptions(files, candidate, against, batch)
-    with stages(len(wanted) or None) as notify:
-        proof = prove_family(options, notify)
-    console = open_console()
-    console.print(verdict_table(proof.reports, escape(f"validation of {engines}")))
-    for line in fault_lines(proof.reports):
-        console.print(f"[red]{escape(one_line(line))}[/]")
-    if any(each.findings.pair for each in proof.reports.values()):
-        console.print(pair_table(proof.reports))
-    if per_block:
-        console.print(block_table(proof.reports))
+    require_extra("compile", "validating")
+    if compare:
+        require_extra("polygraphy", "--compare")
     if report is not None:
-        _write_report(report, image, proof, options)
+        require_extra("report", "--report")
+    files = origin.files_of(family, degrees, images, limit)
+    from tocom.export.proof.report.terminal import block_table, fault_lines, pair_table, verdict_table
+    from tocom.export.proof.validate_family import ValidateOptions, validate_family
+
+    options = ValidateOptions(files, candidate, against, batch)
+    with stages(len(degrees) or None) as notify:
+        validation = validate_family(options, notify)
+    console = open_console()
+    console.print(verdict_table(validation.reports, escape(f"validation of {family}")))
+    for line in fault_lines(validation.reports):
+        console.print(f"[red]{escape(one_line(line))}[/]")
+    if any(each.findings.pair for each in validation.reports.values()):
+        console.print(pair_table(validation.reports))
+    if per_block:
+        console.print(block_table(validation.reports))
+    if report is not None:
+        _write_report(report, image, validation, options)
     if bisect is not None:
-        for degree, proven in proof.degrees.items():
-            if proof.reports[degree].findings.faults:
-                _locate(degree, proven, proof.reports[degree], candidate)
-    _examine(proof.reports, comparing=compare, folder=bisect)
-    if not all(proof.reports.values()):
-        raise typer.Exit(1)
+        for degree, validated in validation.degrees.items():
+            if validation.reports[degree].findings.faults:
+                _locate(degree, validated, validation.reports[degree], candidate)
+    _examine(validation.reports, comparing=compare, folder=bisect)
+    if not all(validation.reports.values()):
+        raise Exit(1)
 
 
 def _require_folder(option: str, folder: Path | None) -> None:
@@ -149,50 +211,45 @@ def _require_report(report: Path | None, image: Path | None) -> None:
         raise InputError("--image is for the report: name its folder with --report.")
     if image is not None and not image.is_file():
         raise InputError(f"--image must be an image file, got {one_line(image)}")
-    if report is not None:
-        from tocom.export.proof.report.plots import require_matplotlib
-
-        require_matplotlib()
 
 
-def _locate(degree: int, proven: Proven, report: Report, candidate: str) -> None:
+def _locate(degree: int, validated: ValidatedDegree, report: Report, candidate: str) -> None:
     """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
     from tocom.export.proof.bisect.operators import operators_of_block
-    from tocom.export.proof.observe import in_format
-    from tocom.export.proof.sides import Who, engine_of
-    from tocom.export.proof.validate import EXACT
+    from tocom.export.proof.reference import EXACT, in_format
+    from tocom.export.proof.sides import Side, engine_of
     from tocom.export.source.load import validation_batches
 
-    console, who = open_console(), Who.read(candidate)
-    if who.kind == "torch":
+    console, side = open_console(), Side.read(candidate)
+    if side.kind == "torch":
         return
     block = report.findings.faults[0].block
-    with engine_of(who, proven.engine) as engine:
+    with engine_of(side, validated.engine) as engine:
         if block is not None:
-            exact = in_format(proven.reference, EXACT)
-            operators = operators_of_block(engine, exact, validation_batches(proven.source), block)
+            exact = in_format(validated.reference, EXACT)
+            operators = operators_of_block(engine, exact, validation_batches(validated.inputs), block)
             wrong = [each for each in operators if each.is_wrong]
             for each in wrong[:3]:
                 console.print(f"r={degree}: {each}")
             if not wrong:
                 console.print(f"r={degree}: every operator of block {block} is right where its value is put out: what "
                               "goes wrong is what the library makes of several of them at once")  # fmt: skip
-        console.print(f"r={degree}: {_recovery(degree, proven, engine)}")
+        console.print(f"r={degree}: {_recovery(degree, validated, engine)}")
 
 
-def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
+def _recovery(degree: int, validated: ValidatedDegree, engine: Engine) -> str:
     from tocom.export.proof.bisect.recovery import can_keep_blocks, recover, remaker
     from tocom.export.source.load import validation_batches
 
-    plain, can_keep = proven.plain or proven.reference, can_keep_blocks(engine)
+    plain, can_keep = validated.plain or validated.reference, can_keep_blocks(engine)
     with tempfile.TemporaryDirectory(prefix="tocom-") as folder, stages(None) as notify:
-        remake = remaker(proven.source, engine, plain, lambda: validation_batches(proven.source), Path(folder))
+        remake = remaker(validated.inputs, engine, plain, lambda: validation_batches(validated.inputs), Path(folder))
         most = len(plain.model.blocks) if can_keep else 0
         recovery = recover(remake, most, lambda text: notify(degree, text))
     blocks = ",".join(map(str, recovery.blocks))
     if recovery.report and not recovery.blocks:
         return "made anew from the same files it passes, so the listed file is what is wrong: compile it again"
-    if recovery.report and proven.plain is not None:
+    if recovery.report and validated.plain is not None:
         return f"it passes with the products of blocks {blocks} in float: tocom quantize --keep-float"
     if recovery.report:
         return f"it passes with blocks {blocks} in float32: tocom compile --float-blocks {blocks}"
@@ -201,32 +258,40 @@ def _recovery(degree: int, proven: Proven, engine: Engine) -> str:
     return f"made anew it fails too: {one_line(recovery.report.findings.faults[0])}"
 
 
-def _write_report(folder: Path, image: Path | None, proof: FamilyProof, options: ProofOptions) -> None:
+def _write_report(folder: Path, image: Path | None, validation: FamilyValidation, options: ValidateOptions) -> None:
     """Writes the report, and says where."""
     from tocom.export.proof.report.about import About
     from tocom.export.proof.report.pictures import merge_pictures
     from tocom.export.proof.report.write import write_report
-    from tocom.export.proof.sides import Who, opened
+    from tocom.export.proof.sides import Side, open_side
     from tocom.runtime.preprocess import load_image, preprocess
 
     pictures = {}
-    for degree, proven in proof.degrees.items() if image is not None else ():
-        spec = proven.source.family.input
+    for degree, validated in validation.degrees.items() if image is not None else ():
+        spec = validated.inputs.family.input
         pixels = preprocess(load_image(image), spec)[None]
-        with opened(Who.read(options.candidate), proven.engine, proven.reference, options.batch) as observer:
-            pictures[degree] = merge_pictures(observer, proven.reference, pixels, spec)
-    first, found = next(iter(proof.degrees.values())), next(iter(proof.reports.values())).findings
-    family = first.source.family
+        with open_side(Side.read(options.candidate), validated.engine, validated.reference, options.batch) as observer:
+            pictures[degree] = merge_pictures(observer, validated.reference, pixels, spec)
+    first, found = next(iter(validation.degrees.values())), next(iter(validation.reports.values())).findings
+    family = first.inputs.family
     about = About(
         title=f"{family.model}: {options.files.out}",
         model=family.model,
         candidate=found.candidate,
         against=found.reference if found.against is None else found.against.candidate,
         date=datetime.now(UTC).date().isoformat(),
-        versions={name: version(name) for name in _VERSIONS if find_spec(name.partition("-")[0]) is not None},
+        versions=_installed_versions(),
         checkpoint_sha256=family.checkpoint_sha256,
         compensator_sha256=family.compensator_sha256,
         command=shlex.join(["tocom", *sys.argv[1:]]),
     )
-    for file in write_report(folder, proof.reports, about, pictures):
+    for file in write_report(folder, validation.reports, about, pictures):
         open_console().print("[green]wrote[/]", str(file), markup=True)
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

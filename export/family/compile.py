@@ -24,6 +24,7 @@ from tocom.export.family.steps import Graphs, Steps
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.source.load import Source, load_source
 from tocom.export.source.options import QUANTIZED, CompileOptions
+from tocom.export.source.record import write_record
 from tocom.runtime.engines.base import open_engine
 from tocom.runtime.errors import InputError
 from tocom.runtime.family_files import MANIFEST, may_be_deleted
@@ -68,6 +69,7 @@ def compile_family(options: CompileOptions, notify: Notify = _silent) -> Compile
             reused = _finished(steps, family)
             family, failed = _compiled(steps, family, backend.report, notify)
             family = _measure(steps, family, notify)
+        write_record(options, family)
         family.write(options.out)
         _sweep(options.out)
     return CompileResult(family=family, reused=tuple(reused), failed=failed)
@@ -100,6 +102,7 @@ def _compiled(
             notify(degree, "FAILED")
             continue
         family = family.with_entry(_entry(steps, degree, report))
+        write_record(steps.inputs.options, family)  # first, so that no listed engine lacks it
         family.write(steps.inputs.options.out)
         notify(degree, "done")
     return family, failed

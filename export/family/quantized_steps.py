@@ -17,8 +17,8 @@ from tocom.export.family.quantizer import Drop, Quantizer
 from tocom.export.family.steps import Graphs, Steps
 from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.debug_copy import runner_of
 from tocom.export.proof.findings import QuantizationFindings
-from tocom.export.proof.observe import proving_runner
 from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source, validation_batches
 from tocom.runtime.backends import BACKENDS
@@ -140,7 +140,7 @@ class QuantizedSteps(Steps):
 
     def _drop(self, degree: int, engine: Engine) -> Drop:
         self._notify(degree, "comparing with float32")
-        with proving_runner(engine) as runner:
+        with runner_of(engine) as runner:
             return self._quantizer.drop(degree, runner.infer)
 
     def _losses(self, quantization: Quantization, drop: Drop, sensitivity: Mapping[str, float]) -> QuantizationFindings:

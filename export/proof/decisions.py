@@ -1,7 +1,7 @@
 """What the decisions of a token reduction look like in an engine's outputs, and how good they are.
 
-An engine may decide otherwise than the reference where two choices are equally good to within rounding. The margin says
-how much worse its choice is than the best one, computed in float64 on the same tokens.
+Where two choices are equally good to within rounding, an engine may decide otherwise than the reference. The margin
+says how much worse its choice is than the best one, computed in float64 on the same tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tocom.vit import ReducedViT
 AnyDecision = Matching | Pruning
 
 
-class Judge(ABC, Generic[Decision]):
-    """Knows the decisions of one reduction. A decision covers a batch; questions are about one image of it."""
+class DecisionComparer(ABC, Generic[Decision]):
+    """Reads and compares the decisions of one reduction. A decision covers a batch; questions are about one image."""
 
     @abstractmethod
     def read(self, positions: Sequence[Tensor], protected: int) -> Decision:
@@ -52,8 +52,8 @@ class Judge(ABC, Generic[Decision]):
         """How much worse it is than the best decision on a float64 signal; 0 for the best, infinity for none at all."""
 
 
-class MergeJudge(Judge[Matching]):
-    """Who merges into whom; margins in cosine."""
+class MergeComparer(DecisionComparer[Matching]):
+    """Which token merges into which; margins in cosine."""
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Matching:
         """From src, dst and unm."""
@@ -63,8 +63,8 @@ class MergeJudge(Judge[Matching]):
     def is_valid(self, chosen: Matching, image: int, tokens: int) -> bool:
         """Whether every a-token is named once, merged or unmerged, and every destination is a b-token."""
         first_a, first_b = first_positions(chosen.protected)
-        named = torch.cat([chosen.src[image], chosen.unm[image]]).sort().values
-        return torch.equal(named, torch.arange(first_a, tokens, 2)) and bool(
+        positions = torch.cat([chosen.src[image], chosen.unm[image]]).sort().values
+        return torch.equal(positions, torch.arange(first_a, tokens, 2)) and bool(
             torch.isin(chosen.dst[image], torch.arange(first_b, tokens, 2)).all()
         )
 
@@ -74,7 +74,7 @@ class MergeJudge(Judge[Matching]):
 
     def count_equal(self, one: Matching, other: Matching, image: int) -> int:
         """How many tokens merge into the same token in both."""
-        pairs = [set(zip(each.src[image].tolist(), each.dst[image].tolist(), strict=True)) for each in (one, other)]
+        pairs = [set(zip(match.src[image].tolist(), match.dst[image].tolist(), strict=True)) for match in (one, other)]
         return len(pairs[0] & pairs[1])
 
     def is_equal(self, one: Matching, other: Matching, image: int) -> bool:
@@ -95,7 +95,7 @@ def merge_margin(scores: Tensor, chosen: Matching, image: int, *, ordered_by_sco
 
     Args:
         scores: Cosine of every a-token to every b-token, float64 [A, Nb].
-        chosen: The decisions to judge.
+        chosen: The decisions.
         image: Which image of the batch.
         ordered_by_score: Whether unmerged tokens are to stand in score order, best first.
 
@@ -119,7 +119,7 @@ def merge_margin(scores: Tensor, chosen: Matching, image: int, *, ordered_by_sco
     return float(torch.stack(margins).max().clamp_min(0))  # NaN stays NaN, which explains nothing
 
 
-class PruneJudge(Judge[Pruning]):
+class PruneComparer(DecisionComparer[Pruning]):
     """Which tokens are dropped; margins in the logarithm of attention, which is a logit, as a share of its range."""
 
     def read(self, positions: Sequence[Tensor], protected: int) -> Pruning:
@@ -130,9 +130,9 @@ class PruneJudge(Judge[Pruning]):
     def is_valid(self, chosen: Pruning, image: int, tokens: int) -> bool:
         """Whether every token behind the prefix is named once, kept or dropped, each kind in position order."""
         kinds = chosen.kept[image], chosen.dropped[image]
-        named = torch.cat(kinds).sort().values
+        positions = torch.cat(kinds).sort().values
         in_order = all(torch.equal(kind, kind.sort().values) for kind in kinds)
-        return in_order and torch.equal(named, torch.arange(chosen.protected, tokens))
+        return in_order and torch.equal(positions, torch.arange(chosen.protected, tokens))
 
     def count(self, chosen: Pruning) -> int:
         """Dropped tokens."""
@@ -174,21 +174,21 @@ def prune_margin(attention: Tensor, chosen: Pruning, image: int) -> float:
     return float(margin.clamp_min(0))  # NaN stays NaN, which explains nothing
 
 
-_JUDGES: dict[str, Judge] = {MERGE.name: MergeJudge(), PRUNE.name: PruneJudge()}
+_COMPARERS: dict[str, DecisionComparer] = {MERGE.name: MergeComparer(), PRUNE.name: PruneComparer()}
 
 
-def judge_of(reduction: Reduction) -> Judge:
-    """The judge of a reduction's decisions."""
-    return _JUDGES[reduction.name]
+def comparer_of(reduction: Reduction) -> DecisionComparer:
+    """What reads and compares the decisions of a reduction."""
+    return _COMPARERS[reduction.name]
 
 
 def decisions_of(outputs: Mapping[str, np.ndarray], reference: ReducedViT) -> dict[int, AnyDecision]:
     """The engine's decisions by block, from the outputs of its debug copy."""
-    operator, judge = operator_of(reference.reduction), judge_of(reference.reduction)
-    found, images = {}, len(outputs[OUTPUT])
+    operator, comparer = operator_of(reference.reduction), comparer_of(reference.reduction)
+    decisions, images = {}, len(outputs[OUTPUT])
     for block in reference.deciding_blocks:
-        told = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
+        flat = [torch.from_numpy(outputs[name]) for name in operator.decision_names(block)]
         # by hand, because libraries lose the batch of a decision that holds no position, where every token goes
-        positions = [each.reshape(images, each.numel() // images) for each in told]
-        found[block] = judge.read(positions, reference.model.num_prefix_tokens)
-    return found
+        positions = [values.reshape(images, values.numel() // images) for values in flat]
+        decisions[block] = comparer.read(positions, reference.model.num_prefix_tokens)
+    return decisions

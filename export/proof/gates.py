@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tocom.runtime.backends import named
 
-_UNKNOWN_TOKENS = 8  # times wider, where the very tokens that an engine decided on are not known
+_UNKNOWN_TOKENS = 8  # times wider, where the tokens that an engine decided on are not known
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Gates:
     largest: float
 
     def least_error(self, depth: int) -> float:
-        """What roundings behind the parts of so many blocks, the embedding and the head come to by chance."""
+        """What roundings behind the parts of that many blocks, the embedding and the head add up to by chance."""
         return self.unit_roundoff * math.sqrt(depth + 2)
 
 
@@ -60,10 +60,10 @@ GATES = {
 }
 
 
-def judged_as(backend: str, precision: str) -> str:
-    """The row of `GATES` for an engine: int8 rounds otherwise where the rest of the network is in half precision.
+def gates_row(backend: str, precision: str) -> str:
+    """The row of `GATES` for an engine: int8 has another one where the rest of the network is in half precision.
 
-    >>> judged_as("onnxruntime", "int8"), judged_as("openvino", "int8"), judged_as("openvino", "bf16")
+    >>> gates_row("onnxruntime", "int8"), gates_row("openvino", "int8"), gates_row("openvino", "bf16")
     ('int8', 'int8+half', 'bf16')
     """
     return named(backend).checked_as(precision)
@@ -75,7 +75,7 @@ def margin_allowed(precision: str, reduction: str, *, on_its_tokens: bool = True
     Args:
         precision: A row of `GATES`.
         reduction: Name of the reduction.
-        on_its_tokens: Whether the margin is that on the very tokens that the engine decided on.
+        on_its_tokens: Whether the margin was measured on the very tokens that the engine decided on.
 
     >>> round(margin_allowed("fp32", "merge"), 8)
     9.5e-07

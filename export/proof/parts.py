@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tocom.export.graph.operators import point_name
 from tocom.export.proof.decisions import AnyDecision
 from tocom.export.proof.observe import Observed
 from tocom.vit import ReducedViT
 
-# of a block, in order; "decision" is judged by its margin, the ends belong to the first and last block
+# of a block, in order; "decision" is measured by its margin, the ends belong to the first and last block
 PARTS = ("embedding", "attention", "signal", "decision", "reduction", "mlp", "head")
 
 _SMALLEST = 1e-30  # nothing is divided by less
@@ -49,56 +50,56 @@ class Compared:
 
 @torch.no_grad()
 def compare_parts(reference: ReducedViT, pixel_values: Tensor, observed: Observed, only: int | None = None) -> Compared:
-    """Compares every part whose input and output the candidate tells.
+    """Compares every part whose input and output the candidate puts out.
 
     Args:
         reference: In float32 or float64.
         pixel_values: [B, 3, H, W].
-        observed: What the candidate told of them, itself or its debug copy; its decisions are valid.
+        observed: What the candidate or its debug copy answered; its decisions are valid.
         only: A block to compare, instead of all and of the ends.
 
     Returns:
-        What was found. Where the candidate does not tell the tokens between two parts, they are compared as one, under
-        the later one's name.
+        The comparison. Where the candidate does not put out the tokens between two parts, they are compared as one,
+        under the later one's name.
     """
-    found = Compared()
+    compared = Compared()
     dtype = next(reference.model.parameters()).dtype
-    told = {name: value.to(dtype) for name, value in observed.values.items()}
+    values = {name: value.to(dtype) for name, value in observed.values.items()}
     depth = len(reference.model.blocks)
 
     def compare(block: int, part: str, expected: Tensor, point: str) -> None:
-        if (value := told.get(point_name(block + (point == "tokens"), point))) is not None:
-            found.add(block, part, value, expected)
+        if (value := values.get(point_name(block + (point == "tokens"), point))) is not None:
+            compared.add(block, part, value, expected)
 
-    if only is None and (entering := told.get(point_name(0, "tokens"))) is not None:
-        found.add(0, "embedding", entering, reference.embed(pixel_values.to(dtype)))
+    if only is None and (entering := values.get(point_name(0, "tokens"))) is not None:
+        compared.add(0, "embedding", entering, reference.embed(pixel_values.to(dtype)))
     token_size = None
     for block, r in enumerate(reference.schedule.removed):
         if only not in (None, block):
-            token_size = told.get(point_name(block, "token_size"), token_size)
+            token_size = values.get(point_name(block, "token_size"), token_size)
             continue
-        x = told.get(point_name(block, "tokens"))
+        x = values.get(point_name(block, "tokens"))
         if x is not None:
             x, signal = reference.attend(block, x, token_size)
             if r and block in observed.decisions:
-                found.natural[block] = reference.reduction.decide(signal, r, reference.model)
-                found.signals[block] = signal
+                compared.natural[block] = reference.reduction.decide(signal, r, reference.model)
+                compared.signals[block] = signal
                 compare(block, "signal", signal, "signal")
                 compare(block, "attention", x, "attended")
             else:
                 compare(block, "attention", x, "remaining")
         if block in observed.decisions:
-            before = told.get(point_name(block, "attended"), x)
-            token_size = _reduced(reference, block, before, token_size, observed, told, found)
-        remaining = told.get(point_name(block, "remaining"))
+            before = values.get(point_name(block, "attended"), x)
+            token_size = _reduced(reference, block, before, token_size, observed, values, compared)
+        remaining = values.get(point_name(block, "remaining"))
         if remaining is not None:
             compare(block, "mlp", reference.feed_forward(block, remaining), "tokens")
-    leaving = told.get(point_name(depth, "tokens"))
+    leaving = values.get(point_name(depth, "tokens"))
     if only is None and leaving is not None:
         logits = observed.logits.to(dtype)
         expected = reference.classify(leaving, _sizes_left(reference, token_size))
-        found.errors[depth - 1, "head"] = logit_distance(logits, expected)
-    return found
+        compared.errors[depth - 1, "head"] = logit_distance(logits, expected)
+    return compared
 
 
 def _reduced(
@@ -107,25 +108,25 @@ def _reduced(
     before: Tensor | None,
     token_size: Tensor | None,
     observed: Observed,
-    told: Mapping[str, Tensor],
-    found: Compared,
+    values: Mapping[str, Tensor],
+    compared: Compared,
 ) -> Tensor | None:
     """Compares what a block's reduction made, and returns the sizes that remain."""
-    size = told.get(point_name(block, "token_size"))
-    remaining = told.get(point_name(block, "remaining"))
+    size = values.get(point_name(block, "token_size"))
+    remaining = values.get(point_name(block, "remaining"))
     if before is None:
         return size
     ones = before.new_ones(*before.shape[:2], 1)
-    signal = told.get(point_name(block, "signal"), found.signals.get(block))
+    signal = values.get(point_name(block, "signal"), compared.signals.get(block))
     chosen = observed.decisions[block]
     expected, expected_size = reference.reduction.apply(
         before, ones if token_size is None else token_size, signal, chosen
     )
     if remaining is not None:
-        found.add(block, "reduction", remaining, expected)
+        compared.add(block, "reduction", remaining, expected)
     if size is not None:
         error = _or_infinity(((size - expected_size).abs() / expected_size).amax(dim=(1, 2)))
-        found.errors[block, "reduction"] = error.maximum(found.errors.get((block, "reduction"), error))
+        compared.errors[block, "reduction"] = error.maximum(compared.errors.get((block, "reduction"), error))
     return expected_size if size is None else size
 
 
@@ -169,8 +170,14 @@ def logit_distance(one: Tensor, other: Tensor) -> Tensor:
     return _or_infinity((one - other).abs().amax(dim=1) / largest)
 
 
+def divergences(logits: Tensor, expected: Tensor) -> list[float]:
+    """KL(expected || logits) of the classes' probabilities of every image, nats."""
+    log_shares, expected_log_shares = logits.log_softmax(1), expected.log_softmax(1)
+    return functional.kl_div(log_shares, expected_log_shares, log_target=True, reduction="none").sum(1).tolist()
+
+
 def _or_infinity(errors: Tensor) -> Tensor:
-    """What is no number is infinitely far off."""
+    """NaN counts as infinitely far off."""
     return errors.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
@@ -180,4 +187,4 @@ def in_order(parts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     >>> in_order([(1, "mlp"), (1, "attention"), (0, "mlp")])
     [(0, 'mlp'), (1, 'attention'), (1, 'mlp')]
     """
-    return sorted(parts, key=lambda each: (each[0], PARTS.index(each[1])))
+    return sorted(parts, key=lambda place: (place[0], PARTS.index(place[1])))

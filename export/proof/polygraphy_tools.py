@@ -167,7 +167,7 @@ def reduced(
 
     Args:
         graph: What fails.
-        smaller: Where the piece is put; it may be all of the graph. Other files come and go beside it.
+        smaller: Where the piece is put; it may be all of the graph. Other files come and go temporary_graph it.
         mode: "bisect", or "linear" to leave out node by node.
         passes: Whether a file does not fail.
         values: By a name, what stands in a piece for a value that it needs but that is cut off; None cuts a graph at
@@ -305,9 +305,9 @@ def _reference_session(graph: Path, proto: onnx.ModelProto, precision: str) -> o
     if precision == "fp32":
         return plain_session(graph)
     from tocom.export.graph.emulate_half import emulate_half
-    from tocom.export.proof.observe import beside
+    from tocom.export.proof.debug_copy import temporary_graph
 
-    with beside(graph, emulate_half(proto)) as file:
+    with temporary_graph(graph, emulate_half(proto)) as file:
         return plain_session(file)
 
 
@@ -316,10 +316,10 @@ def _opened(engine: Engine, proto: onnx.ModelProto, backend: str, stack: ExitSta
     from tocom.export.engine.build import as_engine, needs_inlining
     from tocom.export.engine.tensorrt.plan import PlanOptions
     from tocom.export.graph.inline import inline
-    from tocom.export.proof.observe import beside
+    from tocom.export.proof.debug_copy import temporary_graph
 
     variant = inline(proto) if needs_inlining(proto, backend) else proto
-    file = stack.enter_context(beside(engine.source.file, variant))
+    file = stack.enter_context(temporary_graph(engine.source.file, variant))
     plan = stack.enter_context(as_engine(file, backend, {"options": PlanOptions().to_json()}))
     return stack.enter_context(open_engine(plan, backend, precision=engine.source.precision))
 

@@ -1,7 +1,7 @@
-"""Two observers beside each other: where they decide otherwise, and how far their answers are apart.
+"""Two observers side by side: where they decide differently, and how far their answers are apart.
 
-Neither can be made to decide as the other does. So each is proven against its own reference first; where both are,
-whatever they differ in is rounding, a tie that fell otherwise, or the difference of their weights.
+Neither can be made to decide as the other does. So each is validated against its own reference first. Where both pass,
+what is left is rounding, a tie that went the other way, or the difference of their weights.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from statistics import mean
 import numpy as np
 from torch.nn import functional
 
-from tocom.export.proof.decisions import judge_of
+from tocom.export.proof.decisions import comparer_of
 from tocom.export.proof.findings import PairFindings
 from tocom.export.proof.observe import Observer
-from tocom.export.proof.parts import logit_distance
+from tocom.export.proof.parts import divergences, logit_distance
 from tocom.vit import ReducedViT
 
 
@@ -72,30 +72,29 @@ def compare_pair(one: Observer, other: Observer, reference: ReducedViT, batches:
     """Runs two observers of the same network and schedule on the same images.
 
     Args:
-        one: What is to be proven.
+        one: What is validated.
         other: What it is compared with.
         reference: For what decisions look like.
         batches: Normalized images, float32 [B, 3, H, W].
     """
-    judge, pair = judge_of(reference.reduction), PairTally(one.name, other.name)
+    comparer, pair = comparer_of(reference.reduction), PairTally(one.name, other.name)
     for pixel_values in batches:
-        seen, beside = one.observe(pixel_values), other.observe(pixel_values)
-        logits, expected = seen.logits.double(), beside.logits.double()
-        errors = logit_distance(logits, expected).tolist()
+        observed, expected = one.observe(pixel_values), other.observe(pixel_values)
+        logits, expected_logits = observed.logits.double(), expected.logits.double()
+        errors = logit_distance(logits, expected_logits).tolist()
         for image, error in enumerate(errors):
             differing = []
-            for block, chosen in sorted(seen.decisions.items()):
-                pair.decisions += judge.count(chosen)
-                pair.equal += judge.count_equal(beside.decisions[block], chosen, image)
-                if not judge.is_equal(beside.decisions[block], chosen, image):
+            for block, chosen in sorted(observed.decisions.items()):
+                pair.decisions += comparer.count(chosen)
+                pair.equal += comparer.count_equal(expected.decisions[block], chosen, image)
+                if not comparer.is_equal(expected.decisions[block], chosen, image):
                     differing.append(block)
             if differing:
                 first = differing[0]
                 pair.first_difference[first] = pair.first_difference.get(first, 0) + 1
             (pair.errors_otherwise if differing else pair.errors_alike).append(error)
         pair.images += len(errors)
-        pair.top1_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
-        pair.cosines += functional.cosine_similarity(logits, expected).tolist()
-        ours, theirs = logits.log_softmax(1), expected.log_softmax(1)
-        pair.divergences += functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(1).tolist()
+        pair.top1_equal += int((logits.argmax(1) == expected_logits.argmax(1)).sum())
+        pair.cosines += functional.cosine_similarity(logits, expected_logits).tolist()
+        pair.divergences += divergences(logits, expected_logits)
     return pair.findings()

@@ -1,4 +1,4 @@
-"""Who is compared with whom: the words of `tocom validate --candidate` and `--against`, and what they open.
+"""The two sides of a comparison: what `tocom validate --candidate` and `--against` take, and what they open.
 
 engines                 the family's engines, as listed
 torch:fp64|fp32|bf16|fp16   the PyTorch reference in that number format
@@ -21,17 +21,19 @@ from tocom.export.artifacts import Engine
 from tocom.export.engine.build import graph_precision, needs_inlining, runs_natively
 from tocom.export.graph.half_precision import HALF, typed
 from tocom.export.graph.inline import inline
-from tocom.export.proof.observe import DTYPES, Observer, TorchObserver, beside, observer_of
+from tocom.export.proof.debug_copy import temporary_graph
+from tocom.export.proof.observe import Observer, observer_of
+from tocom.export.proof.reference import DTYPES, TorchObserver
 from tocom.runtime.backends import BACKENDS, engine_module
 from tocom.runtime.errors import InputError, one_line
 from tocom.runtime.family_files import MANIFEST
 from tocom.vit import ReducedViT
 
-ENGINES, EXACT = "engines", "torch:fp64"
+ENGINES, REFERENCE = "engines", "torch:fp64"
 
 
 @dataclass(frozen=True)
-class Who:
+class Side:
     """One side of a comparison.
 
     Attributes:
@@ -47,13 +49,13 @@ class Who:
     folder: Path = Path()
 
     @classmethod
-    def read(cls, text: str) -> Who:
-        """Reads the words of the command.
+    def read(cls, text: str) -> Side:
+        """Reads what the command takes.
 
         Raises:
-            InputError: If they name nobody.
+            InputError: If it is none of the above.
 
-        >>> Who.read("torch:bf16").precision
+        >>> Side.read("torch:bf16").precision
         'bf16'
         """
         if text == ENGINES:
@@ -78,67 +80,67 @@ class Who:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is the reference itself, in a format that the others are judged in."""
+        """Whether it is the reference itself, in a format that others are compared with."""
         return self.kind == "torch" and self.precision in ("fp64", "fp32")
 
 
 @contextmanager
-def opened(who: Who, engine: Engine, reference: ReducedViT, batch: int | None) -> Iterator[Observer]:
-    """Opens one side.
+def open_side(side: Side, engine: Engine, reference: ReducedViT, batch: int | None) -> Iterator[Observer]:
+    """Opens a side.
 
     Args:
-        who: Which.
-        engine: The listed engine of the degree; of the other family where the side is one.
-        reference: Of the degree, and of that family.
+        side: The candidate, or what it is compared with.
+        engine: The listed engine of the degree; where the side is another family, that family's.
+        reference: Of the same degree and family.
         batch: See `observer_of`.
 
     Raises:
         InputError: If a library does not run the graph.
     """
-    if who.kind == "torch":
-        yield TorchObserver(reference, who.precision)
+    if side.kind == "torch":
+        yield TorchObserver(reference, side.precision)
     else:
-        with engine_of(who, engine) as found, observer_of(found, reference, batch=batch) as observer:
+        with engine_of(side, engine) as side_engine, observer_of(side_engine, reference, batch=batch) as observer:
             yield observer
 
 
 @contextmanager
-def engine_of(who: Who, engine: Engine) -> Iterator[Engine]:
+def engine_of(side: Side, engine: Engine) -> Iterator[Engine]:
     """The engine of a side: the listed one, or its graph in another library or number format.
 
-    A float32 graph is typed anew where the library takes half precision from the graph. What a plan would be built of
-    is carried out with every rounding in it.
+    A float32 graph is typed anew where the library takes half precision from the graph. No plan is built: the graph
+    runs on ONNX Runtime, half precision emulated.
 
     Args:
-        who: A side that is not torch.
+        side: One that is not torch.
         engine: The listed one.
 
     Raises:
         InputError: If the library would need another graph.
     """
-    if who.kind != "graph":
+    if side.kind != "graph":
         yield engine
         return
     graph = engine.source
-    needed = graph_precision(who.backend, who.precision)
+    needed = graph_precision(side.backend, side.precision)
     proto = onnx.load(graph.file, load_external_data=False)
     if needed in HALF and graph.precision == "fp32":
         proto = typed(proto, needed)
     elif needed != graph.precision:
         raise InputError(
-            f"{who.backend} takes {who.precision} from a graph in {needed}, and this family's is in {graph.precision}: "
-            f"compile one for {who.backend} {who.precision} and name its folder."
+            f"{side.backend} takes {side.precision} from a graph in {needed}, and this family's is in "
+            f"{graph.precision}: compile one for {side.backend} {side.precision} and name its folder."
         )
-    with beside(graph.file, proto) as source:
-        own = replace(graph, file=source, precision=needed)
-        variant = inline(proto) if needs_inlining(proto, who.backend) else proto
-        with beside(graph.file, variant) as file:
+    with temporary_graph(graph.file, proto) as typed_file:
+        typed_graph = replace(graph, file=typed_file, precision=needed)
+        variant = inline(proto) if needs_inlining(proto, side.backend) else proto
+        with temporary_graph(graph.file, variant) as file:
             yield Engine(
                 file=file,
-                backend=who.backend,
-                precision=who.precision,
+                backend=side.backend,
+                precision=side.precision,
                 files=graph.files,
-                source=own,
-                native=runs_natively(proto, who.backend),
-                unrunnable="proven by its graph" if BACKENDS[who.backend].builds_plans else None,
+                source=typed_graph,
+                native=runs_natively(proto, side.backend),
+                unrunnable="validated by its graph" if BACKENDS[side.backend].builds_plans else None,
             )

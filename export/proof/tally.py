@@ -15,8 +15,8 @@ class Tally:
     """What was compared, over all images so far. Errors of logits are shares of the largest logit where it exceeds 1.
 
     Attributes:
-        precision: What the engine computes in: rounding is judged by it.
-        reduction: Name of the reduction, by which margins are judged.
+        precision: What the engine computes in: rounding is allowed for by it.
+        reduction: Name of the reduction, by which margins are measured.
         depth: Blocks of the network.
         images: How many.
         blocks: By block.
@@ -64,7 +64,7 @@ class Tally:
 
     @property
     def agreement(self) -> float:
-        """Share of decisions (who merges into whom, who is dropped) equal to the reference's; 1 where nothing goes."""
+        """Share of decisions (what merges into what, what is dropped) equal to the reference's; 1 where none."""
         decisions = self.total("decisions")
         return self.total("equal") / decisions if decisions else 1.0
 
@@ -88,14 +88,14 @@ class Tally:
                     local[index, part] = Fault(index, part, middle, middle_allowed, "token in the middle")
             if block.unexplained:
                 local[index, "decision"] = Fault(index, "decision", block.margin, self.margin_allowed)
-        return [local[each] for each in in_order(local)] + [
-            Fault(None, part, found, allowed) for part, found, allowed in self._whole() if not found <= allowed
+        return [local[place] for place in in_order(local)] + [
+            Fault(None, part, error, allowed) for part, error, allowed in self._whole() if not error <= allowed
         ]
 
     def _whole(self) -> list[tuple[str, float, float]]:
-        """What is judged of the network as a whole: found, allowed."""
+        """What is measured of the network as a whole: its name, the error, and what is allowed."""
         gates, least = GATES[self.precision], GATES[self.precision].least_error(self.depth)
-        expected = [max(least, each) for each in self.shaken] or [least]
+        expected = [max(least, error) for error in self.shaken] or [least]
         return [
             ("logits of the worst image", *_worst(self.logit_errors, expected, gates.largest)),
             ("logits of the image in the middle", self.typical_logit_error, gates.typical * median(expected)),
@@ -150,5 +150,5 @@ def _worst(errors: list[float], expected: list[float], times: float) -> tuple[fl
     if not errors:
         return 0.0, times * min(expected)
     expected = expected if len(expected) == len(errors) else [min(expected)] * len(errors)
-    error, usual = max(zip(errors, expected, strict=True), key=lambda each: each[0] / each[1])
+    error, usual = max(zip(errors, expected, strict=True), key=lambda pair: pair[0] / pair[1])
     return error, times * usual

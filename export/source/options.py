@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tocom.calib.quantize.calibrate import Method
-from tocom.calib.quantize.grids import FORMATS
-from tocom.export.engine.tensorrt.plan import PlanOptions
+from tocom.calib.quantize.method import FORMATS, Method
+from tocom.export.engine.tensorrt.plan_options import PlanOptions
 from tocom.runtime.errors import InputError
 from tocom.runtime.family_files import CALIBRATION_SUFFIX
 from tocom.runtime.files import sha256_file
 
-QUANTIZED = tuple(FORMATS)  # precisions that are quantized ones
+QUANTIZED = FORMATS  # precisions that are quantized ones
 
 
 @dataclass(frozen=True)

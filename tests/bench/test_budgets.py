@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench.budgets import __main__ as command
-from bench.budgets.measure import FULL, QUICK, answers, calibration_error
+from bench.budgets.measure import FULL, QUICK, answers, best_mixture, best_single, calibration_error
 from bench.budgets.page import write_page
-from bench.budgets.rivals import best_mixture, best_single
 from bench.budgets.subjects import Subject
 from bench.budgets.tables import Gain, cascades, task_of
+from bench.harness.run import Places, main
 from tocom.runtime.degrees.cascade import Cascade, Stage
 from tocom.runtime.errors import InputError
+
+pytestmark = pytest.mark.bench
 
 
 def drawn(seed: int, images: int = 200) -> dict[int, np.ndarray]:
@@ -92,9 +95,8 @@ def results():
     none = [held(0.0, cost=0.06, pays=False)]
     equal = [held(0.3) | {"degree": 8, "its_cost": 0.03, "its_accuracy": 92.0, "gain": 0.6, "gain_error": 0.2}]
     subject = {"singles": singles, "promises": promises, "equal": equal}
-    setup = {"effort": "full", "date": "2026-01-01", "torch": "2", "openvino": "2026", "degrees": [0, 16],
-             "seeds": [0, 1], "drops": [1.0], "val_sheets": 10, "test_sheets": 20, "draw_sheets": 5,
-             "unfinished": ["times of example"]}  # fmt: skip
+    setup = {"command": "it", "date": "2026-01-01", "machine": "a machine", "libraries": "openvino 2026",
+             "seeds": [0, 1], "drops": [1.0], "val_sheets": 10, "test_sheets": 20, "draw_sheets": 5}  # fmt: skip
     return {"setup": setup, "subjects": {
         "example": subject | {"gmacs": none},
         "board-0": subject | {"gmacs": [held(0.5)], "times": times},
@@ -104,18 +106,18 @@ def results():
 
 def test_the_page_says_what_was_found(results, tmp_path):
     write_page(results, tmp_path / "budgets.md")
-    page = (tmp_path / "budgets.md").read_text()
+    page = re.sub(r" *\| *", " | ", (tmp_path / "budgets.md").read_text())
     assert ("| `board` | 1 | 2 of 2 | 16, 0 | 25% | 0.0200 | 50% | 0 | 0.0400 | 93.00 | +0.70 ±0.07 | +2.00 ±0.14 | "
             "+1.00 ±0.14 |" in page)  # fmt: skip
     assert ("| `board` | 8 | 0.0300 | 92.00 | 16, 0 | 25% | 0.0200 | 93.00 | +0.60 ±0.14 | +0.60 ±0.20 | +0.30 ±0.14 |"
             in page)  # fmt: skip
     assert "at least as accurate as the degree in 2 of 2 rows (tasks x degrees), by +0.60 points on average" in page
-    assert "| example | 1 | 0 of 1 | none |  | 0.0600 | 150% | 0 | 0.0400 |" in page and "times of example" in page
+    assert "| example | 1 | 0 of 1 | none |  | 0.0600 | 150% | 0 | 0.0400 |" in page and "Batch 8" in page
     assert "| `board` | 1 | 2 of 2 | 16, 0 | 25% | 0.500 | 62% | 0 | 0.600 |" in page
-    assert "by multiply-accumulates: cascades pay in 2 of 3 cases (checkpoints x drops), on example in none." in page
+    assert "by multiply-accumulates: cascades pay in 2 of 3 cases." in page
     assert "those are at least as accurate in 1 of 1 rows, by +1.00 points on average" in page
     behind = "at least as accurate in 0 of 1 rows, by -0.90 points on average"
-    assert behind in page and "behind by more than 2 standard errors in 1: `board` at 1" in page
+    assert behind in page and "and behind by more than 2 standard errors in 1; the least is -0.90" in page
     assert "| `board` | 1 | 4 of 4 | 1.00 | 50% | 0.70 | 0% |" in page
     assert (tmp_path / "budgets-gmacs.png").read_bytes().startswith(b"\x89PNG")
 
@@ -129,12 +131,13 @@ def test_tasks_are_put_together(results):
     assert list(cascades(results, "gmacs"))[1].chains == "16, 0 (1x) / 16, 8, 0 (1x)"
 
 
-def test_subjects_and_efforts():
-    names = list(command.subjects(FULL))
-    assert names[0] == "example" and len(names) == 10 and "missing-2" in names
-    timed = [name for name, each in command.subjects(FULL).items() if "times" in command.stages_of(each, FULL)]
-    assert timed == ["example", "board-0", "letters-0", "missing-0"]
-    assert list(command.subjects(QUICK)) == ["example", "board-0"]
+def test_subjects_and_cases(tmp_path):
+    subjects = command.subjects_of(FULL)
+    assert next(iter(subjects)) == "example" and len(subjects) == 10 and "missing-2" in subjects
+    cases = list(command.cases_of(list(subjects.values()), FULL, Places(tmp_path, tmp_path / "page.md")))
+    timed = [name for name in cases if name.startswith("times of ")]
+    assert timed == [f"times of {name}" for name in ("example", "board-0", "letters-0", "missing-0")] == cases[-4:]
+    assert list(command.subjects_of(QUICK)) == ["example", "board-0"]
     assert Subject("letters-2", "letters").seed == 2 and Subject("example", "board").seed is None
 
 
@@ -145,26 +148,22 @@ def test_fewer_sheets_are_the_first_of_more():
 
 
 def test_refusals(tmp_path, monkeypatch, capsys):
-    def refused(**options) -> str:
+    for arguments, words in ((["--only", "nothing"], "--only must be some of example, board-0"),
+                         (["--report-only"], "nothing finished lies in")):  # fmt: skip
         with pytest.raises(SystemExit) as left:
-            command.main(**({"work": tmp_path, "out": None, "quick": True, "only": "", "again": False} | options))
-        assert left.value.code == 2
-        return capsys.readouterr().err
-
-    assert "subjects are example, board-0, got 'nothing'" in refused(only="nothing", report_only=False)
-    assert "nothing finished lies in" in refused(report_only=True)
-    monkeypatch.setattr("bench.budgets.subjects.EXPERIMENT", tmp_path / "not run")
+            main("budgets", command.budgets, arguments=["--quick", "--work", str(tmp_path), *arguments])
+        assert left.value.code == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr("bench.experiment.stages.ROOT", tmp_path)
     with pytest.raises(InputError, match="Run `make experiment` first"):
-        Subject("board-0", "board").compile(tmp_path, 8, print)
+        Subject("board-0", "board").compile(tmp_path, 8)
 
 
 @pytest.mark.full
 def test_a_quick_run_and_its_second_start(tmp_path, capsys):
-    options = {"work": tmp_path, "out": tmp_path / "budgets.md", "only": "example", "again": False, "quick": True}
-    command.main(**options, report_only=False)
-    first = capsys.readouterr().err
-    assert "example: compiling" in first and "example: times took" in first
-    page = json.loads((tmp_path / "budgets.json").read_text())["subjects"]["example"]
-    assert set(page) == {"singles", "equal", "gmacs", "promises", "times"}
-    command.main(**options, report_only=False)
-    assert capsys.readouterr().err == ""
+    arguments = ["--quick", "--only", "example", "--work", str(tmp_path), "--out", str(tmp_path / "budgets.md")]
+    for told in ("times of example took", ""):
+        with pytest.raises(SystemExit) as left:
+            main("budgets", command.budgets, arguments=arguments)
+        assert left.value.code == 0 and told in capsys.readouterr().err
+    kept = json.loads((tmp_path / "budgets.json").read_text())["subjects"]["example"]
+    assert set(kept) == {"singles", "equal", "gmacs", "promises", "times"}

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
+from bench.harness.run import main
+from bench.harness.state import State
+from bench.proof import __main__ as command
 from bench.proof import campaign
 from bench.proof.models import ENGINES, KINDS, draw, model_of
 from bench.proof.page import write_page
-from bench.proof.state import State
+from bench.proof.summary import summary
 from tocom.export.proof.gates import GATES
-from tocom.runtime.errors import InputError
+
+pytestmark = pytest.mark.bench
+SETUP = {"command": "here", "date": "x", "machine": "m", "libraries": "l"}
 
 
 def run(folder, models=2):
     told = []
-    state = State.load(folder / "models.jsonl")
-    records = campaign.run(state, models=models, seed=0, progress=lambda done, alarms: told.append((done, len(alarms))))
+    state = State.load(folder / "state.jsonl", {})
+    records = campaign.run(state, models=models, seed=0, tell=lambda text, done: told.append((done, text)))
     return records, told
 
 
@@ -42,40 +45,36 @@ def test_every_model_can_be_made():
 
 def test_the_campaign_goes_on_and_writes_what_it_found(tmp_path, monkeypatch):
     records, told = run(tmp_path, models=1)
-    assert told == [(1, 0)] and records[0]["passed"] and records[0]["decisions"] >= 0
+    assert told == [(1, "0 alarms")] and records[0]["passed"] and records[0]["decisions"] >= 0
     monkeypatch.setattr(campaign, "check", lambda drawn: pytest.fail("proven twice"))
     again, _ = run(tmp_path, models=1)
     assert again == json.loads(json.dumps(records))
-    assert write_page(tmp_path / "proof.md", again, command="here") == []
+    found = summary(again)
+    assert found["alarms"] == []
+    write_page({"setup": SETUP, **found}, tmp_path / "proof.md")
     page = (tmp_path / "proof.md").read_text()
     assert "1 models, 0 false alarms" in page and "## The alarms" not in page
     assert (tmp_path / "proof.png").stat().st_size < 150_000
 
 
-def test_a_state_of_other_models_is_refused(tmp_path):
-    (tmp_path / "models.jsonl").write_text('{"code": "other"}\n')
-    with pytest.raises(InputError, match="--fresh"):
-        State.load(tmp_path / "models.jsonl")
-
-
 def test_an_alarm_is_kept_and_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(GATES, "fp32", replace(GATES["fp32"], part=1e-3))
     records, told = run(tmp_path, models=1)
-    assert told == [(1, 1)] and "embedding" in records[0]["faults"][0]
-    assert records[0]["own"]["embedding"] > 0
-    assert len(write_page(tmp_path / "proof.md", records, command="here")) == 1
+    assert told == [(1, "1 alarms")] and "embedding" in records[0]["faults"][0]
+    write_page({"setup": SETUP, **summary(records)}, tmp_path / "proof.md")
     assert "## The alarms" in (tmp_path / "proof.md").read_text()
 
 
 @pytest.mark.parametrize(("passed", "status"), [pytest.param(True, 0, marks=pytest.mark.full), (False, 1)])
-def test_the_exit_status_tells_of_alarms(tmp_path, passed, status):
-    state = State.load(tmp_path / "models-0.jsonl")
-    drawn = json.loads(json.dumps(draw(0, 0).__dict__))
-    state.add({"drawn": drawn, "passed": passed, "faults": [] if passed else ["injected"], "seconds": 0.0})
-    command = [sys.executable, "-m", "bench.proof", "--models", "1", "--work", tmp_path, "--out", tmp_path / "proof.md"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    assert ("injected" in done.stderr) == (not passed)
+def test_the_exit_status_tells_of_alarms(tmp_path, capsys, passed, status):
+    state = State.load(tmp_path / "state.jsonl", {"seed": 0, "code": command._code()})
+    state.keep("0", {"drawn": draw(0, 0).__dict__, "passed": passed, "faults": [] if passed else ["injected"]})
+    arguments = ["--models", "1", "--work", str(tmp_path), "--out", str(tmp_path / "proof.md")]
+    with pytest.raises(SystemExit) as left:
+        main("proof", command.proof, arguments=arguments)
+    assert left.value.code == status
+    assert ("injected" in capsys.readouterr().out) == (not passed)
+    assert ("injected" in (tmp_path / "proof.md").read_text()) == (not passed)
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,22 +30,20 @@ from bench.serving.accounts import (
     summary,
 )
 from bench.serving.clients import exchange, read_http, split_http
-from bench.serving.faults_page import fault_verdicts, soak_verdicts, write_faults_page
-from bench.serving.flat import slope
+from bench.serving.faults_page import fault_verdicts, write_faults_page
 from bench.serving.load import ADAPTIVE, FACTORS, LoadOptions, contenders, holds, idle_again_s
+from bench.serving.load_page import summary as load_summary
 from bench.serving.load_page import verdicts, write_load_page
-from bench.serving.malformed_grpc import judge_http, malformed
-from bench.serving.malformed_http import Bad
-from bench.serving.offer import lag_ms, offer
-from bench.serving.schedule import order, poisson
-from bench.serving.state import State
+from bench.serving.malformed import Bad, judge_http, malformed
+from bench.serving.offer import lag_ms, offer, order, poisson
+from bench.serving.soak import slope
 from bench.serving.subject import Body, Subject, allows
 from bench.serving.traffic import account, sound
-from tocom.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.bench
 def test_arrivals_are_a_poisson_process() -> None:
     times = poisson(50, 400, seed=3)
     assert np.array_equal(times, poisson(50, 400, seed=3))
@@ -205,7 +204,7 @@ def test_exchange_with_a_server_that_leaves() -> None:
             await reader.read(10)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             await writer.drain()
-            await asyncio.sleep(5)
+            await asyncio.Event().wait()
 
         server = await asyncio.start_server(leave, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
@@ -217,6 +216,7 @@ def test_exchange_with_a_server_that_leaves() -> None:
     assert whole.endswith(b"ok") and isinstance(gone, ConnectionRefusedError)
 
 
+@pytest.mark.bench
 def test_malformed_requests_follow_from_seed_and_number() -> None:
     sheets = [path.read_bytes() for path in sorted((ROOT / "examples/digits/sheets").rglob("*.png"))[:20]]
     once = [malformed(0, number, sheets) for number in range(600)]
@@ -247,6 +247,7 @@ def test_noise_may_be_told_by_closing() -> None:
     assert judge_http(Bad("noise", "http", b"", may_close=True), ConnectionResetError())[0] == "closed"
 
 
+@pytest.mark.bench
 def test_growth_is_told_from_noise() -> None:
     draw = np.random.default_rng(0)
     level = 800 + draw.normal(0, 5, 600)
@@ -259,15 +260,6 @@ def test_growth_is_told_from_noise() -> None:
     ]
     assert abs(np.mean(covered) - 0.95) < 5 * np.sqrt(0.95 * 0.05 / 400)
     assert NormalDist().cdf(1.96) == pytest.approx(0.975, abs=1e-3)
-
-
-def test_state_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
-    file = tmp_path / "state.json"
-    State.load(file, {"seconds": 5, "cores": (0,)}).keep("1x", {"p99_ms": 3.0})
-    assert State.load(file, {"seconds": 5, "cores": (0,)}).results == {"1x": {"p99_ms": 3.0}}
-    with pytest.raises(InputError, match="--fresh"):
-        State.load(file, {"seconds": 6, "cores": (0,)})
-    assert State.load(file, {"seconds": 6}, fresh=True).results == {}
 
 
 def measured(p99_ms: float, refused: float = 0.0) -> dict:
@@ -297,14 +289,13 @@ def results(adaptive_at_goal: float) -> dict:
 
 
 def test_verdicts_of_the_load() -> None:
-    options = LoadOptions()
-    held = verdicts(results(90.0), options)
+    held = verdicts(load_summary(results(90.0), LoadOptions(), 16))
     assert (
         held[0].startswith("PASS")
         and "2x" in held[0]
         and held[1] == ("PASS: it falls back to r=0 1 s after the load ends")
     )
-    short = verdicts(results(130.0), options)[0]
+    short = verdicts(load_summary(results(130.0), LoadOptions(), 16))[0]
     assert short.startswith("SHORT") and "up to 1x" in short and "+30%" in short
     assert not holds(measured(50.0, 0.02), 100.0)
     never = results(90.0)["step"]
@@ -312,28 +303,25 @@ def test_verdicts_of_the_load() -> None:
     assert idle_again_s(never) is None
 
 
+@pytest.mark.bench
 def test_pages_are_written(tmp_path: Path) -> None:
-    write_load_page(tmp_path / "serving.md", results(90.0), LoadOptions(server_cores=(0,)), 16, "the command")
-    text = (tmp_path / "serving.md").read_text()
-    assert "| 4x | adaptive | 100 | 90 | 20.0 | 120.0 |  | 40.00 | 90.0 | 0: 50%, 16: 50% | no |" in text
+    setup = {"setup": {"command": "the command", "date": "x", "machine": "m", "libraries": "l"}}
+    found = load_summary(results(90.0), LoadOptions(server_cores=(0,)), 16)
+    write_load_page(setup | found, tmp_path / "serving.md")
+    text = re.sub(r" *\| *", "|", (tmp_path / "serving.md").read_text())
+    assert "|4x|adaptive|100|90|20.0|120.0||40.00|90.0|0: 50%, 16: 50%|no|" in text
     assert (tmp_path / "serving-load.png").exists() and (tmp_path / "serving-step.png").exists()
     case = {"passed": False, "skipped": "", "seconds": 3.0, "checks": [("it lives", False, "it | died")],
             "notes": {"traffic": account([judged(0, RIGHT), judged(0, LOST)])}}  # fmt: skip
-    write_faults_page(tmp_path / "faults.md", {"a case": case}, None, "the command")
+    write_faults_page(setup | {"cases": {"a case": case}}, tmp_path / "faults.md")
     text = (tmp_path / "faults.md").read_text()
     assert "0 of 1 cases pass" in text and "1 lost" in text and "it \\| died" in text
     assert fault_verdicts({"a case": case}) == ["FAILED: a case: it lives (it | died)"]
     assert not sound(case["notes"]["traffic"])
 
 
-def test_a_soak_that_leaks_fails() -> None:
-    flat = {"level": 800.0, "most": 900.0, "growth": 90.0, "low": 50.0, "high": 130.0, "flat": False}
-    traffic = account([judged(0, RIGHT)])
-    lines = soak_verdicts({"traffic": traffic, "slopes": {"rss_mib": flat}, "exit": 0, "faults": [], "said": []})
-    assert [line.partition(":")[0] for line in lines] == ["PASS", "FAILED", "FAILED", "FAILED", "PASS"]
-
-
 @pytest.mark.full
+@pytest.mark.bench
 def test_a_short_run_of_faults(tmp_path: Path) -> None:
     example, tocom = ROOT / "examples/digits", Path(sys.executable).with_name("tocom")
     subprocess.run([tocom, "compile", "--model", example, "--compensator", example / "compensator.safetensors",
@@ -341,7 +329,7 @@ def test_a_short_run_of_faults(tmp_path: Path) -> None:
                     "--out", tmp_path / "digits"], check=True, timeout=250)  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "bench.serving", "faults", "--engines", tmp_path / "digits", "--seconds", "6",
-         "--only", "killed", "--work", tmp_path, "--out", tmp_path / "faults.md"],
+         "--only", "killed", "--work", tmp_path / "work", "--out", tmp_path / "faults.md"],
         cwd=ROOT, capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

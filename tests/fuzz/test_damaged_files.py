@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.fuzz import worker
-from bench.fuzz.case import Case, Entry
-from bench.fuzz.given import Given, make
-from bench.fuzz.mutate_bytes import BYTES
-from bench.fuzz.outcome import (
+from bench.fuzz.case import (
     CRASH,
     DIFFERENT,
     ESCAPED,
-    FAULTS,
     FINE,
     HANG,
     LIBRARY_CRASH,
@@ -25,17 +22,18 @@ from bench.fuzz.outcome import (
     REFUSED,
     SAME,
     WRONG,
+    Case,
+    Entry,
     FaultError,
     Outcome,
     RefusedError,
 )
-from bench.fuzz.page import write_page
+from bench.fuzz.given import Given, make
+from bench.fuzz.mutate_bytes import BYTES
+from bench.fuzz.page import plain, summary, write_page
 from bench.fuzz.registry import ENTRIES, cases
-from bench.fuzz.state import State
 from bench.fuzz.supervisor import Supervisor
-from bench.fuzz.tables import plain, total
 from tests.waiting import SAFETY_S
-from tocom.runtime.errors import InputError
 from tocom.runtime.manifest import Family
 
 SEED = 20261122
@@ -51,7 +49,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 @pytest.fixture(scope="module")
 def supervisor(given: Given) -> Iterator[Supervisor]:
-    with Supervisor(given, seconds=60) as watching:
+    with Supervisor(given) as watching:
         yield watching
 
 
@@ -66,7 +64,7 @@ def test_no_fault(supervisor: Supervisor) -> None:
     quick = (case for case in cases(SEED) if case.entry not in SLOW)
     outcomes = run_all(supervisor, list(itertools.islice(quick, 100)))
     assert {key.split("|")[0] for key in outcomes} == ENTRIES.keys() - {*SLOW}
-    counts = total(outcomes).verdicts
+    counts = Counter(each.verdict for each in outcomes.values())
     assert counts[REFUSED] > 50 and counts[SAME] > 5 and counts[DIFFERENT] > 2  # it looks at all three
 
 
@@ -160,43 +158,27 @@ def test_faults_are_seen(given: Given, monkeypatch: pytest.MonkeyPatch, run, for
     """Each kind of fault, by an entry point that has it."""
     entry = Entry("broken", BYTES, lambda *_: b"whole", lambda *_: None, run, forged=forged)
     monkeypatch.setattr("bench.fuzz.supervisor.ENTRIES", {"broken": entry})
-    monkeypatch.setattr("bench.fuzz.supervisor.work", _Work(entry))
+    monkeypatch.setattr("bench.fuzz.supervisor.begin", _begin)
+    monkeypatch.setattr("bench.fuzz.supervisor.run_case", _Run(entry, given.folder))
     seconds = 2 if verdict == HANG else SAFETY_S  # nothing but what hangs is judged by a clock
     with Supervisor(given, seconds=seconds, mebibytes=200) as watching:
         outcome = watching.run(Case("broken", "truncated", 0, 0))
     assert outcome.verdict == verdict, outcome
 
 
-class _Work:
-    """A worker that knows one entry point only, and loads nothing."""
+def _begin(*_: object) -> None:
+    """Loads nothing."""
 
-    def __init__(self, entry: Entry) -> None:
-        self.run = entry.run
 
-    def __call__(self, connection, folder: Path, scratch: Path) -> None:
-        connection.send("ready")
+class _Run:
+    """What a worker does that knows one entry point only."""
+
+    def __init__(self, entry: Entry, folder: Path) -> None:
+        self.run, self.folder = entry.run, folder
+
+    def __call__(self, _case: Case, content: bytes) -> Outcome:
         entry = Entry("broken", {}, lambda *_: b"", lambda *_: None, self.run)
-        while True:
-            _case, content = connection.recv()
-            connection.send(worker.run(entry, Given(folder), content, scratch))
-
-
-def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    case, other = itertools.islice(cases(1), 2)
-    state = State.load(tmp_path / "state.jsonl")
-    state.add(case, Outcome(REFUSED, "no"))
-    state.add(other, Outcome(HANG, "long"))
-    state.file.write_text(state.file.read_text()[:-20])  # killed while it wrote
-    again = State.load(state.file)
-    assert again.outcomes == {case.key: Outcome(REFUSED, "no")}
-    again.add(other, Outcome(SAME))
-    assert State.load(state.file).outcomes == {case.key: Outcome(REFUSED, "no"), other.key: Outcome(SAME)}
-    again.add(other, Outcome(CRASH))
-    again.forget_faults()
-    assert State.load(state.file).outcomes == again.outcomes == {case.key: Outcome(REFUSED, "no")}
-    state.file.write_text('{"code": "other"}\n')
-    with pytest.raises(InputError, match="--fresh"):
-        State.load(state.file)
+        return worker.run(entry, Given(self.folder), content, self.folder.parent)
 
 
 def test_the_page_tells_every_fault(tmp_path: Path) -> None:
@@ -205,9 +187,10 @@ def test_the_page_tells_every_fault(tmp_path: Path) -> None:
         "a -> b|cut|1": Outcome(ESCAPED, "KeyError: 'x'"),
         "a -> c|cut|0": Outcome(LIBRARY_CRASH, "the process died: SIGSEGV"),
     }
-    write_page(tmp_path / "page.md", outcomes, command="it", seconds=60, seed=3, limits="none")
+    found = summary({key: vars(each) for key, each in outcomes.items()})
+    setup = {"command": "it", "date": "x", "machine": "m", "libraries": "l", "seed": 3, "limits": "none"}
+    write_page({"setup": setup, **found}, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "**1 faults (1 exception, 1 library's crash).**" in text
     assert "KeyError" in text and "SIGSEGV" in text and "FILE must have N \\| N bytes" in text
     assert plain("'x' 12 0123456789abcdef") == "'...' N HASH"
-    assert total(outcomes).faults == 1 and ESCAPED in FAULTS

@@ -29,7 +29,7 @@ from tocom.checkpoint import load_model
 from tocom.export.artifacts import FusedCheckpoint
 from tocom.export.graph.lower import lower
 from tocom.export.graph.weight_store import WeightStore
-from tocom.export.proof.observe import in_format, replay
+from tocom.export.proof.reference import in_format, replay
 from tocom.pruning import Pruning
 from tocom.reduction import MERGE, PRUNE, Reduction
 from tocom.runtime.manifest import InputSpec

@@ -143,12 +143,12 @@ def check_equal(found: Matching, expected: Matching) -> None:
 
 def check_margins(found: Matching, metric: torch.Tensor, keep_order: bool) -> None:
     """Every decision is valid, and the best one to within float32's rounding."""
-    from tocom.export.proof.decisions import MergeJudge, merge_margin
+    from tocom.export.proof.decisions import MergeComparer, merge_margin
     from tocom.export.proof.gates import margin_allowed
 
     scores = cosine_scores(metric.double(), found.protected)
     for image in range(len(metric)):
-        assert MergeJudge().is_valid(found, image, metric.shape[1])
+        assert MergeComparer().is_valid(found, image, metric.shape[1])
         if found.src.shape[1]:
             margin = merge_margin(scores[image], found, image, ordered_by_score=not keep_order)
             assert margin < margin_allowed("fp32", "merge")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from tocom.export.artifacts import Engine
 from tocom.export.graph.operators import DOMAIN, point_name
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import Observed, RunnerObserver, debug_copy
+from tocom.export.proof.observe import Observed, RunnerObserver
 from tocom.export.proof.parts import compare_parts, distance
 from tocom.vit import ReducedViT
 

@@ -24,8 +24,8 @@ from tocom.export.graph.lower import Lowering
 from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.graph.weight_store import WeightStore
 from tocom.export.proof.findings import Findings
-from tocom.export.proof.observe import in_format
-from tocom.export.proof.validate import EXACT, validate
+from tocom.export.proof.reference import EXACT, in_format
+from tocom.export.proof.validate import validate
 from tocom.export.source.load import Source
 from tocom.runtime.backends import BACKENDS
 from tocom.vit import ReducedViT

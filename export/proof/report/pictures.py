@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tocom.export.proof.decisions import AnyDecision, judge_of
-from tocom.export.proof.observe import Observer, replay
+from tocom.export.proof.decisions import AnyDecision, comparer_of
+from tocom.export.proof.observe import Observer
+from tocom.export.proof.reference import replay
 from tocom.merging import Matching, first_positions
 from tocom.runtime.manifest import InputSpec
 from tocom.vit import ReducedViT
@@ -78,13 +79,13 @@ def patch_groups(decisions: Mapping[int, AnyDecision], reference: ReducedViT, im
     Returns:
         See `MergePicture.groups`.
     """
-    judge, model = judge_of(reference.reduction), reference.model
+    comparer, model = comparer_of(reference.reduction), reference.model
     grid = model.patch_embed.grid_size
     position = model.num_prefix_tokens + np.arange(grid[0] * grid[1])
     found = {}
     for block in reference.deciding_blocks:
         tokens = reference.schedule.tokens[block]
-        if block not in decisions or not judge.is_valid(decisions[block], image, tokens):
+        if block not in decisions or not comparer.is_valid(decisions[block], image, tokens):
             break
         position = moved(decisions[block], tokens, image)[position]
         found[block] = position.reshape(grid)

@@ -29,7 +29,7 @@ from tocom.calib.quantize.reconstruct import (
     reconstruct,
     recorded,
 )
-from tocom.export.proof.observe import replay
+from tocom.export.proof.reference import replay
 from tocom.merging import Matching
 from tocom.reduction import MERGE, PRUNE, Merge, Reduction
 from tocom.vit import ReducedViT, schedule_for

@@ -219,7 +219,7 @@ def test_the_frontier_without_accuracies(run, family, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--batch", "1,x"), "whole numbers of 1 or more parted by commas"),
+        (("--batch", "1,x"), "whole numbers of 1 or more separated by commas"),
         (("--batch", "0"), "whole numbers of 1 or more"),
         (("--out", "frontier.gif"), ".png or .svg"),
         (("--out", "/nowhere/frontier.png"), "a folder that is there"),

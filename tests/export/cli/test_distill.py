@@ -226,7 +226,7 @@ def test_bad_input(given: Path, tmp_path: Path, run: Run) -> None:
     refused(run(*distilling(given, out, "--images", "wds/shards:/data")), "WebDataset", "torch/NAME:ROOT")
     refused(run(*distilling(given, out, batch=7)), "even", "7")
     refused(run(*distilling(given, out, "--precision", "fp16", "--device", "cpu")), "fp16", "CUDA")
-    refused(run(*distilling(given, out, "--augment", "much")), "none, light, timm", "much")
+    refused(run(*distilling(given, out, "--augment", "much")), '"none", "light", "timm"', "much")
     refused(run(*distilling(given, out, "--schedule", "strided:9")), "stride")
     refused(run(*distilling(given, out, "--num-classes", 7)), "head", "[7", "[5")
     refused(run(*distilling(given, tmp_path / "nowhere" / "c.safetensors")), "folder that exists", "nowhere")

@@ -170,7 +170,7 @@ def test_a_compensator_trained_for_another_way_is_refused(run: Run, given: Path,
 
 def test_what_cannot_be_pruned_or_scheduled_is_refused(run: Run, given: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(run(*compile_with(given, out, "--reduction", "drop")), "merge, prune", "'drop'")
+    refused(run(*compile_with(given, out, "--reduction", "drop")), '"merge", "prune"', "drop")
     refused(run(*compile_with(given, out, "--schedule", "strided:1")), "strided:K", "'strided:1'")
     refused(run(*compile_with(given, out, "--schedule", "strided:4")), "3 blocks", "strided:4")
     refused(run(*compile_with(given, out, "--schedule", "0,1")), "3 blocks", "got 2")

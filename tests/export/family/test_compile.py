@@ -24,7 +24,7 @@ from tocom.compensator import Compensator, CompensatorInfo
 from tocom.export.family.compile import CompileResult, compile_family
 from tocom.export.graph.fuse import fuse
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.validate_family import validate_family
+from tocom.export.proof.validate_family import ValidateOptions, validate_family
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.degrees.latency import Latency
 from tocom.runtime.engines.base import open_engine
@@ -109,7 +109,7 @@ def test_family_is_complete_and_compiled_once(copied: CompileOptions, compiled: 
         assert entry.accuracy["images"] == 12 and 0 <= entry.accuracy["top1"] <= 1
     files = {file.name for file in options.out.iterdir()}
     listed = {name for entry in result.family.engines for name in entry.sha256}
-    assert files == listed | {"family.json", ".lock"}
+    assert files == listed | {"family.json", "compile.toml", ".lock"}
     shared = set.intersection(*(set(entry.sha256) for entry in result.family.engines))
     assert len(shared) == 1  # weights that do not change lie in one file
 
@@ -126,7 +126,7 @@ def test_family_is_complete_and_compiled_once(copied: CompileOptions, compiled: 
     assert {entry.scale for entry in other_scale.family.engines if entry.degree != 3} == {0.05}
     assert require_sound(options.out) == (0, 2, 3, 4)
 
-    reports = validate_family(replace(options, degrees=()))
+    reports = validate_family(ValidateOptions(replace(options, degrees=()))).reports
     assert set(reports) == {0, 2, 3, 4} and all(reports.values())  # degree 3 at the scale it was compiled with
 
 
@@ -279,7 +279,7 @@ def test_a_family_changes_its_engines_in_place(options: CompileOptions, monkeypa
     result = compile_family(replace(options, backend="openvino"))
     assert {name for name in result.family.entry(4).sha256 if ".inlined." in name} == {result.family.entry(4).engine}
     assert compile_family(replace(options, backend="openvino")).reused == (0, 4)
-    assert all(validate_family(replace(options, degrees=(), backend="openvino")).values())
+    assert all(validate_family(ValidateOptions(replace(options, degrees=(), backend="openvino"))).reports.values())
 
 
 def test_auto_takes_the_fastest_backend_that_passes_and_stays_with_it(

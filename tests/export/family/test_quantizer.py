@@ -16,7 +16,7 @@ import tocom.export.family.quantized_steps
 from tocom.calib.quantize.calibrate import Method
 from tocom.export.family.compile import compile_family
 from tocom.export.family.quantizer import Drop
-from tocom.export.proof.validate_family import validate_family
+from tocom.export.proof.validate_family import ValidateOptions, validate_family
 from tocom.export.source.load import load_source
 from tocom.export.source.options import CompileOptions, QuantizeOptions
 from tocom.runtime.engines.base import open_engine
@@ -84,7 +84,9 @@ def test_a_quantized_family_is_listed_proven_and_kept(options):
     again, said = compiled(options)
     assert again.reused == (0, 2) and "calibrating" not in said
     (calibration,) = options.out.glob("calibration-*.safetensors")
-    reports = validate_family(replace(options, degrees=(), precision="fp32", quantize=QuantizeOptions()))
+    reports = validate_family(
+        ValidateOptions(replace(options, degrees=(), precision="fp32", quantize=QuantizeOptions()))
+    ).reports
     assert set(reports) == {0, 2} and all(reports.values())
     assert all(report.findings.precision == "int8" for report in reports.values())
 

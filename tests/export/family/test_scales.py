@@ -24,7 +24,7 @@ from tocom.export.cli import __main__ as cli
 from tocom.export.cli.family_table import family_table
 from tocom.export.family.compile import compile_family
 from tocom.export.family.scales import at_chosen_scales, choose_family_scales
-from tocom.export.proof.validate_family import validate_family
+from tocom.export.proof.validate_family import ValidateOptions, validate_family
 from tocom.export.source.load import load_source
 from tocom.export.source.options import CompileOptions
 from tocom.reduction import REDUCTIONS
@@ -198,7 +198,7 @@ def test_compile_end_to_end(options: CompileOptions, given: Path, capsys: pytest
     assert not result.failed and result.family.entry(0).accuracy["images"] == 20
     assert [entry.scale for entry in result.family.engines] == [scale]
     assert (options.out / "scales.json").read_bytes() == kept  # nothing sweeps it away
-    assert all(validate_family(replace(options, images=None)).values())
+    assert all(validate_family(ValidateOptions(replace(options, images=None))).reports.values())
     with pytest.raises(InputError, match="must not be chosen on the images that are reported on.*report"):
         choose_family_scales(replace(options, images=given / "report"))
     assert (options.out / "scales.json").read_bytes() == kept

@@ -14,8 +14,8 @@ from tocom.export.graph.inline import inline
 from tocom.export.graph.lower import count_gmacs, lower, reference_model
 from tocom.export.graph.trace import INPUT, OPSET, OUTPUT
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
-from tocom.export.proof.observe import debug_copy
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images
 from tocom.merging import match, merge

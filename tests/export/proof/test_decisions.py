@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tocom.export.proof.decisions import judge_of, merge_margin, prune_margin
+from tocom.export.proof.decisions import comparer_of, merge_margin, prune_margin
 from tocom.export.proof.gates import margin_allowed
 from tocom.merging import Matching
 from tocom.pruning import Pruning
@@ -19,7 +19,7 @@ SCORES = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.2, 0.8, 0.0, 0.8 - 4e-7], [0.1, 
 
 def margin_of(src, dst, unm, *, ordered_by_score=False, scores=SCORES):
     chosen = Matching(torch.tensor([src]), torch.tensor([dst]), torch.tensor([unm], dtype=torch.int64), protected=1)
-    if not judge_of(MERGE).is_valid(chosen, 0, 8):
+    if not comparer_of(MERGE).is_valid(chosen, 0, 8):
         return float("inf")
     return merge_margin(scores.clone(), chosen, 0, ordered_by_score=ordered_by_score)
 
@@ -89,7 +89,7 @@ RANGE = math.log(0.25 / 0.01)
 
 def prune_margin_of(kept, dropped, *, attention=ATTENTION):
     chosen = Pruning(torch.tensor([kept], dtype=torch.int64), torch.tensor([dropped]), protected=1)
-    if not judge_of(PRUNE).is_valid(chosen, 0, len(attention)):
+    if not comparer_of(PRUNE).is_valid(chosen, 0, len(attention)):
         return float("inf")
     return prune_margin(attention.clone(), chosen, 0)
 
@@ -150,7 +150,7 @@ def test_attention_that_float32_cannot_hold_is_equally_little():
 )
 def test_what_is_no_pruning_has_an_infinite_margin(make_vit, kept, dropped):
     chosen = Pruning(torch.tensor([kept]), torch.tensor([dropped]), protected=1)
-    assert judge_of(PRUNE).margin(ATTENTION[None], chosen, 0, make_vit("deit_tiny")) == float("inf")
+    assert comparer_of(PRUNE).margin(ATTENTION[None], chosen, 0, make_vit("deit_tiny")) == float("inf")
 
 
 def test_attention_that_is_no_number_explains_nothing():
@@ -160,7 +160,7 @@ def test_attention_that_is_no_number_explains_nothing():
 
 
 def test_equal_prunings_are_counted_by_dropped_token():
-    judge = judge_of(PRUNE)
+    judge = comparer_of(PRUNE)
     one = Pruning(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]), protected=1)
     other = Pruning(torch.tensor([[1, 2, 4]]), torch.tensor([[3, 5, 6]]), protected=1)
     assert (judge.count(one), judge.count_equal(one, other, 0), judge.count_equal(one, one, 0)) == (3, 2, 3)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import in_format, replay
 from tocom.export.proof.parts import logit_distance
+from tocom.export.proof.reference import in_format, replay
 from tocom.export.source.images import default_images
 from tocom.vit import ReducedViT
 

@@ -24,8 +24,8 @@ from tocom.export.graph.half_precision import HALF, precision_of, typed
 from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import reference_model
 from tocom.export.graph.weight_store import WeightStore
-from tocom.export.proof.gates import GATES, judged_as
-from tocom.export.proof.observe import in_format
+from tocom.export.proof.gates import GATES, gates_row
+from tocom.export.proof.reference import in_format
 from tocom.export.proof.validate import validate
 from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.backends import BACKENDS, available
@@ -135,7 +135,7 @@ def test_the_engine_equals_the_reference(family, degree, reduction, backend, pre
     engine, reference, plain = made(family, degree, reduction, backend, precision)
     report = validate(engine, in_format(reference, "fp64"), images(reference.model), plain)
     found = report.findings
-    assert found.precision == judged_as(engine.backend, precision) and found.images == 9
+    assert found.precision == gates_row(engine.backend, precision) and found.images == 9
     assert report, "\n".join(found.faults)
     assert found.unexplained == 0
     if precision == "fp32":

@@ -20,9 +20,10 @@ from tocom.export.graph.half_precision import typed
 from tocom.export.graph.insert_qdq import quantized_graph
 from tocom.export.graph.lower import lower, reference_model
 from tocom.export.graph.weight_store import WeightStore
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import RunnerObserver, debug_copy
-from tocom.export.proof.validate import prove, validate
+from tocom.export.proof.observe import RunnerObserver
+from tocom.export.proof.validate import validate, validate_observer
 from tocom.export.source.images import default_images
 from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.backends import BACKENDS
@@ -104,7 +105,7 @@ def findings_of(subjects, tmp_path):
         plain = subjects(bug.subject, "fp32")[1] if form == "int8" else None
         with debug_copy(Engine(file, "onnxruntime", form, {}, edited)) as runner:
             observer = RunnerObserver(runner, runner, reference, form)
-            return prove(observer, reference, iter(images(reference, bug.images)), plain).to_json(), False
+            return validate_observer(observer, reference, iter(images(reference, bug.images)), plain).to_json(), False
 
     return find
 

@@ -225,7 +225,7 @@ def test_without_polygraphy_it_says_what_to_install(exported, run, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx_graphsurgeon", None)
     refused(run("inspect", exported(*CASE).file), "pip install 'tocom[polygraphy]'")
-    refused(run("validate", "--engines", "x", "--model", "x", "--compare"), "pip install 'tocom[polygraphy]'")
+    refused(run("validate", ".", "--model", "vit_tiny_patch16_224", "--compare"), "pip install 'tocom[polygraphy]'")
 
 
 @pytest.mark.full

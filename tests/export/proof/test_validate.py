@@ -15,10 +15,11 @@ import tocom.export.proof.observe
 from tocom.export.engine.build import build
 from tocom.export.graph.lower import reference_model
 from tocom.export.graph.operators import POINTS
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
 from tocom.export.proof.findings import BlockFindings
 from tocom.export.proof.gates import margin_allowed
-from tocom.export.proof.observe import debug_copy, replay
+from tocom.export.proof.reference import replay
 from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import validate
 from tocom.export.source.images import default_images

@@ -22,11 +22,11 @@ from tocom.export.proof.bisect.operators import operators_of_block
 from tocom.export.proof.bisect.recovery import recover
 from tocom.export.proof.findings import BlockFindings
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import in_format
-from tocom.export.proof.sides import Who
+from tocom.export.proof.reference import in_format
+from tocom.export.proof.sides import Side
 from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import validate
-from tocom.export.proof.validate_family import ProofOptions, prove_family
+from tocom.export.proof.validate_family import ValidateOptions, validate_family
 from tocom.export.source.images import default_images
 from tocom.export.source.options import CompileOptions
 from tocom.runtime.errors import InputError
@@ -72,10 +72,10 @@ def family(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def options_for(checkpoint: Path, family: Path, **sides: object) -> ProofOptions:
+def options_for(checkpoint: Path, family: Path, **sides: object) -> ValidateOptions:
     arguments = {name: value for name, value in ARGS.items() if name != "num_classes"}
     files = CompileOptions(model=NAME, out=family, degrees=(2,), checkpoint=checkpoint, model_args=arguments)
-    return ProofOptions(files, **sides)
+    return ValidateOptions(files, **sides)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def options_for(checkpoint: Path, family: Path, **sides: object) -> ProofOptions
     ids=lambda sides: " ".join(map(str, sides.values())) or "as listed",
 )
 def test_every_side_passes(checkpoint: Path, family: Path, sides: dict[str, object]) -> None:
-    report = prove_family(options_for(checkpoint, family, **sides)).reports[2]
+    report = validate_family(options_for(checkpoint, family, **sides)).reports[2]
     found = report.findings
     assert report, found.faults
     assert found.reference == sides.get("against", "torch:fp64").replace(":", " ")
@@ -101,7 +101,7 @@ def test_every_side_passes(checkpoint: Path, family: Path, sides: dict[str, obje
 
 
 def test_two_engines_are_proven_each_and_put_beside_each_other(checkpoint: Path, family: Path) -> None:
-    found = prove_family(options_for(checkpoint, family, against="openvino:bf16")).reports[2].findings
+    found = validate_family(options_for(checkpoint, family, against="openvino:bf16")).reports[2].findings
     assert found.passed and found.against.passed
     assert (found.candidate, found.against.candidate) == ("onnxruntime fp32", "openvino bf16")
     pair = found.pair
@@ -133,7 +133,7 @@ def test_where_float16_goes_wrong_and_what_brings_it_back(
 
     assert run(monkeypatch, "compile", *given(checkpoint), *half, "--float-blocks", "1") == 0
     beside = options_for(checkpoint, family, against=str(tmp_path / "half"))
-    assert prove_family(beside).reports[2].findings.against.passed
+    assert validate_family(beside).reports[2].findings.against.passed
     listed = json.loads((tmp_path / "half" / "family.json").read_text())["engines"]
     assert [engine["validation"]["float_blocks"] for engine in listed] == [[1], [1]]
 
@@ -146,7 +146,7 @@ BAD_SIDES = pytest.mark.parametrize(
         (["--candidate", "openvino:fp16"], "openvino computes in"),
         (["--candidate", "onnxruntime:int8"], "takes int8 from a graph in"),
         (["--image", "nowhere.png"], "--image is for the report"),
-        (["--batch", "0"], "greater than or equal to 1"),
+        (["--batch", "0"], "must be 1 or more"),
     ],
 )
 
@@ -249,7 +249,7 @@ def test_recovery_keeps_the_first_block_at_fault_each_time() -> None:
 
 
 def test_words_of_a_side() -> None:
-    assert Who.read("openvino") == Who("graph", backend="openvino", precision="fp32")
+    assert Side.read("openvino") == Side("graph", backend="openvino", precision="fp32")
     with pytest.raises(InputError, match="folder of a family"):
-        Who.read("/nowhere")
-    assert dataclasses.replace(Who.read("engines")) == Who("engines")
+        Side.read("/nowhere")
+    assert dataclasses.replace(Side.read("engines")) == Side("engines")

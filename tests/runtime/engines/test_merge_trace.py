@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from tests.waiting import eventually
+from tocom.export.proof.debug_copy import debug_copy
 from tocom.export.proof.decisions import decisions_of
-from tocom.export.proof.observe import debug_copy
 from tocom.export.proof.report.pictures import group_indices, patch_groups
 from tocom.reduction import MERGE, PRUNE
 from tocom.runtime.engines.base import open_engine

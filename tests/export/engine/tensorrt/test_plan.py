@@ -184,13 +184,13 @@ def require_folded(graph, folder):
 
 def test_bad_plan_options_are_one_line(plans, monkeypatch, capsys):
     for change, words in (
-        (["--batch", "8"], "batch must be MIN:OPT:MAX"),
+        (["--batch", "8"], "batch of a plan must be MIN:OPT:MAX"),
         (
             ["--plan-option", "fast"],
-            "a plan option must be one of hardware-compatible, plugin, stripped, version-compatible",
+            '"fast" for --plan-option. Choose from: "hardware-compatible", "version-compatible", "stripped"',
         ),
         (["--target", "sm90"], "tensorrt-rtx .* builds for sm75"),
-        (["--precision", "int2"], "precision must be one of fp32, fp16, bf16, int8, fp8"),
+        (["--precision", "int2"], '"int2" for --precision. Choose from: "fp32", "fp16", "bf16", "int8", "fp8"'),
     ):
         out = Path(plans[plans.index("--out") + 1]).with_name("refused")
         status, _, told = run([*plans, "--out", out, *change], monkeypatch, capsys)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tocom.export.proof.observe import Observed, TorchObserver, replay
+from tocom.export.proof.observe import Observed
+from tocom.export.proof.reference import TorchObserver, replay
 from tocom.export.proof.report.panels import DIFFERING, panels, png
 from tocom.export.proof.report.pictures import MergePicture, colours, differing, merge_pictures, moved, patch_groups
 from tocom.merging import Matching, match

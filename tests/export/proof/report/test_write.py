@@ -15,13 +15,13 @@ import pytest
 from tocom.export.artifacts import Engine, OnnxGraph, Report
 from tocom.export.proof.findings import Accuracy, Fault, PairFindings
 from tocom.export.proof.gates import GATES
-from tocom.export.proof.observe import TorchObserver, in_format
+from tocom.export.proof.reference import TorchObserver, in_format
 from tocom.export.proof.report.about import About
 from tocom.export.proof.report.pictures import MergePicture
 from tocom.export.proof.report.plots import as_png, block_figure, merge_figure
 from tocom.export.proof.report.tables import beside_table, block_table, degree_table, faults_of, percent
 from tocom.export.proof.report.write import finite, to_json, write_report
-from tocom.export.proof.validate import prove
+from tocom.export.proof.validate import validate_observer
 from tocom.export.source.images import default_images
 from tocom.runtime.errors import InputError
 from tocom.vit import ReducedViT
@@ -47,7 +47,7 @@ def passing(make_vit):
     for degree in (0, 8):
         reference = ReducedViT(model, degree).eval()
         observer = TorchObserver(reference, "fp32")
-        found = prove(observer, in_format(reference, "fp64"), default_images((3, 64, 64), 2))
+        found = validate_observer(observer, in_format(reference, "fp64"), default_images((3, 64, 64), 2))
         reports[degree] = Report(engine, found.passed, found)
     assert all(reports.values())
     return reports

@@ -1,0 +1,1 @@
+"""Engines on a CPU, ours beside what a user would pick instead."""
