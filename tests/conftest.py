@@ -56,10 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says in a line what was skipped and why."""
     skipped = terminalreporter.stats.get("skipped", ())
-    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    told = (str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    reasons = Counter("needs a CUDA device" if "CUDA device" in reason else reason for reason in told)
     if reasons:
-        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
-        terminalreporter.write_line(f"skipped {len(skipped)} ({why})")
+        why = "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped {len(skipped)}: {why}")
 
 
 torch.set_num_threads(1)  # the models are tiny, and worker processes share the cores

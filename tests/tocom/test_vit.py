@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from tests.conftest import FAMILIES, WITHOUT_CLASS_TOKEN
 from tocom.merging import match, merge
 from tocom.pruning import Pruning, prune
 from tocom.reduction import MERGE, PRUNE, reduction_named
@@ -94,13 +95,16 @@ def test_every_parameter_takes_part(family, make_vit, noise):
             assert change > 1e-5, name
 
 
+# a convolutional stem sees beyond its patch, so that no two patches can be made equal
+EQUAL_PATCHES = [name for name in FAMILIES if name != "hybrid"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("r", [5, 16])
+@pytest.mark.parametrize("family", EQUAL_PATCHES)
 def test_merging_equal_patches_changes_nothing(family, make_vit, r):
     """Proportional attention and weighted pooling: a token that stands for two equal patches counts twice."""
     model = make_vit(family)
-    if family == "hybrid":
-        pytest.skip("a convolutional stem sees beyond its patch, so no two patches can be made equal")
     height, width = model.patch_embed.grid_size
     patch = model.patch_embed.patch_size[0]
     draw = torch.Generator().manual_seed(0)
@@ -115,11 +119,10 @@ def test_merging_equal_patches_changes_nothing(family, make_vit, r):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("class_family", [name for name in EQUAL_PATCHES if name not in WITHOUT_CLASS_TOKEN])
 def test_fusing_equal_patches_changes_nothing(class_family, make_vit):
     """Whatever the class token attends: a token that stands for nine equal patches counts nine times."""
     model = make_vit(class_family)
-    if class_family == "hybrid":
-        pytest.skip("a convolutional stem sees beyond its patch, so no two patches can be made equal")
     height, width = model.patch_embed.grid_size
     patch, count = model.patch_embed.patch_size[0], height * width
     draw = torch.Generator().manual_seed(0)
