@@ -8,6 +8,7 @@ from tocom.export.cli.console import complain, open_console, stages
 from tocom.export.cli.exits import Exit
 from tocom.export.cli.extras import require_extra
 from tocom.export.cli.options import CompileArgs, QuantizeArgs
+from tocom.runtime.family_files import MANIFEST
 
 if TYPE_CHECKING:
     from tocom.export.source.options import CompileOptions
@@ -76,7 +77,7 @@ def run_compile(args: CompileArgs) -> None:
     if result.failed:
         _say_where_to_look(options)
         raise Exit(1)
-    wrote = f"{options.out / 'family.json'}   try: tocom infer {options.out} IMAGE..."
+    wrote = f"{options.out / MANIFEST}   try: tocom infer {options.out} IMAGE..."
     console.print(f"[green]wrote[/] {escape(wrote)}")
 
 

@@ -20,6 +20,8 @@ def reference() -> str:
     # the one command whose options are not this parser's
     text = f"## tocom infer\n\n```console\n{_help_of_infer()}```\n"
     page = re.sub(r"## tocom infer\n.*?(?=\n## )", lambda _match: text, page, flags=re.DOTALL)
+    page = page.replace("(#tocom-install-completion)", "(#tocom---install-completion)")  # as GitHub names headings
+    page = page.replace("(#tocom-show-completion)", "(#tocom---show-completion)")
     return _HEAD + re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 

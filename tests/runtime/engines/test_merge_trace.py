@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from itertools import pairwise
 from types import SimpleNamespace
@@ -71,14 +72,17 @@ def case(make_vit, exported, noise):
 
 
 @SEVERAL
-def test_groups_are_those_of_the_reference_s_pictures(case, name, degree, reduction):
+def test_groups_are_those_of_the_reference_s_pictures(case, name, degree, reduction, tmp_path):
     it = case(name, degree, reduction)
     with debug_copy(it.engine) as runner:
         expected = patch_groups(decisions_of(runner.infer_all(it.pixels), it.reference), it.reference)
-    before = sorted(path.name for path in it.folder.iterdir())
-    with MergeTracer(it.folder, it.family) as tracer:
+    # a copy of its own, since other tests make files in the folder that all of them share
+    folder = tmp_path / "family"
+    shutil.copytree(it.folder, folder, ignore=shutil.ignore_patterns(".*"))
+    before = sorted(path.name for path in folder.iterdir())
+    with MergeTracer(folder, it.family) as tracer:
         found = tracer.trace(it.pixels, degree)
-        assert sorted(path.name for path in it.folder.iterdir()) == before
+        assert sorted(path.name for path in folder.iterdir()) == before
     assert found.grid == tuple(it.reference.model.patch_embed.grid_size)
     assert tuple(found.groups) == it.reference.deciding_blocks == tuple(expected)
     for block, groups in found.groups.items():
