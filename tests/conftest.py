@@ -346,6 +346,18 @@ def engine_at() -> Callable[[Engine, Path], Engine]:
     return lambda engine, file: replace(engine, file=file, graph=replace(engine.graph, file=file))
 
 
+@pytest.fixture
+def in_own_folder(engine_at: Callable[[Engine, Path], Engine], tmp_path: Path) -> Callable[[Engine], Engine]:
+    """An engine in a folder that no other test uses: for tests that look at what is left there."""
+
+    def copy_of(engine: Engine) -> Engine:
+        folder = tmp_path / "own" / engine.file.parent.name
+        shutil.copytree(engine.file.parent, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+        return engine_at(engine, folder / engine.file.name)
+
+    return copy_of
+
+
 @pytest.fixture(scope="session")
 def naive() -> SimpleNamespace:
     """Token reduction with Python loops: deciding for one image, and carrying it out on one image's tokens."""

@@ -77,8 +77,8 @@ def test_a_large_family_is_measured_in_groups_that_a_slow_minute_does_not_set_ap
     assert found[0].pays == {"1": True} and found[9].pays == {"1": True}
 
 
-def test_every_engine_and_every_bound_is_measured(exported):
-    engine = exported("deit_tiny", 8)
+def test_every_engine_and_every_bound_is_measured(exported, in_own_folder):
+    engine = in_own_folder(exported("deit_tiny", 8))
     merged = replace(entry(8), onnx="model.onnx", engine="model.onnx")
     baseline = replace(entry(0), onnx="model.onnx", engine="model.onnx")
     found = measured([baseline, merged], engine.file.parent, batches=(2,))

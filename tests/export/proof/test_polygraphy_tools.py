@@ -49,12 +49,12 @@ CONSTANT_DET = (  # OpenVINO has no such operator, and does not need it once it 
 
 
 @pytest.fixture
-def altered(exported):
+def altered(exported, in_own_folder):
     """The file of a graph with nodes put before its last reduction, beside the weights that it refers to."""
     made = []
 
     def make(change, case=CASE, precision="fp32"):
-        engine = exported(*case)
+        engine = in_own_folder(exported(*case))
         nodes, initializers = change
         graph = typed(onnx.load(engine.file, load_external_data=False), precision)
         reduction = [node for node in graph.graph.node if node.domain == "ai.tocom"][-1]
@@ -63,14 +63,13 @@ def altered(exported):
             graph.graph.node.insert(at, node)
         reduction.input[0] = "put"
         graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in initializers.items())
-        made.append(engine.file.with_name(f"altered-{len(made)}-{os.getpid()}.onnx"))
+        made.append(engine.file.with_name(f"altered-{len(made)}.onnx"))
         made[-1].write_bytes(graph.SerializeToString())
         return made[-1]
 
     yield make
     for file in made:
         assert {other.name for other in file.parent.iterdir() if other.name.startswith(".")} == set()
-        file.unlink()
 
 
 @pytest.fixture
@@ -131,8 +130,8 @@ def test_what_a_library_computes_otherwise_is_cut_out_of_degrees_that_fail(alter
     assert said.startswith("r=16: ") and "openvino differs from ONNX Runtime" in said
 
 
-def test_runners_agree_and_a_tampered_engine_does_not(exported, tmp_path, run):
-    engine = exported(*CASE)
+def test_runners_agree_and_a_tampered_engine_does_not(exported, in_own_folder, tmp_path, run):
+    engine = in_own_folder(exported(*CASE))
     graph = onnx.load(engine.file)
     output = next(node for node in graph.graph.node if "logits" in node.output)
     output.output[list(output.output).index("logits")] = "less"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from itertools import pairwise
 from types import SimpleNamespace
@@ -72,13 +71,11 @@ def case(make_vit, exported, noise):
 
 
 @SEVERAL
-def test_groups_are_those_of_the_reference_s_pictures(case, name, degree, reduction, tmp_path):
+def test_groups_are_those_of_the_reference_s_pictures(case, name, degree, reduction, in_own_folder):
     it = case(name, degree, reduction)
     with debug_copy(it.engine) as runner:
         expected = patch_groups(decisions_of(runner.infer_all(it.pixels), it.reference), it.reference)
-    # a copy of its own, since other tests make files in the folder that all of them share
-    folder = tmp_path / "family"
-    shutil.copytree(it.folder, folder, ignore=shutil.ignore_patterns(".*"))
+    folder = in_own_folder(it.engine).file.parent
     before = sorted(path.name for path in folder.iterdir())
     with MergeTracer(folder, it.family) as tracer:
         found = tracer.trace(it.pixels, degree)
