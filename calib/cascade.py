@@ -51,7 +51,7 @@ class Goal:
     def kept(self, right: np.ndarray, differ: np.ndarray, base: int, count: int) -> np.ndarray:
         """Whether the goal is kept, with the margin.
 
-        The variances count one image more than was seen to differ: none in a few images does not prove that none would.
+        The variances count one image more than was seen to differ: none in a few images does not show that none would.
 
         Args:
             right: Images that each candidate is right on.
