@@ -108,6 +108,11 @@ def _parser(prog: str, argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def option_names() -> set[str]:
+    """Every option of the command, with its dashes."""
+    return {name for action in _parser(_PROG, [])._actions for name in action.option_strings}
+
+
 def _at_least_one(text: str) -> int:
     try:
         number = int(text)
