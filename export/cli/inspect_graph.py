@@ -18,17 +18,17 @@ def inspect_graph(path: Path, show: str, backend: str | None, out: Path | None) 
 
     Args:
         path: The ONNX file.
-        show: What to show of it, parted by commas.
+        show: What to show of it, separated by commas.
         backend: Who fails on it; None to look into it.
         out: Where the piece that fails is written.
     """
     if backend is None:
         if out is not None:
-            raise InputError("--out is for the piece that --bisect finds: name a backend with --bisect.")
+            raise InputError("--out is for the piece that --fails-on finds: name a backend with --fails-on.")
         print(describe(path, [name.strip() for name in show.split(",")] if show else ()))
         return
     if out is None or show:
-        raise InputError("--bisect takes --out, the file for the piece that it finds, and no --show.")
+        raise InputError("--fails-on takes --out, the file for the piece that it finds, and no --show.")
     if not out.parent.is_dir() or out.is_dir() or out.resolve() == path.resolve():
         raise InputError(f"--out must be a file in a folder that is there, and not the graph, got {one_line(out)}")
     with stages(None) as notify:

@@ -18,6 +18,7 @@ from tocom.export.cli.reading import (
     read_blocks,
     read_degrees,
     read_existing,
+    read_family,
     read_model,
     read_model_args,
     read_number,
@@ -80,9 +81,7 @@ def existing(text: str, *, panel: Group = MAIN, metavar: str = "FILE", **more: A
 
 FamilyFolder = Annotated[
     Path,
-    Parameter(
-        help="Folder of the family, which `tocom compile` wrote.", group=MAIN, converter=one_token(read_existing)
-    ),
+    Parameter(help="Folder of the family, which `tocom compile` wrote.", group=MAIN, converter=one_token(read_family)),
 ]
 Degrees = Annotated[
     tuple[int, ...],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tocom.runtime.errors import InputError, one_line
+from tocom.runtime.family_files import MANIFEST
 
 PLAN_OPTIONS = ("hardware-compatible", "version-compatible", "stripped", "plugin")
 
@@ -164,6 +165,18 @@ def read_existing(text: str) -> Path:
     if not path.exists():
         raise InputError(f"there is no {one_line(path)}")
     return path
+
+
+def read_family(text: str) -> Path:
+    """Checks that a folder holds a family.
+
+    Raises:
+        InputError: If not.
+    """
+    folder = Path(text)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"there is no {MANIFEST} in {one_line(folder)}: give a folder that `tocom compile` wrote")
+    return folder
 
 
 def read_number(text: str, kind: type = int, least: float | None = None, most: float | None = None) -> float:

@@ -34,6 +34,7 @@ from tocom.export.cli.options import (
     whole,
 )
 from tocom.export.cli.reading import read_model_args
+from tocom.export.proof.side import ENGINES, REFERENCE, Side
 from tocom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -79,6 +80,12 @@ class Origin:
         )  # fmt: skip
 
 
+def _read_side(text: str) -> str:
+    """Checks that a side of a comparison can be meant."""
+    Side.read(text)
+    return text
+
+
 _AS_RECORDED = Origin()
 
 
@@ -95,16 +102,16 @@ def validate_command(
     ] = None,
     limit: Limit = 500,
     candidate: Annotated[
-        str, option(f"What is validated: {_SIDE}.", panel=COMPARISON, metavar="WHO")
-    ] = "engines",
+        str, option(f"What is validated: {_SIDE}.", panel=COMPARISON, read=_read_side, metavar="WHO")
+    ] = ENGINES,
     against: Annotated[
         str,
         option(
             "What it is compared with, likewise. Beside anything but torch:fp64 or fp32 both are validated against "
             "float64, then compared with each other.",
-            panel=COMPARISON, metavar="WHO",
+            panel=COMPARISON, read=_read_side, metavar="WHO",
         ),
-    ] = "torch:fp64",
+    ] = REFERENCE,
     batch: Annotated[
         int | None,
         whole("Images per call; engines are prepared for that many. Default: for any number.", 1, panel=COMPARISON),
@@ -217,7 +224,7 @@ def _locate(degree: int, validated: ValidatedDegree, report: Report, candidate: 
     """Says which operator of the block at fault is the first to be wrong, and which blocks in float32 bring it back."""
     from tocom.export.proof.bisect.operators import operators_of_block
     from tocom.export.proof.reference import EXACT, in_format
-    from tocom.export.proof.sides import Side, engine_of
+    from tocom.export.proof.sides import engine_of
     from tocom.export.source.load import validation_batches
 
     console, side = open_console(), Side.read(candidate)
@@ -263,7 +270,7 @@ def _write_report(folder: Path, image: Path | None, validation: FamilyValidation
     from tocom.export.proof.report.about import About
     from tocom.export.proof.report.pictures import merge_pictures
     from tocom.export.proof.report.write import write_report
-    from tocom.export.proof.sides import Side, open_side
+    from tocom.export.proof.sides import open_side
     from tocom.runtime.preprocess import load_image, preprocess
 
     pictures = {}

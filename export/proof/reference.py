@@ -13,9 +13,10 @@ from torch import Tensor
 from tocom.export.graph.operators import point_name
 from tocom.export.proof.decisions import AnyDecision
 from tocom.export.proof.observe import Observed, Observer
+from tocom.export.proof.side import FORMATS
 from tocom.vit import ReducedViT
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(FORMATS, (torch.float64, torch.float32, torch.bfloat16, torch.float16), strict=True))
 EXACT = "fp64"
 
 

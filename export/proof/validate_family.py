@@ -16,8 +16,9 @@ from tocom.export.graph.read_qdq import read_quantization
 from tocom.export.proof.debug_copy import runner_of
 from tocom.export.proof.findings import Accuracy, Findings
 from tocom.export.proof.reference import EXACT, in_format
+from tocom.export.proof.side import ENGINES, REFERENCE, Side
 from tocom.export.proof.side_by_side import compare_pair
-from tocom.export.proof.sides import ENGINES, REFERENCE, Side, open_side
+from tocom.export.proof.sides import open_side
 from tocom.export.proof.validate import validate_observer
 from tocom.export.source.load import CompileInputs, load_inputs, validation_batches
 from tocom.export.source.options import QUANTIZED, CompileOptions

@@ -20,6 +20,20 @@ NAMES = [name for commands in COMMANDS.values() for name in commands]
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "openvino", "PIL")
 
 
+FAMILY = "FAMILY"  # stands for a folder with a family.json
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    (folder / "family.json").write_text("{}")
+    return folder
+
+
+def placed(arguments: tuple[str, ...], family: Path) -> list[str]:
+    return [str(family) if word == FAMILY else word for word in arguments]
+
+
 def run(*arguments: object, blocked: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in which some modules cannot be imported."""
     code = (
@@ -36,7 +50,8 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in done.stderr, done.stderr
 
 
-COMPILE = ("compile", "--model", "examples/digits", "--degrees", "8", "--out", "/nowhere/out")
+MODEL = ("--model", "examples/digits")
+COMPILE = ("compile", *MODEL, "--degrees", "8", "--out", "/nowhere/out")
 
 
 @pytest.mark.parametrize(
@@ -76,17 +91,20 @@ def test_a_wrong_value_is_refused_before_torch_loads(options: tuple[str, ...], w
         (("compile", "--model", "examples/digits"), ["needs --out", "tocom compile --help"]),
         (("quantize", *COMPILE[1:], "--precision", "fp32"), ["fp32", "int8"]),
         (("validate",), ["needs FAMILY"]),
-        (("validate", "/nowhere"), ["there is no /nowhere"]),
-        (("frontier", "/nowhere"), ["there is no /nowhere"]),
-        (("frontier", ".", "--batch", "1,x"), ["--batch", "1,x"]),
-        (("cascade", ".", "--images", "/nowhere"), ["there is no /nowhere"]),
+        (("validate", "/nowhere"), ["no family.json in /nowhere"]),
+        (("validate", FAMILY, *MODEL, "--candidate", "abacus"), ["--candidate", "abacus", "BACKEND:PRECISION"]),
+        (("validate", FAMILY, *MODEL, "--against", "torch:int8"), ["--against", "int8", "fp64"]),
+        (("validate", FAMILY, *MODEL, "--candidate", "openvino:fp16"), ["--candidate", "fp16", "bf16"]),
+        (("frontier", "/nowhere"), ["no family.json in /nowhere"]),
+        (("frontier", FAMILY, "--batch", "1,x"), ["--batch", "1,x"]),
+        (("cascade", FAMILY, "--images", "/nowhere"), ["there is no /nowhere"]),
         (("distill", "--model", "examples/digits", "--images", ".", "--out", "c", "--augment", "much"), ["light"]),
-        (("serve", ".", "--port", "0"), ["--port", "1 to 65535"]),
+        (("serve", FAMILY, "--port", "0"), ["--port", "1 to 65535"]),
         (("inspect", "/nowhere"), ["there is no /nowhere"]),
     ],
 )
-def test_other_commands_likewise(arguments: tuple[str, ...], words: list[str]) -> None:
-    refused(run(*arguments, blocked=HEAVY), *words)
+def test_other_commands_likewise(arguments: tuple[str, ...], words: list[str], family: Path) -> None:
+    refused(run(*placed(arguments, family), blocked=("torch", "timm", "onnx", "PIL")), *words)
 
 
 def test_help_names_every_command_and_loads_none() -> None:
@@ -201,23 +219,25 @@ def test_the_page_of_all_options_is_as_the_commands_are() -> None:
           "--source-degree", "0", "--degrees", "8", "--images", ".", "--out", "/nowhere"), "timm", ["tocom[compile]"]),
         (("distill", "--model", "examples/digits", "--images", ".", "--out", "c"), "lightning_fabric",
          ["tocom[distill]"]),
-        (("validate", ".", "--model", "examples/digits"), "torch", ["tocom[compile]"]),
-        (("validate", ".", "--model", "examples/digits", "--report", "r"), "matplotlib", ["tocom[report]"]),
-        (("validate", ".", "--model", "examples/digits", "--compare"), "polygraphy", ["tocom[polygraphy]"]),
-        (("frontier", ".", "--out", "f.png"), "matplotlib", ["tocom[report]"]),
+        (("validate", FAMILY, "--model", "examples/digits"), "torch", ["tocom[compile]"]),
+        (("validate", FAMILY, "--model", "examples/digits", "--report", "r"), "matplotlib", ["tocom[report]"]),
+        (("validate", FAMILY, "--model", "examples/digits", "--compare"), "polygraphy", ["tocom[polygraphy]"]),
+        (("frontier", FAMILY, "--out", "f.png"), "matplotlib", ["tocom[report]"]),
         (("inspect", "examples/digits/compensator.safetensors"), "torch", ["tocom[compile]"]),
-        (("serve", "."), "mlserver", ["tocom[serve]"]),
-        (("serve-ray", "."), "ray", ["tocom[ray]"]),
+        (("serve", FAMILY), "mlserver", ["tocom[serve]"]),
+        (("serve-ray", FAMILY), "ray", ["tocom[ray]"]),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_with_its_extra(arguments: tuple[str, ...], missing: str, words: list[str]) -> None:
-    refused(run(*arguments, blocked=(missing,)), missing, *words)
+def test_what_is_missing_is_named_with_its_extra(
+    arguments: tuple[str, ...], missing: str, words: list[str], family: Path
+) -> None:
+    refused(run(*placed(arguments, family), blocked=(missing,)), missing, *words)
 
 
-def test_without_an_engine_library_both_extras_are_named() -> None:
+def test_without_an_engine_library_both_extras_are_named(family: Path) -> None:
     engines = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
-    for arguments in (("infer", ".", "a.png"), ("frontier", "."), ("cascade", ".", "--images", ".")):
-        refused(run(*arguments, blocked=engines), "tocom[cpu]", "tocom[gpu]")
+    for arguments in (("infer", ".", "a.png"), ("frontier", FAMILY), ("cascade", FAMILY, "--images", ".")):
+        refused(run(*placed(arguments, family), blocked=engines), "tocom[cpu]", "tocom[gpu]")
 
 
 LIGHT = ("torch", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors", "tomli_w", "matplotlib", "jinja2", "mlserver")

@@ -23,7 +23,7 @@ from tocom.export.proof.bisect.recovery import recover
 from tocom.export.proof.findings import BlockFindings
 from tocom.export.proof.gates import GATES
 from tocom.export.proof.reference import in_format
-from tocom.export.proof.sides import Side
+from tocom.export.proof.side import Side
 from tocom.export.proof.tally import Tally
 from tocom.export.proof.validate import validate
 from tocom.export.proof.validate_family import ValidateOptions, validate_family
