@@ -44,13 +44,23 @@ settings.register_profile("others", deadline=None, print_blob=True)
 settings.load_profile("same")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what their module makes run in one process, so that it is made once; the others run in any."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(each[-1].scope == "module" and each[-1].baseid == item.parent.nodeid for each in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.parent.nodeid))
+SPREAD = ("proof/test_matrix.py", "graph/test_lower.py", "graph/test_half_precision.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """A file's tests run in one process, so that what they share is made once.
+
+    Those of a few long files that share nothing are handed out last, one by one, so that all processes end together.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "load" else None  # else it was asked for another one
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

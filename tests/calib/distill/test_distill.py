@@ -192,7 +192,7 @@ def test_a_stopped_run_goes_on_exactly(make_vit, tmp_path):
     """SIGTERM in the middle, then SIGINT: the state is saved, and the same call goes on."""
     options = {"steps": 9, "lr": 2.0, "save_every": 100, "dropout": 0.2}
     straight = train(make_vit("deit3"), listeners={"state_folder": tmp_path / "straight"}, **options)
-    folder, plans = tmp_path / "stopped", []
+    folder, plans, before = tmp_path / "stopped", [], signal.getsignal(signal.SIGTERM)
     for number, at in ((signal.SIGTERM, 3), (signal.SIGINT, 5)):
         with pytest.raises(KeyboardInterrupt):
             train(make_vit("deit3"), listeners={

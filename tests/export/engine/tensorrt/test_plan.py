@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -41,7 +42,7 @@ def typed_file(exported):
 
     def make(case, precision):
         engine = exported(*case)
-        made.append(engine.file.with_name(f"{precision}-{len(made)}-{id(made)}.onnx"))
+        made.append(engine.file.with_name(f"{precision}-{len(made)}-{os.getpid()}.onnx"))
         made[-1].write_bytes(typed(onnx.load(engine.file, load_external_data=False), precision).SerializeToString())
         return made[-1]
 
