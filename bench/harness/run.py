@@ -124,7 +124,8 @@ def main(name: str, *commands: Callable[..., None], arguments: list[str] | None 
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     for command in commands:
         app.command()(_spelled_out(command))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing started is left behind
+    # as Ctrl-C, so that nothing started is left behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(arguments, standalone_mode=False)
         if status == _INTERRUPTED:  # what typer makes of Ctrl-C
@@ -135,6 +136,8 @@ def main(name: str, *commands: Callable[..., None], arguments: list[str] | None 
         status = _complain(name, error, 2)
     except GateError as error:
         status = _complain(name, error, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
